@@ -1,0 +1,1441 @@
+"""What every method shares: patches, the vision transformer, the masked autoencoder, data, probes and the training loop.
+
+Axis letters, used in every shape comment of the project:
+    B batch   V views   C channels   H W height, width   N patches   D width of a token   P values of a patch (p * p * C)
+
+Read it in sections, each stands alone:
+    1. Patches and positions      patchify, unpatchify, sincos_positions, random_mask
+    2. Vision transformer         attend, ViT, VIT_SIZES
+    3. Masked autoencoder         MaskedAutoencoder (He et al. 2022), the baseline of three papers
+    4. Several processes          start_distributed, gather
+    5. Augmentation               crop_boxes, resize_matrix, random_resized_crop
+    6. Data                       load_data -> MemoryImages or FolderImages, render_shapes
+    7. Probes                     knn_accuracy, ridge_accuracy, probe
+    8. Configuration              TrainConfig, read_flags
+    9. The loop                   Method, Stepper, fit
+
+Images are float tensors in [0, 1] everywhere. The encoder normalises them itself, with the mean and standard deviation
+that it carries, so that nobody who lifts it out can forget to.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+import typing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Its text is one line: what was given, what was expected, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Patches and positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Cut (B, C, H, W) images into (B, N, patch * patch * C) patches: row-major, each patch in the order (p q c).
+
+    Raises ValueError where the patch does not divide the image.
+    """
+    height, width = images.shape[-2:]
+    if height % patch or width % patch:
+        raise ValueError(f"an image of {height} x {width} cannot be cut into patches of {patch} x {patch}")
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """Put (B, N, patch * patch * C) patches together to (B, C, height, width) images: the inverse of `patchify`."""
+    return rearrange(
+        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height // patch, w=width // patch, p=patch, q=patch
+    )
+
+
+def sincos_positions(height: int, width: int, dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine code of a height x width grid -> (height * width, dim); dim is a multiple of 4.
+
+    The first half of the channels encodes the column, the second half the row, as the MAE code does (He et al. 2022).
+    """
+    if dim % 4:
+        raise ValueError(f"a 2-D sine-cosine code needs a width divisible by 4, not {dim}")
+    frequency = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in (columns, rows)]  # 2 x (N, D/4)
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1).float()  # (N, D)
+
+
+def mask_from_noise(noise: Tensor, ratio: float) -> Tensor:
+    """Mask the round(ratio * N) patches with the largest noise in each row: (B, N) -> bool (B, N), True = masked."""
+    rank = noise.argsort(dim=1).argsort(dim=1)  # (B, N) 0 for the smallest
+    return rank >= noise.shape[1] - round(ratio * noise.shape[1])
+
+
+def random_mask(batch: int, patches: int, ratio: float, generator=None, device="cpu") -> Tensor:
+    """A bool (batch, patches) mask, True = masked, exactly round(ratio * patches) in each row, uniform over subsets."""
+    return mask_from_noise(torch.rand(batch, patches, generator=generator, device=device), ratio)
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens (B, N, D) by index (B, M) -> (B, M, D)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Vision transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+VIT_SIZES = {
+    "vit_micro": {"dim": 96, "depth": 6, "heads": 3},  # for laptops
+    "vit_tiny": {"dim": 192, "depth": 12, "heads": 3},
+    "vit_small": {"dim": 384, "depth": 12, "heads": 6},
+    "vit_base": {"dim": 768, "depth": 12, "heads": 12},
+    "vit_large": {"dim": 1024, "depth": 24, "heads": 16},
+}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v on (B, heads, N, d).
+
+    GPUs use the fused kernel. On CPUs the three plain steps are faster, most of all in bf16, where the fused kernel is
+    slower than the whole rest of a block (`python bench.py attention` shows both).
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: attention, then a two-layer perceptron, each added to its input."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        if dim % heads:
+            raise UserError(f"a width of {dim} does not divide into {heads} heads")
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        hidden = int(dim * mlp_ratio)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+
+    def forward(self, x: Tensor, attention=attend) -> Tensor:
+        qkv = self.attn["qkv"](self.norm1(x))
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)  # each (B, heads, N, d)
+        x = x + self.attn["proj"](rearrange(attention(q, k, v), "b h n d -> b n (h d)"))  # (B, N, D)
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))  # (B, N, D)
+
+
+def initialize(module: nn.Module):
+    """Xavier-uniform linear layers with zero bias, for `module.apply` (the init of MAE)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class ViT(nn.Module):
+    """Vision transformer: linear patches, fixed 2-D sine-cosine positions, CLS token, pre-norm blocks, a final norm.
+
+    Images are (B, 3, H, W) in [0, 1]; `mean` and `std` normalise them. Parameter names are those of timm's
+    VisionTransformer, so weights move over by name (README, "Lift out a piece").
+    `image_size` is a side or (height, width); `pool` says what `forward` returns: the mean of the patch tokens ("mean")
+    or the CLS token ("cls"), both after the final norm.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 224,
+        patch: int = 16,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        pool: str = "mean",
+        mean: tuple = (0.0, 0.0, 0.0),
+        std: tuple = (1.0, 1.0, 1.0),
+    ):
+        super().__init__()
+        self.fields = {
+            "image_size": image_size,
+            "patch": patch,
+            "dim": dim,
+            "depth": depth,
+            "heads": heads,
+            "mlp_ratio": mlp_ratio,
+        }
+        self.fields |= {"pool": pool, "mean": tuple(mean), "std": tuple(std)}  # all that rebuilds this module
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % patch or width % patch:
+            raise UserError(f"image size {height} x {width} is not a multiple of the patch size {patch}")
+        if pool not in ("mean", "cls"):
+            raise UserError(f"unknown pool {pool!r}; choose 'mean' or 'cls'")
+        self.patch, self.dim, self.pool = patch, dim, pool
+        self.grid = (height // patch, width // patch)
+        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(3 * patch * patch, dim)})
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.register_buffer("positions", sincos_positions(*self.grid, dim), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.apply(initialize)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] -> zero mean and unit variance a channel over the data set."""
+        return (images - self.mean) / self.std
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> patch tokens with positions (B, N, D), without the CLS token."""
+        return self.patch_embed["proj"](patchify(self.normalize(images), self.patch)) + self.positions
+
+    def encode(self, tokens: Tensor, attention=attend, hidden: bool = False):
+        """Put the CLS token before (B, M, D) patch tokens, run the blocks and the final norm -> (B, 1 + M, D).
+
+        `attention(q, k, v)` on (B, heads, 1 + M, d) may be any function. With `hidden`, also return the list of every
+        block's output before the final norm, each (B, 1 + M, D).
+        """
+        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        outputs = []
+        for block in self.blocks:
+            x = block(x, attention)
+            outputs.append(x)
+        return (self.norm(x), outputs) if hidden else self.norm(x)
+
+    def pooled(self, encoded: Tensor) -> Tensor:
+        """The feature vector of each image: (B, 1 + M, D) -> (B, D)."""
+        return encoded[:, 0] if self.pool == "cls" else encoded[:, 1:].mean(dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.pooled(self.encode(self.embed(images)))  # (B, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Masked autoencoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Reconstruction(typing.NamedTuple):
+    """What a masked autoencoder makes of a batch; M = visible patches of each image."""
+
+    prediction: Tensor  # (B, N, P) pixels of every patch, in the units of `target`
+    target: Tensor  # (B, N, P) pixels of the normalised images, each patch normalised where the model does so
+    mask: Tensor  # (B, N) bool, True = masked
+    encoded: Tensor  # (B, 1 + M, D) CLS and visible tokens after the final norm
+    hidden: list  # of (B, 1 + M, D): the output of every encoder block
+
+
+def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each patch with zero mean and unit (unbiased) variance, and that mean and standard deviation (B, N, 1)."""
+    mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+    std = (variance + 1e-6).sqrt()
+    return (patches - mean) / std, mean, std
+
+
+def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error over the masked patches only (He et al. 2022); (B, N, P), (B, N, P), bool (B, N) -> scalar."""
+    error = (prediction.float() - target.float()).square().mean(dim=-1)  # (B, N)
+    return (error * mask).sum() / mask.sum()
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE (He et al. 2022): the encoder sees only visible patches, a light decoder predicts the pixels of all patches.
+
+    The target of each patch is normalised by its own mean and variance unless `normalize_target` is False.
+    """
+
+    def __init__(
+        self,
+        encoder: ViT,
+        decoder_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        mask_ratio: float = 0.75,
+        normalize_target: bool = True,
+    ):
+        super().__init__()
+        patches = encoder.grid[0] * encoder.grid[1]
+        if not 0 < round(mask_ratio * patches) < patches:
+            raise UserError(f"a mask ratio of {mask_ratio} leaves no patch masked or none visible out of {patches}")
+        self.encoder, self.mask_ratio, self.normalize_target = encoder, mask_ratio, normalize_target
+        self.decoder_embed = nn.Linear(encoder.dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
+        self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
+        self.decoder_head = nn.Linear(decoder_dim, 3 * encoder.patch**2)
+        positions = sincos_positions(*encoder.grid, decoder_dim)
+        self.register_buffer("decoder_positions", positions, persistent=False)
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_head):
+            module.apply(initialize)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def target(self, images: Tensor) -> Tensor:
+        """The pixels to predict: images (B, 3, H, W) in [0, 1] -> (B, N, P)."""
+        patches = patchify(self.encoder.normalize(images), self.encoder.patch)
+        return normalize_patches(patches)[0] if self.normalize_target else patches
+
+    def decode(self, encoded: Tensor, visible: Tensor) -> Tensor:
+        """CLS and visible tokens (B, 1 + M, D) with their patch index (B, M) -> predicted patches (B, N, P)."""
+        x = self.decoder_embed(encoded)  # (B, 1 + M, d)
+        full = self.mask_token.to(x.dtype).expand(len(x), len(self.decoder_positions), -1)  # (B, N, d)
+        full = full.scatter(1, visible[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])  # visible ones in their places
+        x = torch.cat([x[:, :1], full + self.decoder_positions], dim=1)  # (B, 1 + N, d)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_head(self.decoder_norm(x[:, 1:]))  # (B, N, P)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Reconstruction:
+        """Images (B, 3, H, W) in [0, 1], a bool mask (B, N) or None to draw one -> Reconstruction.
+
+        Raises ValueError where the rows of the mask do not hide the same number of patches.
+        """
+        tokens = self.encoder.embed(images)  # (B, N, D)
+        batch, patches = tokens.shape[:2]
+        if mask is None:
+            mask = random_mask(batch, patches, self.mask_ratio, device=images.device)
+            masked = round(self.mask_ratio * patches)
+        else:
+            masked = int(mask[0].sum())
+            if not (mask.sum(dim=1) == masked).all():
+                raise ValueError("the rows of a mask must hide the same number of patches, these differ")
+        visible = mask.int().argsort(dim=1, stable=True)[:, : patches - masked]  # (B, M) in row-major order
+        encoded, hidden = self.encoder.encode(take(tokens, visible), hidden=True)
+        return Reconstruction(self.decode(encoded, visible), self.target(images), mask, encoded, hidden)
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> Tensor:
+        """Rows of (image, masked image, reconstruction): (B, 3, H, W) -> (B, 3, 3, H, W), values in [0, 1]."""
+        height, width = images.shape[-2:]
+        prediction, _, mask, _, _ = self(images)
+        patches = patchify(self.encoder.normalize(images), self.encoder.patch)  # (B, N, P)
+        if self.normalize_target:  # give each predicted patch the brightness and contrast of the true one
+            _, mean, std = normalize_patches(patches)
+            prediction = prediction.float() * std + mean
+        grey = torch.zeros_like(patches)  # the mean colour of the data set
+        rows = [patches, torch.where(mask[..., None], grey, patches), torch.where(mask[..., None], prediction, patches)]
+        rows = [unpatchify(x, self.encoder.patch, height, width) * self.encoder.std + self.encoder.mean for x in rows]
+        return torch.stack(rows, dim=1).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Several processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The number of this process, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_distributed(device: str = "auto") -> torch.device:
+    """Join the other processes where torchrun started several (NCCL on GPUs, gloo on CPUs) and return the device."""
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    try:
+        chosen = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        else:
+            torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # One hour, since rank 0 probes while the others wait.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    return chosen
+
+
+def on_rank_zero(function):
+    """Run a function on rank 0 alone and give its result, or its UserError, to every rank."""
+    outcome = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # Every rank's loss depends on this rank's rows: sum what all of them send back, then take our rows.
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all processes in rank order: (B, ...) -> (ranks * B, ...), differentiable; x itself in one process.
+
+    Where every rank computes the same loss of the gathered rows, the mean of the ranks' gradients (what DDP takes) is
+    the gradient of that loss in one process.
+    """
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Augmentation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mix_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several small numbers, the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def crop_boxes(height: Tensor, width: Tensor, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), generator=None) -> Tensor:
+    """Boxes of random resized crops: image sizes (B,), (B,) -> (B, 4) as (top, left, height, width), in pixels.
+
+    Area is uniform in `scale` (share of the image), aspect log-uniform in `ratio`; the first of ten draws that fits is
+    taken, otherwise the largest centred box of an allowed aspect (the rule of torchvision's RandomResizedCrop).
+    """
+    device, batch = height.device, len(height)
+    draw = torch.rand(4, batch, 10, device=device, generator=generator)  # ten tries an image
+    area = (scale[0] + (scale[1] - scale[0]) * draw[0]) * (height * width)[:, None]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * draw[1])
+    h, w = (area / aspect).sqrt(), (area * aspect).sqrt()  # (B, 10)
+    fits = (h <= height[:, None]) & (w <= width[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)
+    image_aspect = (width / height).clamp(*ratio)
+    fallback_w = torch.minimum(width, height * image_aspect)
+    found = fits.any(dim=1)
+    h = torch.where(found, h.gather(1, first)[:, 0], fallback_w / image_aspect)
+    w = torch.where(found, w.gather(1, first)[:, 0], fallback_w)
+    place = torch.where(found, draw[2:, :, 0], 0.5)  # the fallback is centred
+    return torch.stack([(height - h) * place[0], (width - w) * place[1], h, w], dim=1)
+
+
+def resize_matrix(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
+    """Bilinear resampling of one axis as a matrix: windows (B,), (B,) of `source` pixels -> (B, target, source).
+
+    Row i holds the weights of output pixel i. Windows that shrink are low-passed (the triangle grows with the step), as
+    in Pillow. A negative length, with the start at the other end, flips.
+    """
+    step = (length / target)[:, None]  # (B, 1) source pixels an output pixel
+    centre = start[:, None] + (torch.arange(target, device=start.device) + 0.5) * step  # (B, target)
+    pixel = torch.arange(source, device=start.device) + 0.5
+    distance = (pixel - centre[..., None]).abs() / step.abs().clamp_min(1)[..., None]  # (B, target, source)
+    weight = (1 - distance).clamp_min(0)
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply a row matrix (B, h, H) and a column matrix (B, w, W) to images (B, C, H, W) -> (B, C, h, w)."""
+    batch, channels, height, _ = images.shape
+    x = torch.bmm(images.flatten(1, 2), columns.transpose(1, 2))  # (B, C * H, w)
+    # Two plain batched products: matmul with a broadcast axis is five times slower on CPUs.
+    x = torch.bmm(rows.repeat_interleave(channels, dim=0), x.view(batch * channels, height, -1))
+    return x.view(batch, channels, rows.shape[1], -1)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Whole images (B, 3, H, W), uint8 or float -> float (B, 3, size, size) in [0, 1]."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    if images.shape[-2:] == (size, size):
+        return images
+    zero = torch.zeros(1, device=images.device)
+    rows, columns = (resize_matrix(zero, zero + side, side, size) for side in images.shape[-2:])
+    return resample(images, rows.expand(len(images), -1, -1), columns.expand(len(images), -1, -1)).clamp(0, 1)
+
+
+def random_resized_crop(
+    images: Tensor, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip: float = 0.5, generator=None
+) -> Tensor:
+    """Each image with its own random crop and flip, the whole batch at once: uint8 (B, 3, H, W) -> float in [0, 1].
+
+    Bilinear, by two batched matrix products. `flip` is the probability of a mirror image.
+    """
+    batch, _, height, width = images.shape
+    sides = torch.tensor([[height], [width]], device=images.device, dtype=torch.float32).expand(2, batch)
+    top, left, h, w = crop_boxes(*sides, scale, ratio, generator).unbind(dim=1)
+    flipped = torch.rand(batch, device=images.device, generator=generator) < flip
+    rows = resize_matrix(top, h, height, size)
+    columns = resize_matrix(torch.where(flipped, left + w, left), torch.where(flipped, -w, w), width, size)
+    return resample(images.float(), rows, columns / 255).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+STATISTICS = {  # of the training pixels, in [0, 1]
+    "shapes": {"mean": (0.424, 0.423, 0.424), "std": (0.272, 0.275, 0.270)},
+    "cifar10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)},
+    "cifar100": {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+}
+CIFAR = {  # folder, files a split, label bytes before the pixels (the last one counts), classes, file of class names
+    "cifar10": (
+        "cifar-10-batches-bin",
+        {"train": "data_batch_*.bin", "test": "test_batch*.bin"},
+        1,
+        10,
+        "batches.meta",
+    ),
+    "cifar100": ("cifar-100-binary", {"train": "train*.bin", "test": "test*.bin"}, 2, 100, "fine_label_names"),
+}
+DATASETS = ("shapes", "cifar10", "cifar100", "imagenet100", "imagenet")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "arrow", "flower", "drop")
+# The 100 classes that Tian et al. (2020, CMC) chose from ImageNet.
+IMAGENET100 = (
+    """
+    02869837 01749939 02488291 02107142 13037406 02091831 04517823 04589890 03062245 01773797 01735189 07831146 07753275
+    03085013 04485082 02105505 01983481 02788148 03530642 04435653 02086910 02859443 13040303 03594734 02085620 02099849
+    01558993 04493381 02109047 04111531 02877765 04429376 02009229 01978455 02106550 01820546 01692333 07714571 02974003
+    02114855 03785016 03764736 03775546 02087046 07836838 04099969 04592741 03891251 02701002 03379051 02259212 07715103
+    03947888 04026417 02326432 03637318 01980166 02113799 02086240 03903868 02483362 04127249 02089973 03017168 02093428
+    02804414 02396427 04418357 02172182 01729322 02113978 03787032 02089867 02119022 03777754 04238763 02231487 03032252
+    02138441 02104029 03837869 03494278 04136333 03794056 03492542 02018207 04067472 03930630 03584829 02123045 04229816
+    02100583 03642806 04336792 03259280 02116738 02108089 03424325 01855672 02090622
+    """
+).split()
+
+
+def unknown(kind: str, given: str, choices) -> str:
+    """The message for a name that does not exist, with the nearest one that does."""
+    close = difflib.get_close_matches(given, list(choices), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown {kind} {given!r}; {hint}choose from {', '.join(choices)}"
+
+
+def load_data(name: str, root="data", split: str = "train", image_size: int = 32, device="cpu", seed: int = 0):
+    """One split ("train" or "test") of a data set -> MemoryImages or FolderImages.
+
+    `name` is one of DATASETS or a folder with train/<class>/* and val/<class>/*. `root` is the folder that holds the
+    files of a named set. Small sets come as one uint8 tensor on `device`. Only `shapes` needs `image_size` and `seed`.
+    Raises UserError where the name is unknown, or a file is missing or not what it should be.
+    """
+    if name == "shapes":
+        count = 4096 if split == "train" else 1024
+        images, labels, masks = render_shapes(count, image_size, seed=2 * seed + (split != "train"))
+        images, labels, masks = (x.to(device) for x in (images, labels, masks))
+        return MemoryImages(images, labels, list(SHAPES), **STATISTICS[name], masks=masks)
+    if name in CIFAR:
+        return read_cifar(name, Path(root), split, device)
+    if name in ("imagenet100", "imagenet"):
+        return read_folders(Path(root), split, IMAGENET100 if name == "imagenet100" else None)
+    if Path(name).is_dir():
+        return read_folders(Path(name), split)
+    raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder with train/<class>/* and val/<class>/*")
+
+
+def read_cifar(name: str, root: Path, split: str, device="cpu") -> "MemoryImages":
+    """The official binary files of CIFAR-10 or CIFAR-100, any number of records a file; `root` holds their folder."""
+    folder, patterns, label_bytes, count, names = CIFAR[name]
+    home = root if root.name == folder else root / folder
+    files = sorted(home.glob(patterns[split]))
+    if not files:
+        archive = f"https://www.cs.toronto.edu/~kriz/{name.replace('cifar', 'cifar-')}-binary.tar.gz"
+        raise UserError(f"no {name} at {home / patterns[split]}; unpack {archive} into {root} or give --root")
+    record = label_bytes + 3072
+    parts = []
+    for file in files:
+        raw = np.fromfile(file, dtype=np.uint8)
+        if len(raw) == 0 or len(raw) % record:
+            raise UserError(f"{file} has {len(raw)} bytes, expected a multiple of {record}: cut short or not {name}")
+        parts.append(raw.reshape(-1, record))
+        if parts[-1][:, label_bytes - 1].max() >= count:
+            raise UserError(f"{file} holds the label {parts[-1][:, label_bytes - 1].max()}, {name} ends at {count - 1}")
+    records = torch.from_numpy(np.concatenate(parts)).to(device)
+    labels, images = records[:, label_bytes - 1].long(), records[:, label_bytes:].reshape(-1, 3, 32, 32)
+    listed = next(home.glob(names + "*.txt"), None)
+    classes = listed.read_text().split() if listed else [str(i) for i in range(count)]
+    return MemoryImages(images, labels, classes, **STATISTICS[name])
+
+
+def read_folders(root: Path, split: str, keep=None) -> "FolderImages":
+    """A folder with train/<class>/* and val/<class>/*; `keep` lists the class numbers ("01440764") to pick.
+
+    Classes are numbered in the order of the sorted folder names of train, for both splits.
+    """
+    home = root / ("train" if split == "train" else "val")
+    names = {}
+    for part in {root / "train", home}:
+        if not part.is_dir():
+            raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*, see --root")
+        names[part] = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
+    classes = names[root / "train"]
+    if keep is not None:
+        chosen = [name for name in classes if name.removeprefix("n") in set(keep)]
+        if not chosen:
+            raise UserError(f"{root / 'train'} holds none of the {len(keep)} classes of ImageNet-100 (n02869837, ...)")
+        if len(chosen) < len(keep) and split == "train" and rank() == 0:
+            print(f"note: {root / 'train'} holds {len(chosen)} of the {len(keep)} classes of ImageNet-100", flush=True)
+        classes = chosen
+    elif strange := sorted(set(names[home]) - set(classes)):
+        raise UserError(
+            f"class {strange[0]!r} of {home} is not in {root / 'train'}; the splits must have the same classes"
+        )
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        folder = home / name
+        found = sorted(entry.path for entry in os.scandir(folder)) if folder.is_dir() else []
+        found = [path for path in found if path.lower().endswith(IMAGE_ENDINGS)]
+        if not found and split == "train":
+            raise UserError(f"class folder {folder} holds no image ({' '.join(IMAGE_ENDINGS)})")
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) below {home}")
+    return FolderImages(paths, torch.tensor(labels), classes, **IMAGENET)
+
+
+@dataclass
+class MemoryImages:
+    """A data set held as one uint8 tensor (N, 3, H, W); batches are made where it lives, all images at once.
+
+    `masks` (N, H, W), True on the object, exists for `shapes` alone.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: list
+    mean: tuple
+    std: tuple
+    masks: Tensor | None = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def train_batches(self, plan, size, scale=(0.08, 1.0), flip=0.5, views=1, **_):
+        """Augmented batches for a plan of (seed, indices): float (B, 3, size, size), or (B, V, 3, ...), and labels."""
+        generator = torch.Generator(self.images.device)
+        for seed, indices in plan:
+            indices = torch.as_tensor(indices, device=self.images.device)
+            raw = self.images[indices].repeat_interleave(views, dim=0)  # (B * V, 3, H, W)
+            images = random_resized_crop(raw, size, scale, flip=flip, generator=generator.manual_seed(seed))
+            images = images if views == 1 else images.unflatten(0, (-1, views))
+            yield images, self.labels[indices]
+
+    def plain_batches(self, indices, size, batch=500, **_):
+        """Whole images without augmentation, in order: float (B, 3, size, size) in [0, 1] and labels."""
+        for part in torch.as_tensor(indices, device=self.images.device).split(batch):
+            yield resize(self.images[part], size), self.labels[part]
+
+
+@dataclass
+class FolderImages:
+    """A data set of image files, decoded, cropped and resized by worker processes; see `read_folders`."""
+
+    paths: list
+    labels: Tensor
+    classes: list
+    mean: tuple
+    std: tuple
+
+    def __len__(self):
+        return len(self.labels)
+
+    def train_batches(self, plan, size, scale=(0.08, 1.0), flip=0.5, views=1, workers=0, device="cpu"):
+        """As MemoryImages.train_batches. Each crop depends on the seed of its step and its place in the batch alone."""
+        ahead, behind = itertools.tee(plan)  # the workers run ahead of the batches that come out
+        keys = ([(int(i), mix_seed(seed, place)) for place, i in enumerate(indices)] for seed, indices in ahead)
+        loaded = self._load(keys, _Decoder(self.paths, self.labels, size, scale, views), workers, device)
+        generator = torch.Generator(device)
+        for (seed, _), (images, labels) in zip(behind, loaded, strict=True):
+            images = images.flatten(0, 1).float() / 255  # (B * V, 3, size, size)
+            mirror = torch.rand(len(images), device=images.device, generator=generator.manual_seed(seed)) < flip
+            images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+            yield (images if views == 1 else images.unflatten(0, (-1, views))), labels
+
+    def plain_batches(self, indices, size, batch=100, workers=0, device="cpu"):
+        """Images without augmentation: the shorter side resized to size * 256 / 224, then the centre square."""
+        parts = [[(int(i), None) for i in part] for part in torch.as_tensor(indices).split(batch)]
+        for images, labels in self._load(parts, _Decoder(self.paths, self.labels, size), workers, device):
+            yield images[:, 0].float() / 255, labels
+
+    @staticmethod
+    def _load(keys, decoder, workers, device):
+        loader = torch.utils.data.DataLoader(
+            decoder,
+            batch_sampler=keys,
+            num_workers=workers,
+            collate_fn=_stack,
+            pin_memory=torch.device(device).type == "cuda",
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield [x.to(device, non_blocking=True) for x in batch]
+
+
+@dataclass
+class _Decoder(torch.utils.data.Dataset):
+    """What a worker process does: (index, seed) -> uint8 (V, 3, size, size) and the label; no seed, no augmentation.
+
+    An image that cannot be read comes back as the text of the error: an exception would lose its one clear line.
+    """
+
+    paths: list
+    labels: Tensor
+    size: int
+    scale: tuple = (0.08, 1.0)
+    views: int = 1
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        index, seed = key
+        try:
+            views = [
+                decode_image(self.paths[index], self.size, self.scale, None if seed is None else mix_seed(seed, view))
+                for view in range(self.views)
+            ]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{self.paths[index]} cannot be read as an image ({error}); mend or remove it"
+        return torch.stack(views), self.labels[index]
+
+
+def _stack(items):
+    broken = next((item for item in items if isinstance(item, str)), None)
+    return broken or tuple(torch.stack(part) for part in zip(*items, strict=True))
+
+
+def decode_image(path, size: int, scale=(0.08, 1.0), seed: int | None = None) -> Tensor:
+    """Read one image file -> uint8 (3, size, size): a random resized crop, or the centre square without a seed.
+
+    JPEG, PNG and WebP; grey, palette, CMYK, 16-bit and turned (EXIF) files come out as upright RGB. Bicubic.
+    Raises OSError, SyntaxError or ValueError where the file is damaged.
+    """
+    with Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation: on its side
+        width, height = image.size[::-1] if turned else image.size
+        if seed is None:
+            side = min(height, width) * 224 / 256
+            box = torch.tensor([(height - side) / 2, (width - side) / 2, side, side])
+        else:
+            sizes = torch.tensor([[height], [width]], dtype=torch.float32)
+            box = crop_boxes(*sizes, scale, generator=torch.Generator().manual_seed(seed))[0]
+        top, left, h, w = box.tolist()
+        shrink = min(h, w) / size
+        if image.format == "JPEG" and shrink >= 2:  # let the decoder skip what the crop would throw away
+            image.draft("RGB", (int(image.size[0] / shrink), int(image.size[1] / shrink)))
+        upright = ImageOps.exif_transpose(to_rgb(image))
+    sx, sy = upright.width / width, upright.height / height  # less than 1 after draft
+    box = (left * sx, top * sy, min((left + w) * sx, upright.width), min((top + h) * sy, upright.height))
+    upright = upright.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB; 16-bit grey is scaled rather than cut off, transparency is dropped."""
+    if image.mode.startswith("I") or image.mode == "F":
+        exif, values = image.getexif(), np.asarray(image, dtype=np.float32)
+        values = values / 257 if values.max(initial=0) > 255 else values
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        image.getexif().update(exif)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def render_shapes(count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw `count` pictures of ten shapes -> uint8 (N, 3, size, size), labels (N,), bool object masks (N, size, size).
+
+    Only the outline tells the class. Colours, light, texture, place, scale and rotation of the shape and the background
+    behind it vary. Picture i depends on (seed, i) alone, whatever the count.
+    """
+    draws = np.random.Generator(np.random.Philox(seed)).random((count, 24))  # filled row by row: rows never change
+    draws = torch.from_numpy(draws).float()
+    labels = torch.arange(count) % len(SHAPES)
+    radius, slope = _outlines()
+    images = torch.empty(count, 3, size, size, dtype=torch.uint8)
+    masks = torch.empty(count, size, size, dtype=torch.bool)
+    step = max(1, 2**20 // size**2)  # keep the working set in the cache
+    for i in range(0, count, step):
+        part = slice(i, i + step)
+        images[part], masks[part] = _draw(draws[part], labels[part], size, radius, slope)
+    return images, labels, masks
+
+
+def _outlines(angles: int = 720) -> tuple[Tensor, Tensor]:
+    """Each shape as the distance of its outline from its centre, by angle (0 = up): radius and slope (10, angles)."""
+    angle = np.arange(angles) * 2 * np.pi / angles
+    turn = 2 * np.pi
+
+    def polygon(*corners):  # (right, up) pairs, anticlockwise, every point in sight of the centre
+        distance = np.full(angles, np.inf)
+        for (x1, y1), (x2, y2) in zip(corners, corners[1:] + corners[:1], strict=True):
+            dx, dy = -np.sin(angle), np.cos(angle)
+            cross = dx * (y2 - y1) - dy * (x2 - x1)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                along = (x1 * (y2 - y1) - y1 * (x2 - x1)) / cross
+                share = (x1 * dy - y1 * dx) / cross
+            hit = (along > 0) & (share >= -1e-9) & (share <= 1 + 1e-9)
+            distance = np.where(hit & (along < distance), along, distance)
+        return distance
+
+    def spikes(count, inner):  # outer corners at radius 1, inner ones between them
+        at = [(1.0 if i % 2 == 0 else inner, i * np.pi / count) for i in range(2 * count)]
+        return polygon(*[(-r * np.sin(a), r * np.cos(a)) for r, a in at])
+
+    bar = np.minimum(0.34 / np.abs(np.sin(angle)).clip(1e-6), 1 / np.abs(np.cos(angle)).clip(1e-6))
+    beam = np.minimum(1 / np.abs(np.sin(angle)).clip(1e-6), 0.34 / np.abs(np.cos(angle)).clip(1e-6))
+    away = np.minimum(angle, turn - angle)  # angle from "up", 0 to pi
+    t = -angle[::10]
+    heart = list(zip(np.sin(t) ** 3, (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16))
+    outlines = {
+        "circle": np.full(angles, 0.8),
+        "ring": np.full(angles, 0.9),  # with a hole, see `_draw`
+        "square": polygon((0.75, 0.75), (-0.75, 0.75), (-0.75, -0.75), (0.75, -0.75)),
+        "triangle": spikes(3, 0.5),
+        "star": spikes(5, 0.42),
+        "cross": np.maximum(bar, beam),
+        "heart": polygon(*heart),
+        "arrow": polygon((0, 1), (-0.8, 0.2), (-0.3, 0.2), (-0.3, -0.9), (0.3, -0.9), (0.3, 0.2), (0.8, 0.2)),
+        "flower": 0.72 + 0.24 * np.cos(6 * angle),
+        "drop": 0.62 + 0.45 * np.exp(-((away / 0.42) ** 2)),
+    }
+    radius = torch.from_numpy(np.stack([outlines[name] for name in SHAPES])).float()
+    slope = (radius.roll(-1, 1) - radius.roll(1, 1)) / (2 * turn / angles)
+    return radius, slope
+
+
+def _draw(draws: Tensor, labels: Tensor, size: int, radius: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Render one part of `render_shapes`: draws (N, 24), labels (N,) -> uint8 (N, 3, S, S), bool (N, S, S)."""
+    column = iter(draws.unbind(dim=1))
+
+    def vary(low, high):
+        return (low + (high - low) * next(column))[:, None, None]  # (N, 1, 1)
+
+    x, y = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing="xy")  # (S, S) in [-1, 1]
+    extent, tilt = vary(0.5, 0.75), vary(-0.3, 0.3)
+    x0, y0 = vary(-0.28, 0.28), vary(-0.28, 0.28)
+
+    def inside(dx, dy, softness):  # share of each pixel that the shape covers, with soft edges for the shadow
+        u = ((x - x0 - dx) * tilt.cos() + (y - y0 - dy) * tilt.sin()) / extent
+        v = ((y - y0 - dy) * tilt.cos() - (x - x0 - dx) * tilt.sin()) / extent  # (N, S, S), v points down
+        distance = (u * u + v * v).sqrt().clamp_min(1e-3)
+        bins = radius.shape[1]
+        at = (torch.atan2(-u, -v) * (bins / (2 * math.pi))).round().long() % bins + bins * labels[:, None, None]
+        edge, lean = radius.flatten()[at], (slope.flatten()[at] / distance).clamp(-1.5, 1.5)
+        depth = (edge - distance) * torch.rsqrt(1 + lean * lean)  # distance to the outline, to first order
+        hole = (labels == SHAPES.index("ring"))[:, None, None]
+        depth = torch.where(hole, torch.minimum(depth, distance - 0.45), depth)
+        return (0.5 + depth * extent * size / 2 / softness).clamp(0, 1), u, v
+
+    def colour():  # hue, saturation and value -> (N, 3, 1, 1)
+        hue, saturation, value = vary(0, 1), vary(0.35, 1), vary(0.3, 1)
+        wheel = (hue + torch.tensor([0, 2 / 3, 1 / 3]).view(3, 1, 1)[:, None] % 1) * 6
+        rgb = value * (1 - saturation * (1 - ((wheel % 6 - 3).abs() - 1).clamp(0, 1)))  # (3, N, 1, 1)
+        return rgb.transpose(0, 1)
+
+    def waves(a, b):  # soft stripes of any direction, in [-1, 1]
+        direction, phase = vary(0, math.pi), vary(0, 2 * math.pi)
+        frequency = vary(2, 9)
+        return torch.sin((a * direction.cos() + b * direction.sin()) * frequency + phase)
+
+    body, u, v = inside(0, 0, 1.0)
+    shadow, _, _ = inside(0.07, 0.1, 0.16 * size)
+    back, front = colour(), colour()
+    # Keep object and background apart in brightness, so that there is something to see.
+    weights = torch.tensor([0.3, 0.59, 0.11]).view(1, 3, 1, 1)
+    contrast = ((front - back) * weights).sum(dim=1, keepdim=True)
+    push = (0.3 - contrast.abs()).clamp_min(0) * torch.where(contrast < 0, -1.0, 1.0)
+    front, back = front + push / 2, back - push / 2
+    back = back * (1 + vary(0, 0.18) * waves(x, y))[:, None] + (vary(-0.15, 0.15) * x + vary(-0.15, 0.15) * y)[:, None]
+    front = front * (1 + vary(0, 0.22) * waves(2 * u, 2 * v) - 0.16 * (u + v))[:, None]  # lit from the upper left
+    image = back * (1 - 0.45 * shadow)[:, None]
+    image = image + (front - image) * body[:, None]
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8), body > 0.5
+
+
+def save_pictures(rows: Tensor, path, side: int = 128):
+    """Write rows of pictures (R, K, 3, H, W), values in [0, 1], as one PNG, small ones enlarged in whole steps."""
+    zoom = max(1, side // rows.shape[-1])
+    tiles = F.interpolate(rows.flatten(0, 1).float().cpu(), scale_factor=zoom, mode="nearest")
+    tiles = F.pad(tiles, (2, 2, 2, 2), value=1.0).unflatten(0, rows.shape[:2])  # thin white frames
+    sheet = rearrange(tiles, "r k c h w -> (r h) (k w) c")
+    Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()).save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Probes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10, chunk: int = 1024):
+    """Share of queries (M, D) whose k nearest rows of the bank (N, D) vote for their label, in percent.
+
+    Euclidean distance, one vote each, the lowest class wins a tie (MAGMA, section 5: k = 10).
+    """
+    centre = bank.mean(dim=0)  # the Gram form of a distance loses its digits where the mean is large
+    bank, queries = bank - centre, queries - centre
+    norms, right = bank.square().sum(dim=1), 0
+    for part, truth in zip(queries.split(chunk), labels.split(chunk), strict=True):
+        distance = torch.addmm(norms, part, bank.T, alpha=-2)  # (chunk, N), up to a constant a row
+        nearest = bank_labels[distance.topk(min(k, len(bank)), largest=False).indices]  # (chunk, k)
+        votes = F.one_hot(nearest, int(bank_labels.max()) + 1).sum(dim=1)
+        right += int((votes.argmax(dim=1) == truth).sum())
+    return 100 * right / len(labels)
+
+
+def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int):
+    """Accuracy in percent of ridge regression on one-hot labels: a linear probe without a training loop.
+
+    Features (N, D) are standardised. Of seven ridge strengths, 1e-5 to 10 times N, the one with the best exact
+    leave-one-out accuracy on the training part is taken.
+    """
+    mean, std = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    onehot = F.one_hot(train_labels, classes).to(train.dtype)
+    offset = onehot.mean(dim=0)
+    values, vectors = torch.linalg.eigh(train.T @ train)  # (D,), (D, D)
+    rotated, target = train @ vectors, (train @ vectors).T @ (onehot - offset)  # (N, D), (D, classes)
+    best, best_weight = -1.0, None
+    for strength in len(train) * 10.0 ** torch.arange(-5, 2):
+        shrink = 1 / (values.clamp_min(0) + strength)  # (D,)
+        fitted = rotated @ (shrink[:, None] * target) + offset
+        leverage = (rotated.square() @ shrink + 1 / len(train)).clamp_max(1 - 1e-4)[:, None]
+        left_out = onehot - (onehot - fitted) / (1 - leverage)
+        accuracy = float((left_out.argmax(dim=1) == train_labels).float().mean())
+        if accuracy > best:
+            best, best_weight = accuracy, vectors @ (shrink[:, None] * target)
+    return 100 * float(((test @ best_weight + offset).argmax(dim=1) == test_labels).float().mean())
+
+
+@torch.inference_mode()
+def features_of(encode, data, indices, size: int, **loading) -> tuple[Tensor, Tensor]:
+    """encode(images) -> (B, D) over whole images of a data set: float32 features (N, D) and labels (N,)."""
+    parts = [(encode(images).float(), labels) for images, labels in data.plain_batches(indices, size, **loading)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def probe(encode, train, test, size: int, limit: int = 0, **loading) -> dict:
+    """kNN and linear accuracy in percent of frozen features: {"knn": ..., "linear": ...}.
+
+    At most `limit` images of each split, drawn once by a fixed seed; 0 takes all. Unlabelled ones (-1) do not count.
+    """
+    parts = []
+    for data in (train, test):
+        chosen = torch.nonzero(data.labels >= 0)[:, 0].cpu()
+        if limit and limit < len(chosen):
+            chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:limit]]
+        parts += features_of(encode, data, chosen, size, **loading)
+    return {"knn": knn_accuracy(*parts), "linear": ridge_accuracy(*parts, len(train.classes))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainConfig:
+    """The settings of the loop. Each method's Config adds its own; a field's comment is the help text of its flag."""
+
+    data: str = "shapes"  # name of a data set, or a folder with train/<class>/* and val/<class>/*
+    root: str = "data"  # folder that holds the files of a named data set
+    image_size: int = 224  # side of the crops, in pixels
+    crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
+    flip: float = 0.5  # probability of a mirror image
+    epochs: int = 100
+    batch_size: int = 256  # images a step, over all processes and accumulated parts
+    accumulate: int = 1  # parts a step is cut into, to save memory
+    base_lr: float = 1.5e-4  # learning rate for a batch of 256; the real one is base_lr * batch_size / 256
+    warmup_epochs: int = 10  # epochs in which the learning rate rises linearly
+    warmup_lr: float = 0.0  # learning rate that the warm-up starts from
+    weight_decay: float = 0.05  # of AdamW; none on biases, norms and tokens
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    clip: float = 0.0  # largest norm of the gradient, 0 for no limit
+    amp: str = "auto"  # auto, bf16, fp16 or off; auto is bf16 where the processor has it, else fp16 on a GPU
+    compile: bool = False  # compile the model with torch.compile
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    workers: int = 8  # processes that decode image files
+    seed: int = 0  # of everything random
+    probe_every: int = 10  # epochs between two probes; the last epoch is always probed, 0 probes never
+    probe_images: int = 20000  # most images of each split to probe, 0 for all
+    save_every: int = 1  # epochs between two checkpoints; the last epoch is always saved
+    out: str = ""  # run folder; the default is runs/<method>-<data>
+    resume: bool = False  # go on with the run in the run folder
+
+
+FREE_FIELDS = {"root", "device", "workers", "probe_every", "probe_images", "save_every", "out", "resume"}
+"""Fields that may differ between a run and its continuation: they do not change what is learned."""
+
+
+@functools.cache
+def field_comments(config_class) -> dict:
+    """The comment behind each field of a dataclass, base classes included: {field: comment}."""
+    comments = {}
+    for cls in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(cls):
+            found = re.findall(r"^ {4}(\w+): [^#\n]*(?:# (.*))?$", inspect.getsource(cls), flags=re.MULTILINE)
+            comments |= {name: text for name, text in found if text or name not in comments}
+    return comments
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line: UserError."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def flag_parser(config_class, usage: str, description: str) -> Parser:
+    """A parser with one flag a field of a dataclass: --any-field value, --no-x for booleans, no abbreviations."""
+    parser = Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    hints, comments = typing.get_type_hints(config_class), field_comments(config_class)
+    for field in dataclasses.fields(config_class):
+        kind, shown = hints[field.name], field.default
+        options = {"type": kind}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)
+            options = {"type": inner[0], "nargs": "+" if inner[-1] is ... else len(inner)}
+            shown = " ".join(map(str, shown))
+        text = f"{comments[field.name]} (default: {shown})".replace("%", "%%").strip()
+        parser.add_argument("--" + field.name.replace("_", "-"), help=text, **options)
+    return parser
+
+
+def read_flags(config_class, recipes: dict, argv: list, usage: str = "", description: str = ""):
+    """Command line -> config: the defaults, then every recipe that fits, then the flags themselves.
+
+    A recipe's key is what one would type: "cifar100" fits --data cifar100, "cifar100 --ssl simclr" needs that flag too.
+    Raises UserError for a flag or a value that does not exist.
+    """
+    parser = flag_parser(config_class, usage, description)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        if not rest[0].startswith("-"):
+            raise UserError(f"{rest[0]!r} stands alone; a value needs its flag: --any-field value")
+        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        close = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown flag {rest[0]!r}; {hint}--help lists the flags")
+    given = vars(given)
+    values = {}
+    for key, recipe in recipes.items():
+        name, *flags = key.split()
+        wanted = {"data": name, **vars(parser.parse_args(flags))}
+        if wanted.items() <= ({"data": config_class.data} | given).items():
+            values |= recipe
+    values |= given
+    for name, value in values.items():
+        if isinstance(value, list):
+            values[name] = tuple(value)
+    return config_class(**values)
+
+
+def check_config(config: TrainConfig, images: int):
+    """Raise UserError where the loop cannot run with this configuration on a data set of so many images."""
+    parts = world_size() * config.accumulate
+    positive = ("image_size", "epochs", "batch_size", "accumulate", "save_every")
+    for name in positive:
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small; give at least 1")
+    if config.amp not in ("auto", "bf16", "fp16", "off"):
+        raise UserError(unknown("--amp", config.amp, ("auto", "bf16", "fp16", "off")))
+    if not 0 < config.crop_min <= 1:
+        raise UserError(f"--crop-min {config.crop_min} is not a share of the image; give more than 0, at most 1")
+    if config.batch_size > images:
+        raise UserError(f"a batch of {config.batch_size} is larger than the data set of {images}; lower --batch-size")
+    if config.batch_size % parts:
+        raise UserError(
+            f"a batch of {config.batch_size} does not divide by {world_size()} processes x {config.accumulate} parts; "
+            f"change --batch-size or --accumulate"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. The loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, or None for plain float32.
+
+    float32 products keep full precision (no TF32): under autocast the heavy ones are in bf16 or fp16 already, and what
+    is left in float32, such as a loss on nearly equal features, is there because it needs every digit.
+    """
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+    return torch.bfloat16 if has_bf16 else None  # emulated bf16 is slower than float32
+
+
+def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
+    """Linear warm-up from `warmup_lr`, then a cosine to zero, step by step."""
+    peak = config.base_lr * config.batch_size / 256
+    warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+    if step < warmup:
+        return config.warmup_lr + (peak - config.warmup_lr) * step / warmup
+    return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class Stepper:
+    """Autocast, loss scaling, clipping and the optimiser, in the one order that is right for fp16."""
+
+    def __init__(self, optimizer, config: TrainConfig, device: torch.device):
+        self.optimizer, self.clip, self.device = optimizer, config.clip, device
+        self.dtype = pick_precision(config.amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def backward(self, loss: Tensor):
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        if self.clip:
+            self.scaler.unscale_(self.optimizer)  # clip the true gradient, not the scaled one
+            nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Method(nn.Module):
+    """The whole contract between a paper and the loop. Made as `Method(config, data)`; `data` knows mean, std, classes.
+
+    `encoder` is what a run is for: it is saved in encoder.pt and probed. `views` is how many crops of each image
+    `forward` is given: (B, 3, H, W) for one, (B, views, 3, H, W) for more.
+    """
+
+    name: str
+    encoder: nn.Module
+    views = 1
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
+        """{"loss": scalar to minimise, other scalars to log}; images are in [0, 1]."""
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def start_epoch(self, epoch: int):
+        """Called before each epoch, counted from 0, for schedules in epochs."""
+
+    def optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
+        """AdamW without decay on biases, norms and tokens."""
+        decay, plain = [], []
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                (plain if parameter.ndim < 2 or name.endswith("token") else decay).append(parameter)
+        groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        # torch.optim checks betas and friends by exceptions of its own, which name the value.
+        return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
+
+    def update(self, model: nn.Module, batches: list, stepper: Stepper) -> dict:
+        """One optimisation step over the parts of a batch -> scalars to log. `model` is self, as DDP wraps it."""
+        logged = []
+        for i, (images, labels) in enumerate(batches):
+            # Only the last part's backward averages over the processes; DDP decides that in the forward pass.
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last or model is self or world_size() == 1 else model.no_sync():
+                with stepper.autocast():
+                    out = model(images, labels)
+                stepper.backward(out["loss"] / len(batches))
+            logged.append({name: value.detach().float() for name, value in out.items()})
+        stepper.step()
+        return {name: sum(part[name] for part in logged) / len(logged) for name in logged[0]}
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """Rows of pictures worth looking at: images (B, 3, H, W) -> (B, K, 3, H, W), values in [0, 1]."""
+        return images[:, None]
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is infinite or not a number: the run stops, its last checkpoint stays."""
+
+
+class Meter:
+    """Means of logged scalars over an epoch, read from the device every few steps only, since each read waits for it."""
+
+    def __init__(self, sums: dict | None = None, count: int = 0):
+        self.sums, self.count, self.waiting = dict(sums or {}), count, []
+
+    def add(self, step: int, values: dict):
+        self.waiting.append((step, values))
+
+    def flush(self, checkpoint: Path):
+        """Fold in what waits, averaged over the processes; raise NonFiniteLoss where the loss is not finite."""
+        if not self.waiting:
+            return
+        names = list(self.waiting[0][1])
+        table = torch.stack([torch.stack([values[name] for name in names]) for _, values in self.waiting])
+        if world_size() > 1:  # one bad rank stops all, at the same step
+            dist.all_reduce(table)
+            table /= world_size()
+        for (step, _), row in zip(self.waiting, table.tolist(), strict=True):
+            if not math.isfinite(row[names.index("loss")]):
+                terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, row, strict=True))
+                kept = (
+                    f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written"
+                )
+                raise NonFiniteLoss(f"step {step}: {terms}; {kept}; lower --base-lr or try --amp off")
+            for name, value in zip(names, row, strict=True):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.count += 1
+        self.waiting = []
+
+    def means(self) -> dict:
+        return {name: total / max(1, self.count) for name, total in self.sums.items()}
+
+
+def write_atomically(path: Path, write):
+    """write(temporary path), then move it over `path`: a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint without running any code that a file may hold. Raises UserError where it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(f"{path} is not a checkpoint ({str(error).splitlines()[0]})") from None
+
+
+def open_run(out: Path, name: str, config: TrainConfig) -> bool:
+    """Make a new run folder; with --resume say whether it holds a checkpoint that this configuration can go on from."""
+    checkpoint, fields = out / "last.pt", dataclasses.asdict(config)
+    if not config.resume and out.exists():
+        raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
+    if config.resume and checkpoint.exists():
+        state = load_checkpoint(checkpoint)
+        if state.get("method") != name:
+            raise UserError(f"{checkpoint} belongs to method {state.get('method')!r}, not {name!r}")
+        old = state["config"]
+        differing = [k for k in fields.keys() | old.keys() if k not in FREE_FIELDS and old.get(k) != fields.get(k)]
+        if differing:
+            changes = ", ".join(f"{k} {old.get(k)} -> {fields.get(k)}" for k in sorted(differing))
+            raise UserError(f"{out} was trained with another configuration ({changes}); use the same flags")
+        return True
+    if config.resume:
+        print(f"note: no checkpoint in {out} yet, starting from the beginning", flush=True)
+    header = {"command": " ".join(sys.argv), "method": name, "config": fields}
+    header["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps({"method": name, **fields}, indent=2) + "\n")
+        (out / "log.jsonl").write_text(json.dumps(header) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {out} ({error.strerror}); choose another by --out") from None
+    return False
+
+
+def read_log(path: Path, last_epoch: int) -> list:
+    """Drop the lines of a log after `last_epoch` (their steps will be done again) and return the others' contents."""
+    kept = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+            line = json.loads(text)
+            if line.get("epoch", 0) <= last_epoch:
+                kept.append(line)
+    write_atomically(path, lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in kept)))
+    return kept[1:]  # without the header
+
+
+def save_encoder(encoder: nn.Module, path):
+    """Write an encoder so that `load_encoder` can rebuild it from the file alone."""
+    torch.save({"kind": type(encoder).__name__, "fields": encoder.fields, "weights": encoder.state_dict()}, path)
+
+
+def load_encoder(path) -> nn.Module:
+    """The encoder of an encoder.pt file, in eval mode. Raises UserError where the file is not one."""
+    state = load_checkpoint(Path(path))
+    kinds = {"ViT": ViT}
+    if not isinstance(state, dict) or state.get("kind") not in kinds:
+        raise UserError(f"{path} is not an encoder file; expected the encoder.pt of a run")
+    encoder = kinds[state["kind"]](**state["fields"])
+    encoder.load_state_dict(state["weights"])
+    return encoder.eval()
+
+
+def batch_plan(images: int, config: TrainConfig, first_step: int):
+    """What this process loads from `first_step` on: (seed, indices) a step.
+
+    Which images make up a global batch depends on (seed, step) alone, not on the number of processes.
+    """
+    steps, share = images // config.batch_size, config.batch_size // world_size()
+    for epoch in range(first_step // steps, config.epochs):
+        generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, 0))
+        order = torch.randperm(images, generator=generator)
+        for step in range(max(first_step, epoch * steps), (epoch + 1) * steps):
+            start = step % steps * config.batch_size + rank() * share
+            yield mix_seed(config.seed, step, rank(), 1), order[start : start + share]
+
+
+def fit(method: Method, train, test, config: TrainConfig) -> dict:
+    """Train a method and return the probes' accuracies: {"trained": {...}, "untrained": {...}, "pixels": {...}}.
+
+    Runs in one process or in each of several (torchrun). Writes the run folder `config.out`: config.json, log.jsonl,
+    last.pt, encoder.pt, pictures.png. Everything random in step t comes from generators seeded by (seed, t, rank), so a
+    run that was killed and resumed equals one that was not.
+    Raises UserError for a configuration that cannot run, NonFiniteLoss.
+    """
+    check_config(config, len(train))
+    out = Path(config.out or f"runs/{method.name}-{Path(config.data).name}")
+    resuming = on_rank_zero(lambda: open_run(out, method.name, config))
+    device = next(method.parameters()).device
+    if world_size() > 1 and device.type == "cuda":
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    stepper = Stepper(method.optimizer(config), config, device)
+    steps = len(train) // config.batch_size
+    first_step, meter, log = 0, Meter(), []
+    if resuming:
+        state = load_checkpoint(out / "last.pt")
+        method.load_state_dict(state["weights"])
+        stepper.optimizer.load_state_dict(state["optimizer"])
+        stepper.scaler.load_state_dict(state["scaler"])
+        first_step, meter = state["step"], Meter(state["sums"], state["count"])
+        log = on_rank_zero(lambda: read_log(out / "log.jsonl", first_step // steps))
+
+    model = torch.compile(method) if config.compile else method
+    if world_size() > 1:
+        devices = [device.index] if device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    loading = {"workers": config.workers, "device": device}
+    if rank() == 0:
+        print_start(method, train, config, stepper, out, first_step // steps)
+
+    def save(step: int):
+        state = {"method": method.name, "config": dataclasses.asdict(config), "step": step, "sums": meter.sums}
+        state |= {"count": meter.count, "weights": method.state_dict(), "optimizer": stepper.optimizer.state_dict()}
+        state |= {"scaler": stepper.scaler.state_dict()}
+        write_atomically(out / "last.pt", lambda path: torch.save(state, path))
+        write_atomically(out / "encoder.pt", lambda path: save_encoder(method.encoder, path))
+
+    def encode(images: Tensor) -> Tensor:
+        with stepper.autocast():
+            return method.encoder(images)
+
+    def raw_pixels(images: Tensor) -> Tensor:  # at no more than 32 x 32: a probe of all pixels of a photograph is huge
+        return resize(images, min(config.image_size, 32)).flatten(1)
+
+    def finish_epoch(epoch: int, **extra):
+        """Probe, draw and log an epoch that is over; epoch 0 is the untrained encoder."""
+        line = {"epoch": epoch, **meter.means(), **extra}
+        if config.probe_every and (epoch == config.epochs or epoch % config.probe_every == 0):
+            method.eval()
+            line |= probe(encode, train, test, config.image_size, config.probe_images, **loading)
+            if epoch == 0:
+                line["pixels"] = probe(raw_pixels, train, test, config.image_size, config.probe_images, **loading)
+            some, _ = next(iter(test.plain_batches(range(min(8, len(test))), config.image_size, **loading)))
+            torch.manual_seed(config.seed)
+            with torch.no_grad(), stepper.autocast():
+                save_pictures(method.pictures(some), out / "pictures.png")
+            method.train()
+        log.append(line)
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if "knn" in line or bar.disable:
+            shown = {name: line[name] for name in ("loss", "knn", "linear") if name in line}
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            tqdm.write(f"epoch {epoch}/{config.epochs}  {shown}")
+
+    bar = tqdm(
+        total=config.epochs * steps * config.batch_size,
+        initial=first_step * config.batch_size,
+        unit="img",
+        unit_scale=True,
+        disable=None if rank() == 0 else True,  # None: only where a person is watching
+    )
+    if rank() == 0 and (not log or log[-1]["epoch"] < first_step // steps):
+        finish_epoch(first_step // steps)  # the start, or a kill came between a checkpoint and its line
+    if first_step % steps == 0:
+        meter = Meter()
+    plan = batch_plan(len(train), config, first_step)
+    scale = (config.crop_min, 1.0)
+    batches = train.train_batches(plan, config.image_size, scale, config.flip, method.views, **loading)
+    for epoch in range(first_step // steps, config.epochs):
+        method.start_epoch(epoch)
+        started, done = time.perf_counter(), 0
+        for step in range(max(first_step, epoch * steps), (epoch + 1) * steps):
+            images, labels = next(batches)
+            rate = learning_rate(step, steps, config)
+            for group in stepper.optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+            torch.manual_seed(mix_seed(config.seed, step, rank(), 2))
+            parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
+            meter.add(step, method.update(model, parts, stepper))
+            done += config.batch_size
+            if step % 10 == 0:
+                meter.flush(out / "last.pt")
+                bar.set_postfix(epoch=epoch + 1, loss=f"{meter.means()['loss']:.4f}", lr=f"{rate:.1e}", refresh=False)
+            bar.update(config.batch_size)
+        meter.flush(out / "last.pt")
+        if rank() == 0:
+            seconds = time.perf_counter() - started
+            if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.epochs:
+                save((epoch + 1) * steps)  # before the probe, which may fail
+            finish_epoch(epoch + 1, lr=rate, images_per_second=round(done / seconds))
+        meter = Meter()
+    bar.close()
+    log = on_rank_zero(lambda: log)
+    names = ("knn", "linear")
+    results = {"trained": log[-1], "untrained": log[0], "pixels": log[0].get("pixels", {})}
+    return {row: {name: line[name] for name in names} for row, line in results.items() if "knn" in line}
+
+
+def print_start(method: Method, train, config: TrainConfig, stepper: Stepper, out: Path, epoch: int):
+    """What is about to run, so that a wrong setting is seen in the first second."""
+    millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (method, method.encoder)]
+    device, precision = stepper.device, str(stepper.dtype or torch.float32).removeprefix("torch.")
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    peak = config.base_lr * config.batch_size / 256
+    print(f"method      {method.name}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M")
+    print(f"data        {config.data}: {len(train)} images, {len(train.classes)} classes, size {config.image_size}")
+    print(f"device      {device} ({place}), {precision}, {world_size()} process(es)")
+    print(f"batch       {config.batch_size} images, {config.accumulate} part(s); learning rate {peak:.3g}")
+    print(f"epochs      {epoch} of {config.epochs} done, {len(train) // config.batch_size} steps each; writes {out}")
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    shown = "  ".join(f"{name}={value}" for name, value in own.items() if name not in TrainConfig.__dataclass_fields__)
+    print(f"settings    {shown}", flush=True)
+
+
+def format_results(results: dict) -> str:
+    """The table that a run ends with: what the encoder learned, beside what it knew and what pixels say."""
+    titles = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
+    rows = [f"{titles[row]:<20}{line['knn']:>8.1f}{line['linear']:>10.1f}" for row, line in results.items()]
+    return "\n".join([f"{'accuracy (%)':<20}{'kNN':>8}{'linear':>10}", *rows])

@@ -1,0 +1,430 @@
+"""MAGMA: manifold regularisation between the layers of a vision transformer.
+
+Dondera, Singh and Jamali-Rad, "MAGMA: Manifold Regularization for MAEs" (arXiv 2412.02871; thesis, TU Delft 2024).
+
+The idea: two images that are close in one layer should be close in the next. Build a graph over the images of a batch
+from the features of a reference layer (the last but one), and penalise features of the regularised layer (the last)
+that differ across its edges. The term is added to a self-supervised loss for a while early in training and removed
+again; the paper finds that its effect lasts.
+
+Equation                                                      function
+Eq. 1      total loss, with the schedule e_st, e_dur          Magma.forward, Magma.start_epoch
+Eq. 2, 6   regulariser as a trace                             manifold_loss
+Eq. 3, 5   inverse form                                       inverse_manifold_loss, inverse_affinity
+Eq. 4      Gaussian affinity between images                   affinity
+Eq. 7      normalised Laplacian                               laplacian (and printed_laplacian, as printed)
+Sec. 3.1   image = average of its patches                     image_features
+U-MAE      uniformity (Zhang et al. 2022)                     uniformity_loss
+Sec. 5     SimCLR, VICReg (Chen et al. 2020, Bardes 2021)     contrastive_loss, vicreg_loss, jitter
+
+Train it:  python train.py magma                                  M-MAE on built-in pictures, on a laptop
+           python train.py magma --lam 0                          the MAE baseline
+           python train.py magma --uniformity 0.01                MU-MAE; with --lam 0, U-MAE
+           python train.py magma --ssl simclr                     M-SimCLR; --ssl vicreg likewise
+           python train.py magma --data imagenet100 --root DIR    the paper's experiment
+
+What the paper leaves open, or says otherwise than its code (github.com/adondera/magma), and our choice:
+* Eq. 7 prints D^-1/2 W D^-1/2. Minimising that trace would push similar images apart; the code has the identity minus
+  it, and so have we. `--laplacian printed` is the text, `unnormalized` is D - W, half the double sum of Eq. 2.
+* Eq. 4 prints exp(-d / 2 std), the code has exp(-d / std) (`--kernel-factor` 0.5 and 1). The code sets W_ii = 0 and takes
+  the deviation over distances that are not zero; we take it over i != j, which differs for exact duplicates only.
+  `--diagonal` is the text: W_ii = 1, and the deviation over all pairs.
+* Eq. 2 sums over all pairs of layers in K; the code goes from each reference layer to the last one and averages
+  (`--layer-pairs all` is the text). It stops no gradient: the reference layer learns too (`--detach-reference`).
+* "Average" of the patches is printed as a sum; the code has the mean over visible patches, without the CLS token.
+* Eq. 3 is printed, never used and not in the code: `--inverse` is its weight, 0 by default. It leaves out i = j, where
+  it would divide by zero, adds 1e-6 to the distance and caps the exponent at 30: choices of ours.
+* Where every distance is the same (always for two images) the deviation is zero and the code gives NaN. We divide by the
+  mean distance there, so the affinity is the same for all pairs, as it should be.
+* The warm-up of the learning rate starts at 0 as in the released configurations; the text says 3e-5 (`--warmup-lr`).
+* Decoder sizes for the small data sets, e_dur off ImageNet-100 and the projector's output width (SimCLR 256, VICReg 2048:
+  the defaults of solo-learn, which the code is built on) are not in the text. Colours vary by one affine map an image.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from common import (
+    VIT_SIZES,
+    MaskedAutoencoder,
+    Method,
+    TrainConfig,
+    UserError,
+    ViT,
+    gather,
+    reconstruction_loss,
+    resample,
+    unknown,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's mathematics. B images, D channels. All functions are pure and work in any float dtype, on any device.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_float32(function):
+    """Run a function in float32 at least, also under autocast: differences of nearly equal features need every digit."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        args = [x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_tensor(x) else x for x in args]
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@in_float32
+def squared_distances(z: Tensor) -> Tensor:
+    """All |z_i - z_j|^2: (B, D) -> (B, B), from a Gram matrix, so memory is O(B^2 + B D).
+
+    The features are centred first. Without that (and in `torch.cdist`) features that are nearly equal lose all digits
+    of their differences, and of the gradient.
+    """
+    z = z - z.mean(dim=0, keepdim=True)
+    gram = z @ z.T  # (B, B)
+    norms = gram.diagonal()
+    distances = norms[:, None] + norms[None, :] - (gram + gram.T)
+    return distances.clamp_min(0) * (1 - torch.eye(len(z), dtype=z.dtype, device=z.device))  # (B, B)
+
+
+def bandwidth(distances: Tensor, diagonal: bool = False) -> Tensor:
+    """sigma of Eq. 4, the standard deviation of the squared distances: (B, B) -> scalar > 0.
+
+    Over pairs i != j, or all pairs with `diagonal`. Where it vanishes, the mean distance stands in, or 1 if that is zero.
+    """
+    counted = torch.ones_like(distances) if diagonal else 1 - torch.eye(len(distances)).to(distances)
+    pairs = counted.sum()
+    mean = (distances * counted).sum() / pairs.clamp_min(1)
+    variance = ((distances - mean).square() * counted).sum() / (pairs - 1).clamp_min(1)
+    spread_out = variance > (1e-6 * mean) ** 2
+    # The inner `where` keeps the infinite slope of the square root at zero out of the gradient.
+    deviation = torch.where(spread_out, variance, 1.0).sqrt()
+    fallback = torch.where(mean > 0, mean, 1.0)
+    return torch.where(spread_out, deviation, fallback)
+
+
+@in_float32
+def affinity(z: Tensor, kernel_factor: float = 1.0, diagonal: bool = False) -> Tensor:
+    """How near the images are, Eq. 4: features (B, D) -> W (B, B), symmetric, in [0, 1].
+
+    W_ij = exp(-kernel_factor d_ij / std(d)); the factor is 1 in the code and 1/2 in the text. W_ii is 0 as in the code,
+    or 1 with `diagonal`.
+    """
+    distances = squared_distances(z)
+    w = torch.exp(-kernel_factor * distances / bandwidth(distances, diagonal))
+    return w if diagonal else w * (1 - torch.eye(len(z), dtype=z.dtype, device=z.device))  # (B, B)
+
+
+def printed_laplacian(w: Tensor, eps: float = 1e-4) -> Tensor:
+    """S = D^-1/2 W D^-1/2, Eq. 7 as printed: (B, B) -> (B, B). `eps` is added to the degrees, as in the code."""
+    scale = (w.sum(dim=1) + eps).rsqrt()  # (B,)
+    return scale[:, None] * w * scale[None, :]
+
+
+def laplacian(w: Tensor, normalized: bool = True) -> Tensor:
+    """Laplacian of the graph: I - D^-1/2 W D^-1/2 (Eq. 7 as the code has it), or D - W: (B, B) -> (B, B).
+
+    Symmetric and positive semi-definite; eigenvalues of the normalised one lie in [0, 2].
+    """
+    if normalized:
+        return torch.eye(len(w), dtype=w.dtype, device=w.device) - printed_laplacian(w)
+    return torch.diag(w.sum(dim=1)) - w
+
+
+LAPLACIANS = {
+    "normalized": laplacian,
+    "unnormalized": functools.partial(laplacian, normalized=False),
+    "printed": printed_laplacian,
+}
+
+
+@in_float32
+def manifold_loss(
+    regularized: Tensor,
+    reference: Tensor,
+    kernel_factor: float = 1.0,
+    diagonal: bool = False,
+    form: str = "normalized",
+    detach_reference: bool = False,
+) -> Tensor:
+    """The regulariser, Eq. 6: trace(Y^T L Y) / B^2 with L the Laplacian of the reference: (B, D), (B, D') -> scalar >= 0.
+
+    `form` is a key of LAPLACIANS. With "unnormalized" it is half of Eq. 2. Gradients flow into both layers unless
+    `detach_reference`. Finite for any batch: one image, two, identical ones.
+    """
+    w = affinity(reference.detach() if detach_reference else reference, kernel_factor, diagonal)
+    return (regularized * (LAPLACIANS[form](w) @ regularized)).sum() / len(regularized) ** 2
+
+
+@in_float32
+def inverse_affinity(z: Tensor, kernel_factor: float = 1.0) -> Tensor:
+    """w* of Eq. 5, large for images far apart: exp(+ kernel_factor d_ij / std(d)), i != j: (B, D) -> (B, B) >= 0."""
+    distances = squared_distances(z)
+    exponent = (kernel_factor * distances / bandwidth(distances)).clamp_max(30)
+    return exponent.exp() * (1 - torch.eye(len(z), dtype=z.dtype, device=z.device))
+
+
+@in_float32
+def inverse_manifold_loss(regularized: Tensor, reference: Tensor, kernel_factor: float = 1.0, eps: float = 1e-6):
+    """Reg* of Eq. 3: images far apart in the reference must not be close: (B, D), (B, D') -> scalar >= 0."""
+    w = inverse_affinity(reference, kernel_factor)
+    return (w / (squared_distances(regularized) + eps)).sum() / len(regularized) ** 2
+
+
+@in_float32
+def uniformity_loss(z: Tensor) -> Tensor:
+    """U-MAE's uniformity: the mean over all pairs, i = j too, of the squared cosine: (B, D) -> scalar in [1/B, 1]."""
+    z = F.normalize(z, dim=1)
+    return (z @ z.T).square().mean()
+
+
+def image_features(tokens: Tensor) -> Tensor:
+    """One vector an image, Sec. 3.1: the mean of its patch tokens, without the CLS token: (B, 1 + M, D) -> (B, D)."""
+    return tokens[:, 1:].mean(dim=1)
+
+
+@in_float32
+def contrastive_loss(a: Tensor, b: Tensor, temperature: float = 0.2) -> Tensor:
+    """SimCLR's NT-Xent over two views (B, D), (B, D): pick the other view among all 2B - 1 others -> scalar."""
+    z = F.normalize(torch.cat([a, b]), dim=1)  # (2B, D)
+    logits = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+    other_view = torch.arange(len(z), device=z.device).roll(len(a))
+    return F.cross_entropy(logits, other_view)
+
+
+@in_float32
+def vicreg_loss(a: Tensor, b: Tensor, weights: tuple = (25.0, 25.0, 1.0)) -> Tensor:
+    """VICReg over two views (B, D), (B, D): invariance, variance and covariance, weighted -> scalar >= 0.
+
+    The two views' variance terms are added, as in the paper's Eq. 6; its code takes their mean.
+    """
+    invariance, variance, covariance = F.mse_loss(a, b), 0.0, 0.0
+    for z in (a, b):
+        z = z - z.mean(dim=0)
+        variance = variance + F.relu(1 - ((z.square().sum(dim=0) / max(1, len(z) - 1)) + 1e-4).sqrt()).mean()
+        square = (z.T @ z / max(1, len(z) - 1)).square()  # (D, D)
+        covariance = covariance + (square.sum() - square.diagonal().sum()) / z.shape[1]
+    return weights[0] * invariance + weights[1] * variance + weights[2] * covariance
+
+
+# Strengths and probabilities of the colour changes. SimCLR's are its appendix A (strength 1), VICReg's its appendix C.1.
+JITTER = {
+    "simclr": {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "grey": 0.2, "blur": 0.5},
+    "vicreg": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey": 0.2, "blur": 0.5},
+}
+JITTER["simclr"] |= {"apply": 0.8, "solarize": 0.0}
+JITTER["vicreg"] |= {"apply": 0.8, "solarize": 0.1}
+
+
+@in_float32
+def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
+    """Colour jitter, grey, blur and solarisation, each image with its own draw: (B, 3, H, W) -> the same, in [0, 1].
+
+    Brightness, contrast, saturation, hue and grey are one affine map of the colours an image, in this order, and the
+    result is clipped once; torchvision clips after each and turns hue in HSV rather than about the grey axis.
+    """
+    batch, device = len(images), images.device
+
+    def draw(low=0.0, high=1.0):
+        return low + (high - low) * torch.rand(batch, 1, 1, device=device, generator=generator)  # (B, 1, 1)
+
+    def factor(name):
+        return draw(max(0.0, 1 - strength[name]), 1 + strength[name])
+
+    identity, luma = torch.eye(3, device=device), torch.tensor([0.299, 0.587, 0.114], device=device).expand(3, 3)
+    brightness, contrast, saturation = factor("brightness"), factor("contrast"), factor("saturation")
+    angle = 2 * math.pi * draw(-strength["hue"], strength["hue"])
+    third = torch.full((3, 3), 1 / 3, device=device)
+    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
+    hue = angle.cos() * identity + (1 - angle.cos()) * third + angle.sin() * axis  # rotation about the grey axis
+    colour = hue @ (saturation * identity + (1 - saturation) * luma) * contrast * brightness  # (B, 3, 3)
+    mean_luma = (luma[0] @ images.mean(dim=(2, 3)).T)[:, None, None]
+    shift = (brightness * (1 - contrast) * mean_luma).expand(-1, 3, 1)  # contrast turns about the mean grey
+    applied = draw() < strength["apply"]
+    colour, shift = torch.where(applied, colour, identity), torch.where(applied, shift, 0.0)
+    grey = draw() < strength["grey"]
+    colour, shift = torch.where(grey, luma @ colour, colour), torch.where(grey, luma @ shift, shift)
+    pixels = rearrange(images, "b c h w -> b c (h w)")
+    images = (colour @ pixels + shift).clamp(0, 1).view_as(images)
+
+    sigma = torch.where(draw() < strength["blur"], draw(0.1, 2.0), 1e-3)  # (B, 1, 1) in pixels; 1e-3 changes nothing
+    matrices = []
+    for side in images.shape[-2:]:
+        at = torch.arange(side, device=device)
+        radius = max(1, side // 20)  # a kernel of a tenth of the side, as SimCLR has it
+        apart = (at[:, None] - at[None, :]).abs()
+        weight = torch.exp(-0.5 * (apart / sigma) ** 2) * (apart <= radius)  # (B, side, side)
+        matrices.append(weight / weight.sum(dim=2, keepdim=True))
+    images = resample(images, *matrices)
+    solarized = torch.where(images >= 0.5, 1 - images, images)
+    return torch.where((draw() < strength["solarize"])[..., None], solarized, images)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(TrainConfig):
+    """The paper's experiment on ImageNet-100 (Appendix A, Table 4); RECIPES has its other data sets."""
+
+    epochs: int = 400
+    model: str = "vit_base"  # vit_micro, vit_tiny, vit_small, vit_base or vit_large
+    heads: int = 0  # attention heads of the encoder, 0 for those of its size (the paper's code has 12 in vit_tiny)
+    patch: int = 16  # side of a patch, in pixels
+    pool: str = "cls"  # what is probed: cls (the paper) or mean, of the patch tokens
+    decoder_dim: int = 512  # width of the decoder
+    decoder_depth: int = 8  # blocks of the decoder
+    decoder_heads: int = 16  # attention heads of the decoder
+    mask_ratio: float = 0.75  # share of the patches that are hidden
+    ssl: str = "mae"  # L_SSL of Eq. 1: mae, simclr or vicreg
+    lam: float = 1.0  # lambda of Eq. 1, the weight of the regulariser; 0 is the baseline
+    e_st: int = 10  # epoch in which the regulariser starts
+    e_dur: int = 100  # epochs that it lasts
+    uniformity: float = 0.0  # weight of U-MAE's uniformity; 0.01 is U-MAE, or with the regulariser MU-MAE
+    inverse: float = 0.0  # weight of Eq. 3, in the epochs of the regulariser
+    layers: tuple[int, ...] = (-2, -1)  # K: reference layers, then the regularised one; blocks, counted as in Python
+    layer_pairs: str = "last"  # last (each reference to the last of K, averaged) or all (Eq. 2: all ordered pairs, summed)
+    laplacian: str = "normalized"  # normalized (code), unnormalized (half of Eq. 2) or printed (Eq. 7)
+    kernel_factor: float = 1.0  # 1 is the code's kernel, 0.5 that of Eq. 4
+    diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
+    detach_reference: bool = False  # keep the regulariser's gradient out of the reference layer
+    gather: bool = False  # one graph, one uniformity and one SSL loss over the images of all processes
+    temperature: float = 0.2  # of SimCLR
+    vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)  # weights of invariance, variance and covariance
+    projector_dim: int = 2048  # hidden width of the projector of SimCLR and VICReg
+
+
+RECIPES = {
+    # Table 4: MAE, M-MAE, U-MAE and MU-MAE. Batches of 512 double the printed learning rate, as solo-learn does.
+    "cifar100": {"model": "vit_tiny", "heads": 12, "patch": 4, "image_size": 32, "epochs": 2000, "e_st": 60},
+    "tinyimagenet": {"model": "vit_tiny", "heads": 12, "patch": 8, "image_size": 64, "epochs": 800}
+    | {"batch_size": 512, "base_lr": 1e-3},
+    "stl10": {"model": "vit_tiny", "heads": 12, "patch": 12, "image_size": 96, "epochs": 800}
+    | {"batch_size": 512, "base_lr": 3e-4},
+    "imagenet100": {},  # the defaults of Config
+    "imagenet": {"e_st": 3},  # the released configuration; its number of epochs is not published
+    # Laptop recipes of ours.
+    "shapes": {"model": "vit_micro", "patch": 4, "image_size": 32, "epochs": 60, "batch_size": 128, "base_lr": 4e-3}
+    | {"warmup_epochs": 5, "e_st": 5, "e_dur": 20, "pool": "mean", "probe_every": 20, "crop_min": 0.5}
+    | {"decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4},
+}
+RECIPES["cifar10"] = RECIPES["shapes"] | {"epochs": 60, "crop_min": 0.2}
+for _ssl in ("simclr", "vicreg"):  # Table 5. AdamW's usual betas: only MAE's are known to be others.
+    for _data in ("cifar100", "tinyimagenet", "stl10", "imagenet100"):
+        RECIPES[f"{_data} --ssl {_ssl}"] = {"model": "vit_tiny", "heads": 12, "batch_size": 256, "base_lr": 1e-3}
+        RECIPES[f"{_data} --ssl {_ssl}"] |= {"epochs": 200 if _data == "imagenet100" else 1000, "e_st": 10}
+        RECIPES[f"{_data} --ssl {_ssl}"] |= {"betas": (0.9, 0.999)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Magma(Method):
+    """Eq. 1: a self-supervised loss plus lambda times the manifold regulariser, in the epochs e_st to e_st + e_dur."""
+
+    name = "magma"
+
+    def __init__(self, config: Config, data):
+        super().__init__()
+        choices = {"model": VIT_SIZES, "ssl": ("mae", "simclr", "vicreg"), "laplacian": LAPLACIANS}
+        for field, names in (choices | {"layer_pairs": ("last", "all")}).items():
+            if getattr(config, field) not in names:
+                raise UserError(unknown("--" + field.replace("_", "-"), getattr(config, field), names))
+        size = VIT_SIZES[config.model] | ({"heads": config.heads} if config.heads else {})
+        depth = size["depth"]
+        if len(config.layers) < 2 or not all(-depth <= layer < depth for layer in config.layers):
+            raise UserError(f"--layers {config.layers}: give two or more blocks from {-depth} to {depth - 1}")
+        vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
+        self.config = config
+        self.start_epoch(0)
+        if config.ssl == "mae":
+            decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
+            self.autoencoder = MaskedAutoencoder(vit, *decoder, mask_ratio=config.mask_ratio)
+        else:
+            self.views, self.backbone, width = 2, vit, config.projector_dim
+            if config.ssl == "simclr":
+                layers = [nn.Linear(vit.dim, width), nn.ReLU(), nn.Linear(width, 256)]
+            else:
+                layers = [nn.Linear(vit.dim, width), nn.BatchNorm1d(width), nn.ReLU()]
+                layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)]
+            self.projector = nn.Sequential(*layers)
+
+    @property
+    def encoder(self) -> ViT:
+        return self.autoencoder.encoder if self.config.ssl == "mae" else self.backbone
+
+    def start_epoch(self, epoch: int):
+        self.active = self.config.e_st <= epoch < self.config.e_st + self.config.e_dur
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> dict:
+        """Eq. 1 for images (B, 3, H, W), with a mask (B, N) or a random one, or for two views (B, 2, 3, H, W)."""
+        config = self.config
+        if config.ssl == "mae":
+            reconstruction = self.autoencoder(images, mask)
+            encoded, hidden = reconstruction.encoded, reconstruction.hidden
+            loss = reconstruction_loss(reconstruction.prediction, reconstruction.target, reconstruction.mask)
+        else:
+            loss, encoded, hidden = self.compare_views(images)
+        # A term that is off is measured all the same, as in the paper's Fig. 2a, but gets no gradient.
+        pull = self.active and config.lam != 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (pull or (self.active and config.inverse != 0))):
+            manifold, inverse = self.regularizer([self.gathered(image_features(layer)) for layer in hidden])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.uniformity != 0):
+            uniformity = uniformity_loss(self.gathered(encoded[:, 0]))  # of the CLS token
+        terms = {config.ssl: loss, "manifold": manifold, "uniformity": uniformity}
+        if pull:
+            loss = loss + config.lam * manifold
+        if self.active and config.inverse:
+            loss = loss + config.inverse * inverse
+            terms["inverse"] = inverse
+        if config.uniformity:
+            loss = loss + config.uniformity * uniformity
+        return {"loss": loss, **terms}
+
+    def gathered(self, features: Tensor) -> Tensor:
+        return gather(features) if self.config.gather else features
+
+    def regularizer(self, features: list) -> tuple[Tensor, Tensor]:
+        """Eq. 2 (or 6) and Eq. 3 over the layers K of a list of features (B, D), one a block -> two scalars."""
+        config = self.config
+        chosen = [features[layer] for layer in config.layers]
+        if config.layer_pairs == "last":
+            pairs, share = [(z, chosen[-1]) for z in chosen[:-1]], 1 / (len(chosen) - 1)
+        else:
+            pairs, share = [(k, l) for i, k in enumerate(chosen) for j, l in enumerate(chosen) if i != j], 1.0
+        settings = (config.kernel_factor, config.diagonal, config.laplacian, config.detach_reference)
+        manifold = share * sum(manifold_loss(target, reference, *settings) for reference, target in pairs)
+        if not config.inverse:
+            return manifold, torch.zeros_like(manifold)
+        terms = [inverse_manifold_loss(target, reference, config.kernel_factor) for reference, target in pairs]
+        return manifold, share * sum(terms)
+
+    def compare_views(self, views: Tensor) -> tuple[Tensor, Tensor, list]:
+        """SimCLR or VICReg: views (B, 2, 3, H, W) -> loss, and of the first view the tokens and every block's output."""
+        images = jitter(views.flatten(0, 1), JITTER[self.config.ssl])  # (2B, 3, H, W)
+        encoded, hidden = self.backbone.encode(self.backbone.embed(images), hidden=True)
+        z = self.projector(self.backbone.pooled(encoded))  # (2B, D)
+        a, b = self.gathered(z[0::2]), self.gathered(z[1::2])
+        if self.config.ssl == "simclr":
+            loss = contrastive_loss(a, b, self.config.temperature)
+        else:
+            loss = vicreg_loss(a, b, self.config.vicreg)
+        return loss, encoded[0::2], [layer[0::2] for layer in hidden]
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """Rows of (image, masked image, reconstruction), or of (image, its two views): (B, 3, 3, H, W) in [0, 1]."""
+        if self.config.ssl == "mae":
+            return self.autoencoder.pictures(images)
+        strength = JITTER[self.config.ssl]
+        return torch.stack([images, jitter(images, strength), jitter(images, strength)], dim=1)
