@@ -1,11 +1,11 @@
 """Train a method on a data set.
 
-    python train.py magma                                   built-in pictures, two minutes on a laptop
-    python train.py magma --data cifar10 --root DIR         a data set on disk
-    python train.py magma --data DIR                        your own pictures: DIR/train/<class>/*, DIR/val/<class>/*
-    python train.py magma --epochs 200 --resume             any field of the method's Config is a flag
-    torchrun --nproc_per_node=8 train.py magma              many GPUs, or many CPU processes
-    python train.py magma --help                            all flags of a method
+python train.py magma                                   built-in pictures, two minutes on a laptop
+python train.py magma --data cifar10 --root DIR         a data set on disk
+python train.py magma --data DIR                        your own pictures: DIR/train/<class>/*, DIR/val/<class>/*
+python train.py magma --epochs 200 --resume             any field of the method's Config is a flag
+torchrun --nproc_per_node=8 train.py magma              many GPUs, or many CPU processes
+python train.py magma --help                            all flags of a method
 """
 
 import importlib
@@ -53,7 +53,7 @@ def main(argv: list) -> int:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    if results and int(os.environ.get("RANK", 0)) == 0:
+    if results and int(os.environ.get("RANK", "0")) == 0:
         print(format_results(results))
     return 0
 

@@ -1,0 +1,21 @@
+"""Settings of the test run: two threads, warnings are errors, the same hypothesis examples on every CI run."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # many threads on a busy machine make small tensors very slow
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(2)
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("local", max_examples=25, **common)
+settings.register_profile("ci", max_examples=25, derandomize=True, **common)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")

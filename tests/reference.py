@@ -1,0 +1,148 @@
+"""Slow, obvious versions of the equations, to compare the fast ones with. Loops over images and pixels, float64."""
+
+import itertools
+import math
+
+import torch
+
+
+def patchify(images, patch):
+    """Patches by four loops: row-major patches, (p q c) inside."""
+    batch, channels, height, width = images.shape
+    out = []
+    for b in range(batch):
+        for top, left in itertools.product(range(0, height, patch), range(0, width, patch)):
+            pixels = [
+                images[b, c, top + p, left + q]
+                for p, q, c in itertools.product(range(patch), range(patch), range(channels))
+            ]
+            out.append(torch.stack(pixels))
+    return torch.stack(out).view(batch, -1, patch * patch * channels)
+
+
+def sincos_positions(height, width, dim):
+    """The 2-D position code, entry by entry."""
+    out = torch.zeros(height * width, dim, dtype=torch.float64)
+    quarter = dim // 4
+    for row, column, i in itertools.product(range(height), range(width), range(quarter)):
+        omega = 10000 ** (-i / quarter)
+        n = row * width + column
+        out[n, i], out[n, quarter + i] = math.sin(column * omega), math.cos(column * omega)
+        out[n, 2 * quarter + i], out[n, 3 * quarter + i] = math.sin(row * omega), math.cos(row * omega)
+    return out
+
+
+def reconstruction_loss(prediction, target, mask):
+    """MAE's loss: mean over masked patches of the mean squared error of a patch."""
+    errors = [
+        ((prediction[b, n] - target[b, n]) ** 2).mean()
+        for b, n in itertools.product(*map(range, mask.shape))
+        if mask[b, n]
+    ]
+    return sum(errors) / len(errors)
+
+
+def squared_distances(z):
+    """|z_i - z_j|^2 from the B x B x D differences."""
+    return (z[:, None, :] - z[None, :, :]).square().sum(dim=-1)
+
+
+def affinity(z, kernel_factor=1.0, diagonal=False):
+    """MAGMA Eq. 4, pair by pair. Needs distances that differ."""
+    d, size = squared_distances(z), range(len(z))
+    pairs = [d[i, j] for i, j in itertools.product(size, size) if diagonal or i != j]
+    sigma = torch.stack(pairs).std()
+    w = torch.zeros_like(d)
+    for i, j in itertools.product(size, size):
+        if diagonal or i != j:
+            w[i, j] = torch.exp(-kernel_factor * d[i, j] / sigma)
+    return w
+
+
+def laplacian(w, normalized=True, eps=1e-4):
+    """MAGMA Eq. 7 (with the identity minus it), or D - W, entry by entry."""
+    degree, size = w.sum(dim=1), range(len(w))
+    out = torch.zeros_like(w)
+    for i, j in itertools.product(size, size):
+        if normalized:
+            out[i, j] = float(i == j) - w[i, j] / torch.sqrt((degree[i] + eps) * (degree[j] + eps))
+        else:
+            out[i, j] = (degree[i] if i == j else 0.0) - w[i, j]
+    return out
+
+
+def manifold_loss(regularized, reference, kernel_factor=1.0, diagonal=False, normalized=True):
+    """MAGMA Eq. 6 as a double sum over images of L_ij <y_i, y_j>."""
+    matrix, size = laplacian(affinity(reference, kernel_factor, diagonal), normalized), range(len(reference))
+    terms = [matrix[i, j] * (regularized[i] @ regularized[j]) for i, j in itertools.product(size, size)]
+    return sum(terms) / len(reference) ** 2
+
+
+def pairwise_loss(regularized, w):
+    """MAGMA Eq. 2 for one pair of layers: sum of w_ij |y_i - y_j|^2 over all i and j, over B^2."""
+    size = range(len(w))
+    terms = [w[i, j] * (regularized[i] - regularized[j]).square().sum() for i, j in itertools.product(size, size)]
+    return sum(terms) / len(w) ** 2
+
+
+def inverse_manifold_loss(regularized, reference, kernel_factor=1.0, eps=1e-6):
+    """MAGMA Eq. 3 with Eq. 5, over i != j."""
+    d, size = squared_distances(reference), range(len(reference))
+    sigma = torch.stack([d[i, j] for i, j in itertools.product(size, size) if i != j]).std()
+    total = 0.0
+    for i, j in itertools.product(size, size):
+        if i != j:
+            w = torch.exp((kernel_factor * d[i, j] / sigma).clamp_max(30))
+            total = total + w / ((regularized[i] - regularized[j]).square().sum() + eps)
+    return total / len(reference) ** 2
+
+
+def uniformity_loss(z):
+    """U-MAE: mean squared cosine over all pairs, i = j too."""
+    unit = [row / row.norm() for row in z]
+    return sum((a @ b) ** 2 for a, b in itertools.product(unit, unit)) / len(z) ** 2
+
+
+def contrastive_loss(a, b, temperature):
+    """SimCLR Eq. 1, averaged over all 2B anchors."""
+    z = [row / row.norm() for row in torch.cat([a, b])]
+    total = 0.0
+    for i, anchor in enumerate(z):
+        partner = (i + len(a)) % len(z)
+        others = sum(torch.exp(anchor @ z[k] / temperature) for k in range(len(z)) if k != i)
+        total = total - torch.log(torch.exp(anchor @ z[partner] / temperature) / others)
+    return total / len(z)
+
+
+def vicreg_loss(a, b, weights):
+    """VICReg Eq. 1 to 6, dimension by dimension."""
+    dims = range(a.shape[1])
+    invariance = sum(((x - y) ** 2).mean() for x, y in zip(a, b, strict=True)) / len(a)
+    variance = covariance = 0.0
+    for z in (a, b):
+        variance = variance + sum(torch.relu(1 - torch.sqrt(z[:, i].var() + 1e-4)) for i in dims) / a.shape[1]
+        for i, j in itertools.product(dims, dims):
+            if i != j:
+                both = (z[:, i] - z[:, i].mean()) @ (z[:, j] - z[:, j].mean()) / (len(z) - 1)
+                covariance = covariance + both**2 / a.shape[1]
+    return weights[0] * invariance + weights[1] * variance + weights[2] * covariance
+
+
+def knn_accuracy(bank, bank_labels, queries, labels, k):
+    """k nearest neighbours, query by query, by sorting all distances."""
+    right = 0
+    for query, truth in zip(queries, labels.tolist(), strict=True):
+        order = sorted(range(len(bank)), key=lambda i: float((bank[i] - query).square().sum()))
+        votes = [int(bank_labels[i]) for i in order[:k]]
+        right += min(set(votes), key=lambda c: (-votes.count(c), c)) == truth
+    return 100 * right / len(labels)
+
+
+def ridge_predictions(train, labels, test, classes, strength):
+    """Scores (M, classes) of ridge regression with an unpenalised offset, from the normal equations."""
+    offset, onehot = train.mean(dim=0), torch.eye(classes, dtype=train.dtype)[labels]
+    x = train - offset
+    weight = torch.linalg.solve(
+        x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (onehot - onehot.mean(0))
+    )
+    return (test - offset) @ weight + onehot.mean(dim=0)

@@ -1,0 +1,536 @@
+"""The equations of MAGMA against slow versions, its invariants as properties, and the method itself."""
+
+import dataclasses
+import inspect
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+import magma
+from common import MemoryImages, Stepper, UserError
+from magma import RECIPES, Config, Magma
+
+seeds = st.integers(0, 2**32 - 1)
+batches = st.integers(3, 8)
+widths = st.integers(1, 6)
+factors = st.sampled_from((0.5, 1.0))
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def gradients(function, *inputs):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*inputs), inputs, allow_unused=True, materialize_grads=True)
+
+
+def assert_same_value_and_gradient(fast, slow, *inputs, rtol=1e-9):
+    torch.testing.assert_close(torch.as_tensor(fast(*inputs)), torch.as_tensor(slow(*inputs)), rtol=rtol, atol=1e-12)
+    for ours, theirs in zip(gradients(fast, *inputs), gradients(slow, *inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=rtol * 100, atol=1e-11)
+
+
+# --- the equations ---------------------------------------------------------------------------------------------------
+
+
+@given(batches, widths, seeds)
+def test_squared_distances_matches_naive_loop(batch, width, seed):
+    z = randn(batch, width, seed=seed)
+    torch.testing.assert_close(magma.squared_distances(z), reference.squared_distances(z))
+
+
+@given(batches, widths, factors, st.booleans(), seeds)
+def test_affinity_matches_naive_loop_of_eq_4(batch, width, factor, diagonal, seed):
+    z, weight = randn(batch, width, seed=seed), randn(batch, batch, seed=seed + 1)
+    torch.testing.assert_close(magma.affinity(z, factor, diagonal), reference.affinity(z, factor, diagonal))
+    assert_same_value_and_gradient(
+        lambda x: (magma.affinity(x, factor, diagonal) * weight).sum(),
+        lambda x: (reference.affinity(x, factor, diagonal) * weight).sum(),
+        z,
+        rtol=1e-7,
+    )
+
+
+@given(batches, st.booleans(), seeds)
+def test_laplacian_matches_naive_loop_of_eq_7(batch, normalized, seed):
+    w = magma.affinity(randn(batch, 4, seed=seed))
+    torch.testing.assert_close(magma.laplacian(w, normalized), reference.laplacian(w, normalized))
+    torch.testing.assert_close(magma.printed_laplacian(w), torch.eye(batch).double() - magma.laplacian(w))
+
+
+@given(batches, widths, widths, factors, st.booleans(), st.booleans(), seeds)
+def test_manifold_loss_matches_naive_loop_of_eq_6(batch, width, other, factor, diagonal, normalized, seed):
+    regularized, features = randn(batch, width, seed=seed), randn(batch, other, seed=seed + 1)
+    form = "normalized" if normalized else "unnormalized"
+    assert_same_value_and_gradient(
+        lambda y, x: magma.manifold_loss(y, x, factor, diagonal, form),
+        lambda y, x: reference.manifold_loss(y, x, factor, diagonal, normalized),
+        regularized,
+        features,
+        rtol=1e-7,
+    )
+
+
+@given(batches, widths, factors, seeds)
+def test_inverse_manifold_loss_matches_naive_loop_of_eq_3_and_5(batch, width, factor, seed):
+    regularized, features = randn(batch, width, seed=seed), randn(batch, 3, seed=seed + 1)
+    assert_same_value_and_gradient(
+        lambda y, x: magma.inverse_manifold_loss(y, x, factor),
+        lambda y, x: reference.inverse_manifold_loss(y, x, factor),
+        regularized,
+        features,
+        rtol=1e-7,
+    )
+
+
+@given(st.integers(1, 6), widths, seeds)
+def test_uniformity_loss_matches_naive_loop(batch, width, seed):
+    z = randn(batch, width, seed=seed)
+    assert_same_value_and_gradient(magma.uniformity_loss, reference.uniformity_loss, z)
+    assert 1 / batch - 1e-9 <= magma.uniformity_loss(z) <= 1 + 1e-9
+
+
+@given(st.integers(1, 5), widths, st.floats(0.1, 1), seeds)
+def test_contrastive_loss_matches_naive_loop(batch, width, temperature, seed):
+    a, b = randn(2, batch, width, seed=seed)
+    fast = lambda a, b: magma.contrastive_loss(a, b, temperature)
+    slow = lambda a, b: reference.contrastive_loss(a, b, temperature)
+    assert_same_value_and_gradient(fast, slow, a, b, rtol=1e-8)
+
+
+@given(st.integers(2, 5), widths, seeds)
+def test_vicreg_loss_matches_naive_loop(batch, width, seed):
+    a, b = randn(2, batch, width, seed=seed)
+    weights = (25.0, 24.0, 1.5)
+    assert_same_value_and_gradient(
+        lambda a, b: magma.vicreg_loss(a, b, weights), lambda a, b: reference.vicreg_loss(a, b, weights), a, b
+    )
+
+
+def test_image_features_leave_the_cls_token_out():
+    tokens = randn(2, 5, 3)
+    torch.testing.assert_close(magma.image_features(tokens), sum(tokens[:, i] for i in range(1, 5)) / 4)
+
+
+# --- invariants ------------------------------------------------------------------------------------------------------
+
+
+@given(batches, widths, st.booleans(), seeds)
+def test_affinity_is_symmetric_and_between_zero_and_one(batch, width, diagonal, seed):
+    w = magma.affinity(randn(batch, width, seed=seed), diagonal=diagonal)
+    assert torch.equal(w, w.T)
+    assert w.min() >= 0
+    assert w.max() <= 1
+    assert (w.diagonal() == float(diagonal)).all()
+
+
+@given(batches, widths, st.floats(-100, 100), st.floats(0.01, 100), seeds)
+def test_affinity_is_invariant_to_a_common_shift_and_scale(batch, width, shift, scale, seed):
+    z = randn(batch, width, seed=seed)
+    torch.testing.assert_close(magma.affinity(z * scale + shift), magma.affinity(z), rtol=1e-6, atol=1e-9)
+
+
+@given(batches, widths, seeds, st.randoms(use_true_random=False))
+def test_affinity_is_equivariant_and_loss_invariant_to_batch_order(batch, width, seed, random):
+    y, x = randn(2, batch, width, seed=seed)
+    order = list(range(batch))
+    random.shuffle(order)
+    torch.testing.assert_close(magma.affinity(x[order]), magma.affinity(x)[order][:, order])
+    torch.testing.assert_close(magma.manifold_loss(y[order], x[order]), magma.manifold_loss(y, x))
+
+
+@given(batches, widths, seeds)
+def test_laplacian_is_symmetric_and_positive_semidefinite_with_eigenvalues_up_to_two(batch, width, seed):
+    w = magma.affinity(randn(batch, width, seed=seed))
+    for normalized in (True, False):
+        matrix = magma.laplacian(w, normalized)
+        values = torch.linalg.eigvalsh(matrix)
+        assert torch.equal(matrix, matrix.T)
+        assert values.min() > -1e-12
+        assert not normalized or values.max() < 2 + 1e-12
+    ones = torch.ones(batch, dtype=torch.float64)
+    torch.testing.assert_close(magma.laplacian(w, normalized=False) @ ones, 0 * ones)
+
+
+@given(st.integers(1, 8), widths, seeds)
+def test_manifold_loss_is_never_negative(batch, width, seed):
+    y, x = randn(2, batch, width, seed=seed)
+    assert magma.manifold_loss(y, x) >= -1e-12
+
+
+@given(batches, widths, seeds)
+def test_trace_is_half_of_the_double_sum_of_eq_2_for_the_unnormalized_laplacian(batch, width, seed):
+    y, x = randn(2, batch, width, seed=seed)
+    double_sum = reference.pairwise_loss(y, magma.affinity(x))
+    torch.testing.assert_close(2 * magma.manifold_loss(y, x, form="unnormalized"), double_sum)
+
+
+def test_eq_7_as_printed_would_reward_what_the_text_wants_to_penalize():
+    """Two pairs of near images. Features that follow the pairs must cost less than features that cross them."""
+    x = torch.tensor([[0.0], [0.1], [5.0], [5.1]], dtype=torch.float64)
+    follows = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]], dtype=torch.float64)
+    crosses = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    for form in ("normalized", "unnormalized"):
+        assert magma.manifold_loss(follows, x, form=form) < magma.manifold_loss(crosses, x, form=form)
+    assert magma.manifold_loss(follows, x, form="printed") > magma.manifold_loss(crosses, x, form="printed")
+
+
+def test_equal_distances_give_equal_affinities():
+    """For d constant, S = (11^T - I) / (B - 1), up to the eps of the degrees: the limit that the code's NaN hides."""
+    for batch in (2, 3, 5):
+        corners = torch.eye(batch, dtype=torch.float64)
+        want = (torch.ones(batch, batch).double() - corners) / (batch - 1)
+        torch.testing.assert_close(magma.printed_laplacian(magma.affinity(corners)), want, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("case", ["one", "two", "identical", "all zero", "duplicates"])
+@pytest.mark.parametrize("loss", [magma.manifold_loss, magma.inverse_manifold_loss])
+def test_value_and_gradient_are_finite_for_degenerate_batches(loss, case, dtype):
+    y, x = randn(2, 6, 4)
+    if case == "one":
+        y, x = y[:1], x[:1]
+    elif case == "two":
+        y, x = y[:2], x[:2]
+    elif case == "identical":
+        x, y = x[:1].expand(6, -1), y[:1].expand(6, -1)
+    elif case == "all zero":
+        x, y = x * 0, y * 0
+    else:
+        x, y = x[[0, 0, 1, 1, 2, 3]], y[[0, 0, 1, 1, 2, 3]]
+    y, x = y.to(dtype), x.to(dtype)
+    assert torch.isfinite(loss(y, x))
+    for gradient in gradients(loss, y, x):
+        assert torch.isfinite(gradient).all()
+
+
+def test_duplicates_are_pulled_nowhere():
+    """Rows that are equal in both layers have equal gradients, and they do not push each other."""
+    y, x = randn(2, 6, 4)
+    y, x = y[[0, 0, 1, 2, 3, 4]], x[[0, 0, 1, 2, 3, 4]]
+    for gradient in gradients(magma.manifold_loss, y, x):
+        torch.testing.assert_close(gradient[0], gradient[1])
+
+
+@pytest.mark.parametrize("form", ["normalized", "unnormalized"])
+def test_float32_keeps_the_gradient_of_nearly_collapsed_features(form):
+    """Mean 30, spread 0.01: the uncentred Gram matrix and cdist lose all of it."""
+    x = (30 + 0.01 * randn(64, 192, seed=1)).float()
+    y = (30 + 0.01 * randn(64, 192, seed=2)).float()
+    loss = lambda y, x: magma.manifold_loss(y, x, form=form)
+    for ours, exact in zip(gradients(loss, y, x), gradients(loss, y.double(), x.double()), strict=True):
+        assert ((ours - exact).norm() / exact.norm()) < 1e-3
+    uncentred = lambda x: torch.exp(-torch.cdist(x, x).square() / magma.bandwidth(torch.cdist(x, x).square())).sum()
+    centred = lambda x: magma.affinity(x, diagonal=True).sum()
+    exact = gradients(centred, x.double())[0]
+    assert (gradients(uncentred, x)[0] - exact).norm() / exact.norm() > 0.1
+
+
+@pytest.mark.parametrize(
+    "function", [magma.affinity, magma.uniformity_loss, lambda z: magma.manifold_loss(z, z), magma.squared_distances]
+)
+def test_equations_run_in_float32_under_autocast(function):
+    z = randn(16, 32).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = function(z)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, function(z.float()))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if torch.is_tensor(x):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_manifold_loss_makes_no_tensor_of_pairs_times_channels():
+    y, x = (randn(32, 48, seed=seed).requires_grad_() for seed in (0, 1))
+    with LargestTensor() as seen:
+        magma.manifold_loss(y, x).backward()
+    assert seen.numel == 32 * 48  # the larger of B^2 and B D
+    with LargestTensor() as seen:
+        reference.squared_distances(x)
+    assert seen.numel == 32 * 32 * 48
+
+
+def test_detach_reference_keeps_the_gradient_out_of_the_reference():
+    y, x = randn(2, 6, 4)
+    y_grad, x_grad = gradients(lambda y, x: magma.manifold_loss(y, x, detach_reference=True), y, x)
+    assert not x_grad.any()
+    torch.testing.assert_close(y_grad, gradients(magma.manifold_loss, y, x)[0])
+
+
+@given(st.sampled_from(("affinity", "manifold", "inverse", "uniformity", "contrastive", "vicreg")), seeds)
+def test_gradients_pass_gradcheck(name, seed):
+    y, x = (z.requires_grad_() for z in randn(2, 5, 3, seed=seed))
+    functions = {
+        "affinity": lambda y, x: magma.affinity(x),
+        "manifold": magma.manifold_loss,
+        "inverse": magma.inverse_manifold_loss,
+        "uniformity": lambda y, x: magma.uniformity_loss(x),
+        "contrastive": magma.contrastive_loss,
+        "vicreg": magma.vicreg_loss,
+    }
+    assert torch.autograd.gradcheck(functions[name], (y, x), atol=1e-4, rtol=1e-3)
+
+
+# --- views -----------------------------------------------------------------------------------------------------------
+
+STILL = dict.fromkeys(magma.JITTER["simclr"], 0.0)
+
+
+def pictures(batch=4, size=20, seed=0):
+    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_jitter_of_no_strength_is_the_identity():
+    for apply in (0.0, 1.0):
+        torch.testing.assert_close(magma.jitter(pictures(), STILL | {"apply": apply}), pictures())
+
+
+@pytest.mark.parametrize("name", ["simclr", "vicreg"])
+def test_jitter_stays_in_range_and_follows_its_generator(name):
+    out = [magma.jitter(pictures(), magma.JITTER[name], torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*out)
+    assert out[0].min() >= 0
+    assert out[0].max() <= 1
+    assert not torch.allclose(out[0], pictures())
+
+
+def test_jitter_draws_for_each_image_on_its_own():
+    same = pictures(1).expand(8, -1, -1, -1)
+    out = magma.jitter(same, magma.JITTER["vicreg"] | {"apply": 1.0}, torch.Generator().manual_seed(0))
+    assert len({round(float(x.mean()), 6) for x in out}) == 8
+
+
+def test_jitter_ops_mean_what_they_say():
+    images = 0.3 + 0.4 * pictures()  # far from clipping
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    draw = lambda **strength: magma.jitter(images, STILL | {"apply": 1.0} | strength, torch.Generator().manual_seed(1))
+    grey = draw(grey=1.0)
+    torch.testing.assert_close(grey, (images * luma).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1))
+    ratio = draw(brightness=0.3) / images
+    torch.testing.assert_close(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
+    contrasted = draw(contrast=0.3)
+    torch.testing.assert_close((contrasted * luma).sum(1).mean((1, 2)), (images * luma).sum(1).mean((1, 2)))
+    assert not torch.allclose(contrasted, images, atol=1e-2)
+    saturated = draw(saturation=0.3)
+    torch.testing.assert_close((saturated * luma).sum(1), (images * luma).sum(1))
+    hue = draw(hue=0.1)
+    torch.testing.assert_close(hue.mean(dim=1), images.mean(dim=1))  # the grey axis stays
+    torch.testing.assert_close(hue.square().sum(dim=1), images.square().sum(dim=1))  # and it is a rotation
+    torch.testing.assert_close(draw(solarize=1.0), torch.where(images >= 0.5, 1 - images, images))
+    blurred = draw(blur=1.0)
+    assert blurred.var() < images.var()
+    torch.testing.assert_close(magma.jitter(torch.full_like(images, 0.4), STILL | {"blur": 1.0}).mean().item(), 0.4)
+
+
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+def tiny(**fields):
+    """Magma on 8 x 8 images, built from a seed."""
+    laptop = RECIPES["shapes"] | {"image_size": 8, "patch": 4, "mask_ratio": 0.5, "e_st": 0, "amp": "off"}
+    laptop |= {"projector_dim": 16}
+    torch.manual_seed(0)
+    return Magma(Config(**(laptop | fields)), DATA)
+
+
+DATA = MemoryImages(*common.render_shapes(10, 8)[:2], list(common.SHAPES), (0.4, 0.4, 0.4), (0.3, 0.3, 0.3))
+
+
+def run(method, images=None, seed=0):
+    torch.manual_seed(seed)
+    images = pictures(6, 8) if images is None else images
+    return method(images if method.views == 1 else torch.stack([images, images.flip(-1)], dim=1))
+
+
+def weights_after_a_step(method):
+    config = method.config
+    stepper = Stepper(method.optimizer(config), config, torch.device("cpu"))
+    torch.manual_seed(0)
+    method.update(method, [(pictures(6, 8), None)], stepper)
+    return torch.cat([p.detach().flatten() for _, p in sorted(method.autoencoder.named_parameters())])
+
+
+def test_lambda_zero_equals_the_masked_autoencoder_step_exactly():
+    torch.manual_seed(0)
+    vit = common.ViT(8, 4, **common.VIT_SIZES["vit_micro"], pool="mean", mean=DATA.mean, std=DATA.std)
+    plain = common.MaskedAutoencoder(vit, 64, 2, 4, mask_ratio=0.5)
+
+    class Mae(common.Method):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.autoencoder, self.config = vit, plain, tiny().config
+
+        def forward(self, images, labels=None):
+            out = self.autoencoder(images)
+            return {"loss": common.reconstruction_loss(out.prediction, out.target, out.mask)}
+
+    assert torch.equal(weights_after_a_step(tiny(lam=0.0)), weights_after_a_step(Mae()))
+    assert not torch.equal(weights_after_a_step(tiny(lam=1.0)), weights_after_a_step(Mae()))
+
+
+def test_loss_is_eq_1():
+    out = run(tiny(lam=0.7, uniformity=0.3, inverse=0.2))
+    terms = {name: value.item() for name, value in out.items()}
+    total = terms["mae"] + 0.7 * terms["manifold"] + 0.3 * terms["uniformity"] + 0.2 * terms["inverse"]
+    assert terms["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_regularizer_sees_the_mean_of_the_visible_patches_of_the_chosen_blocks():
+    method = tiny()
+    out = run(method)
+    torch.manual_seed(0)
+    hidden = method.autoencoder(pictures(6, 8)).hidden
+    assert hidden[0].shape == (6, 1 + 2, 96)  # two of four patches are visible
+    z = [layer[:, 1:].mean(dim=1) for layer in hidden]
+    torch.testing.assert_close(out["manifold"], magma.manifold_loss(z[5], z[4]))
+    several = run(tiny(layers=(0, 2, 3)))["manifold"]
+    torch.testing.assert_close(several, (magma.manifold_loss(z[3], z[0]) + magma.manifold_loss(z[3], z[2])) / 2)
+    both = run(tiny(layers=(1, 2), layer_pairs="all"))["manifold"]
+    torch.testing.assert_close(both, magma.manifold_loss(z[2], z[1]) + magma.manifold_loss(z[1], z[2]))
+    text = run(tiny(laplacian="printed", kernel_factor=0.5, diagonal=True))["manifold"]
+    torch.testing.assert_close(text, magma.manifold_loss(z[5], z[4], 0.5, True, "printed"))
+
+
+def test_uniformity_is_taken_on_the_cls_token_after_the_final_norm():
+    method = tiny()
+    torch.manual_seed(0)
+    encoded = method.autoencoder(pictures(6, 8)).encoded
+    torch.testing.assert_close(run(method)["uniformity"], magma.uniformity_loss(encoded[:, 0]))
+
+
+@given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 12))
+def test_regularizer_is_active_from_e_st_for_e_dur_epochs_and_measured_always(e_st, e_dur, epoch):
+    method = SCHEDULED
+    method.config = dataclasses.replace(method.config, e_st=e_st, e_dur=e_dur)
+    method.start_epoch(epoch)
+    out = run(method)
+    active = epoch >= e_st and epoch < e_st + e_dur
+    assert out["manifold"].item() > 0
+    assert out["manifold"].requires_grad == active
+    assert out["loss"].item() == pytest.approx(out["mae"].item() + active * out["manifold"].item(), rel=1e-6)
+
+
+SCHEDULED = tiny()
+
+
+@pytest.mark.parametrize("ssl", ["mae", "simclr", "vicreg"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_training_reaches_every_parameter(ssl, pool):
+    method = tiny(ssl=ssl, pool=pool)
+    run(method)["loss"].backward()
+    silent = {name for name, p in method.named_parameters() if p.grad is None or not p.grad.any()}
+    # A bias that the next step takes away again (the batch norm, the covariance) has a gradient of rounding errors.
+    assert silent == set()
+
+
+@pytest.mark.parametrize("ssl", ["mae", "simclr", "vicreg"])
+def test_a_few_steps_lower_the_loss(ssl):
+    method = tiny(ssl=ssl, base_lr=0.05)
+    config = method.config
+    stepper = Stepper(method.optimizer(config), config, torch.device("cpu"))
+    for group in stepper.optimizer.param_groups:
+        group["lr"] = 2e-3
+    losses = []
+    for _ in range(12):
+        torch.manual_seed(0)
+        images = pictures(6, 8) if ssl == "mae" else torch.stack([pictures(6, 8)] * 2, dim=1)
+        losses.append(float(method.update(method, [(images, None)], stepper)["loss"]))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("ssl", ["simclr", "vicreg"])
+def test_two_views_are_compared_and_the_first_is_regularized(ssl):
+    method = tiny(ssl=ssl).eval()  # batch norm in eval mode keeps the images apart
+    views = pictures(12, 8).view(6, 2, 3, 8, 8)
+    torch.manual_seed(0)
+    out = method(views)
+    torch.manual_seed(0)
+    seen = magma.jitter(views.flatten(0, 1), magma.JITTER[ssl])
+    z = method.projector(method.encoder(seen)).view(6, 2, -1)
+    if ssl == "simclr":
+        want = magma.contrastive_loss(z[:, 0], z[:, 1], 0.2)
+    else:
+        want = magma.vicreg_loss(z[:, 0], z[:, 1])
+    torch.testing.assert_close(out[ssl], want)
+    _, hidden = method.encoder.encode(method.encoder.embed(seen[0::2]), hidden=True)
+    features = [magma.image_features(layer) for layer in hidden]
+    torch.testing.assert_close(out["manifold"], magma.manifold_loss(features[-1], features[-2]), rtol=1e-4, atol=1e-6)
+
+
+def test_projectors_have_the_widths_of_solo_learn():
+    simclr = [layer for layer in tiny(ssl="simclr", projector_dim=2048).projector if hasattr(layer, "out_features")]
+    vicreg = [layer for layer in tiny(ssl="vicreg", projector_dim=2048).projector if hasattr(layer, "out_features")]
+    assert [layer.out_features for layer in simclr] == [2048, 256]
+    assert [layer.out_features for layer in vicreg] == [2048, 2048, 2048]
+
+
+def test_pictures_are_rows_in_range():
+    for ssl in ("mae", "simclr"):
+        rows = tiny(ssl=ssl).pictures(pictures(5, 8))
+        assert rows.shape == (5, 3, 3, 8, 8)
+        torch.testing.assert_close(rows[:, 0], pictures(5, 8))
+        assert rows.min() >= 0
+        assert rows.max() <= 1
+
+
+def test_recipes_are_tables_4_and_5():
+    def recipe(text):
+        return common.read_flags(Config, RECIPES, text.split())
+
+    rows = {  # Table 4: model, patch, epochs, batch, lr, e_st, crop
+        "cifar100": ("vit_tiny", 4, 2000, 256, 1.5e-4, 60, 32),
+        "tinyimagenet": ("vit_tiny", 8, 800, 512, 1e-3, 10, 64),
+        "stl10": ("vit_tiny", 12, 800, 512, 3e-4, 10, 96),
+        "imagenet100": ("vit_base", 16, 400, 256, 1.5e-4, 10, 224),
+    }
+    for data, row in rows.items():
+        c = recipe(f"--data {data}")
+        assert (c.model, c.patch, c.epochs, c.batch_size, c.base_lr, c.e_st, c.image_size) == row
+        assert (c.mask_ratio, c.lam, c.e_dur, c.crop_min, c.flip, c.warmup_epochs) == (0.75, 1, 100, 0.08, 0.5, 10)
+        assert (c.decoder_dim, c.decoder_depth, c.decoder_heads, c.weight_decay) == (512, 8, 16, 0.05)
+        assert (c.betas, c.pool, c.uniformity, c.layers) == ((0.9, 0.95), "cls", 0.0, (-2, -1))
+        for ssl in ("simclr", "vicreg"):  # Table 5
+            c = recipe(f"--data {data} --ssl {ssl}")
+            assert (c.model, c.patch, c.batch_size, c.base_lr, c.e_st) == ("vit_tiny", row[1], 256, 1e-3, 10)
+            assert (c.epochs, c.image_size) == (200 if data == "imagenet100" else 1000, row[6])
+            assert (c.temperature, c.vicreg, c.projector_dim) == (0.2, (25.0, 25.0, 1.0), 2048)
+    assert recipe("--data a/folder").model == "vit_base"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "vit_tny"}, "unknown --model 'vit_tny'; did you mean 'vit_tiny'"),
+        ({"ssl": "moco"}, "unknown --ssl 'moco'; choose from mae, simclr, vicreg"),
+        ({"laplacian": "none"}, "unknown --laplacian 'none'"),
+        ({"layer_pairs": "some"}, "unknown --layer-pairs 'some'"),
+        ({"layers": (3,)}, "give two or more blocks from -6 to 5"),
+        ({"layers": (0, 6)}, "give two or more blocks from -6 to 5"),
+        ({"image_size": 10}, "image size 10 x 10 is not a multiple of the patch size 4"),
+    ],
+)
+def test_magma_refuses_settings_that_do_not_exist(fields, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**fields)
+
+
+def test_docstring_maps_equations_to_functions_that_exist():
+    for name in ("manifold_loss", "inverse_manifold_loss", "inverse_affinity", "affinity", "laplacian", "jitter"):
+        assert name in magma.__doc__
+        assert inspect.isfunction(getattr(magma, name))
