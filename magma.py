@@ -309,7 +309,7 @@ class Config(TrainConfig):
 
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
-LAPTOP |= {"pool": "mean", "warmup_epochs": 2, "e_st": 5}
+LAPTOP |= {"pool": "mean", "warmup_epochs": 2, "e_st": 5, "e_dur": 15}
 
 RECIPES = {
     # Table 4: MAE, M-MAE, U-MAE and MU-MAE. Batches of 512 double the printed learning rate, as solo-learn does.
@@ -321,8 +321,8 @@ RECIPES = {
     "imagenet100": {},  # the defaults of Config
     "imagenet": {"e_st": 3},  # the released configuration; its number of epochs is not published
     # Laptop recipes of ours: many small steps.
-    "shapes": LAPTOP | {"epochs": 25, "batch_size": 32, "base_lr": 12e-3, "crop_min": 0.8, "e_dur": 15},
-    "cifar10": LAPTOP | {"epochs": 36, "batch_size": 64, "base_lr": 8e-3, "crop_min": 0.2, "e_dur": 20},
+    "shapes": LAPTOP | {"epochs": 25, "batch_size": 32, "base_lr": 12e-3, "crop_min": 0.8},
+    "cifar10": LAPTOP | {"epochs": 24, "batch_size": 64, "base_lr": 8e-3, "crop_min": 0.2},
 }
 for _ssl in ("simclr", "vicreg"):  # Table 5. AdamW's usual betas: only MAE's are known to be others.
     for _data in ("cifar100", "tinyimagenet", "stl10", "imagenet100"):

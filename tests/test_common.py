@@ -890,7 +890,8 @@ def test_save_pictures_writes_rows_of_tiles(tmp_path):
     rows = torch.zeros(2, 3, 3, 8, 8)
     rows[1, 2, 0] = 1.0
     common.save_pictures(rows, tmp_path / "p.png", side=16)
-    picture = np.array(Image.open(tmp_path / "p.png"))
+    with Image.open(tmp_path / "p.png") as file:
+        picture = np.array(file)
     assert picture.shape == (2 * 20, 3 * 20, 3)
     assert picture[30, 50].tolist() == [255, 0, 0]
     assert picture[10, 10].tolist() == [0, 0, 0]

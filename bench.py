@@ -1,0 +1,190 @@
+"""Measure what the README claims about speed: each line is a ratio of two versions timed in turn, in one process.
+
+python bench.py                        all of it, some minutes on two cores
+python bench.py regularizer crop       only these
+python bench.py --threads 1 crop       with another number of threads
+
+attention     plain attention against the fused kernel
+amp           a masked-autoencoder step with the default --amp auto against float32
+regularizer   MAGMA's term against a training step, and against the obvious B x B x D version
+crop          batched random resized crops against grid_sample and against Pillow, image by image
+loop          all that a training step does besides forward, backward and optimiser
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import magma
+
+
+def seconds(*functions, rounds: int = 7) -> list:
+    """Median seconds of each function; they take turns, so that a busy moment hits all alike."""
+    for function in functions:
+        function()
+    times = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, kept in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            kept.append(time.perf_counter() - start)
+    return [statistics.median(kept) for kept in times]
+
+
+def row(*cells):
+    print(f"{cells[0]:<52}" + "".join(f"{cell:>16}" for cell in cells[1:]), flush=True)
+
+
+def training_step(device, batch: int, **fields):
+    """A function that makes one optimisation step of Magma on random CIFAR-like images, after warming up."""
+    config = magma.Config(**{"model": "vit_tiny", "image_size": 32, "patch": 4, "e_st": 0} | fields)
+    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
+    torch.manual_seed(0)
+    method = magma.Magma(config, data).to(device)
+    stepper = common.Stepper(method.optimizer(config), config, device)
+    images = torch.rand(batch, 3, 32, 32, device=device)
+    return lambda: method.update(method, [(images, None)], stepper)
+
+
+def attention(device):
+    row("attention, forward and backward", "ours", "fused", "ours / fused")
+    for dtype in (torch.bfloat16, torch.float32):
+        for batch, heads, tokens, width in ((64, 3, 17, 64), (64, 3, 65, 64), (4, 12, 197, 64)):
+            qkv = [torch.randn(batch, heads, tokens, width, device=device, dtype=dtype).requires_grad_() for _ in "qkv"]
+            ours, fused = seconds(
+                lambda qkv=qkv: common.attend(*qkv).sum().backward(),
+                lambda qkv=qkv: F.scaled_dot_product_attention(*qkv).sum().backward(),
+                rounds=15,
+            )
+            name = f"  {str(dtype)[6:]}, {batch} x {heads} x {tokens} x {width}"
+            row(name, f"{ours * 1e3:.2f} ms", f"{fused * 1e3:.2f} ms", f"{ours / fused:.2f}")
+
+
+def amp(device):
+    row("masked-autoencoder step, vit_tiny 32/4, batch 64", "float32", "--amp auto", "speed-up")
+    light = {"decoder_dim": 192, "decoder_depth": 4, "decoder_heads": 3, "lam": 0.0}
+    plain, auto = seconds(training_step(device, 64, amp="off", **light), training_step(device, 64, **light), rounds=9)
+    row("  decoder 192 x 4", f"{plain * 1e3:.0f} ms", f"{auto * 1e3:.0f} ms", f"{plain / auto:.2f}")
+
+
+def obvious_manifold_loss(regularized, reference):
+    """The same loss from all B x B x D differences, as one would write it first."""
+    d = (reference[:, None] - reference[None]).square().sum(dim=-1)
+    apart = ~torch.eye(len(d), dtype=torch.bool, device=d.device)
+    w = torch.exp(-d / d[apart].std()) * apart
+    degree = w.sum(dim=1) + 1e-4
+    matrix = torch.eye(len(d), device=d.device) - w / (degree[:, None] * degree[None]).sqrt()
+    return torch.trace(regularized.T @ matrix @ regularized) / len(d) ** 2
+
+
+def regularizer(device):
+    row("MAGMA's term, forward and backward, batch 256", "time", "share of step", "obvious / ours")
+    for model, dim, decoder in (("vit_tiny", 192, (512, 8, 16)), ("vit_tiny", 192, (192, 4, 3))):
+        y, x = (torch.randn(256, dim, device=device).requires_grad_() for _ in range(2))
+        names = ("decoder_dim", "decoder_depth", "decoder_heads")
+        step = training_step(device, 256, model=model, lam=0.0, **dict(zip(names, decoder, strict=True)))
+        ours, obvious = seconds(
+            lambda y=y, x=x: magma.manifold_loss(y, x).backward(),
+            lambda y=y, x=x: obvious_manifold_loss(y, x).backward(),
+            rounds=25,
+        )
+        (whole,) = seconds(step, rounds=3)
+        name = f"  {model} 32/4, decoder {decoder[0]} x {decoder[1]}"
+        row(name, f"{ours * 1e3:.2f} ms", f"{100 * ours / whole:.2f} %", f"{obvious / ours:.1f}")
+        row("    the step itself", f"{whole * 1e3:.0f} ms")
+
+
+def crop(device):
+    row("random resized crop and flip, 32 x 32", "images/s", "ours is faster", "")
+    images = torch.randint(0, 256, (512, 3, 32, 32), dtype=torch.uint8, device=device)
+    pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images.cpu()]
+
+    def grid():
+        top, left, h, w = common.crop_boxes(*torch.full((2, 512), 32.0, device=device)).unbind(dim=1)
+        zero = torch.zeros_like(w)
+        rows = torch.stack([w / 32, zero, (2 * left + w) / 32 - 1], dim=1)
+        columns = torch.stack([zero, h / 32, (2 * top + h) / 32 - 1], dim=1)
+        theta = torch.stack([rows, columns], dim=1)
+        at = F.affine_grid(theta, (512, 3, 32, 32), align_corners=False)
+        return F.grid_sample(images.float() / 255, at, align_corners=False, padding_mode="border")
+
+    def one_by_one():
+        boxes = common.crop_boxes(*torch.full((2, 512), 32.0)).tolist()
+        out = []
+        for picture, (top, left, h, w) in zip(pictures, boxes, strict=True):
+            box = (left, top, min(left + w, 32), min(top + h, 32))
+            out.append(np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR, box=box)))
+        return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 255
+
+    versions = (lambda: common.random_resized_crop(images, 32), grid, one_by_one)
+    times = seconds(*versions, rounds=15)
+    for name, spent in zip(("ours", "affine_grid and grid_sample", "Pillow, one by one"), times, strict=True):
+        row(f"  {name}", f"{512 / spent:,.0f}", f"{spent / times[0]:.1f} x")
+
+
+def loop(device):
+    row("one epoch of the cifar10 laptop recipe", "per step", "share", "")
+    images = torch.randint(0, 256, (6400, 3, 32, 32), dtype=torch.uint8, device=device)
+    data = common.MemoryImages(images, torch.zeros(6400).long().to(device), ["any"], (0.5,) * 3, (0.25,) * 3)
+
+    class Timed(magma.Magma):
+        spent = 0.0
+
+        def update(self, *args):
+            start = time.perf_counter()
+            out = super().update(*args)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            Timed.spent += time.perf_counter() - start
+            return out
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        flags = ["--data", "cifar10", "--epochs", "1", "--probe-every", "0", "--out", str(Path(folder) / "run")]
+        config = common.read_flags(magma.Config, magma.RECIPES, flags)
+        method = Timed(config, data).to(device)
+        common.fit(method, data, data, config)
+        rate = common.read_log(Path(folder) / "run" / "log.jsonl", 9)[-1]["images_per_second"]
+    whole, steps = len(data) / rate, len(data) // config.batch_size
+    row("  forward, backward, optimiser", f"{1e3 * Timed.spent / steps:.2f} ms", f"{100 * Timed.spent / whole:.1f} %")
+    rest = whole - Timed.spent
+    row("  everything else", f"{1e3 * rest / steps:.2f} ms", f"{100 * rest / whole:.1f} %")
+
+
+BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHES) + "; all by default")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's choice")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(BENCHES):
+        parser.error(f"unknown name {min(unknown)!r}; choose from {', '.join(BENCHES)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = common.start_distributed(args.device)
+    precision = common.pick_precision("auto", device)
+    print(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} of {os.cpu_count()} threads, auto = {precision}"
+    )
+    for name in args.names or BENCHES:
+        print()
+        BENCHES[name](device)
+
+
+if __name__ == "__main__":
+    main()

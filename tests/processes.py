@@ -1,0 +1,102 @@
+"""What the tests of several processes run: each function starts in every rank of a gloo group."""
+
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
+def start(function, *args, ranks=2):
+    """Run function(*args) in each of several processes and return what each one returned, in rank order."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_enter, (function, args, ranks, folder), nprocs=ranks)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def _enter(rank, function, args, ranks, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(Path(folder) / "store"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    try:
+        torch.save(function(*args), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def mine(x):
+    """This rank's share of the rows of a global batch: ranks see different data, or the test could not fail."""
+    return x.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def coupled_loss(name, a, b):
+    """A loss of two views that couples the images of a batch."""
+    import magma
+
+    losses = {
+        "manifold": magma.manifold_loss,
+        "uniformity": lambda a, b: magma.uniformity_loss(a) + 2 * magma.uniformity_loss(b),
+        "contrastive": magma.contrastive_loss,
+        "vicreg": magma.vicreg_loss,
+    }
+    return losses[name](a, b)
+
+
+def gradient_of_gathered_loss(name, z):
+    """The mean over the ranks of the gradient that each one's rows get, put in rank order: (B, ...) like z."""
+    import common
+
+    local = [mine(x).clone().requires_grad_() for x in z]
+    loss = coupled_loss(name, *(common.gather(x) for x in local))
+    loss.backward()
+    share = torch.stack([x.grad for x in local]) / dist.get_world_size()  # DDP would divide the parameters' gradients
+    parts = [torch.empty_like(share) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, share)
+    return {"loss": loss.detach(), "gradient": torch.cat(parts, dim=1)}
+
+
+def gradients_of_magma(fields, images, mask):
+    """One step of Magma under DDP on this rank's share of the images: the gradients that DDP leaves behind."""
+    import test_magma
+
+    method = test_magma.tiny(**fields)
+    accumulate = fields.get("accumulate", 1)
+    model = torch.nn.parallel.DistributedDataParallel(method)
+
+    class Recorder:
+        """A Stepper whose step keeps the gradients instead of using them."""
+
+        def autocast(self):
+            return torch.autocast("cpu", enabled=False)
+
+        def backward(self, loss):
+            loss.backward()
+
+        def step(self):
+            self.gradients = {name: p.grad.clone() for name, p in method.named_parameters()}
+
+    parts = [list(x.chunk(accumulate)) for x in (mine(images), mine(mask))]
+    call = lambda images, labels: model(images, mask=labels)  # the mask comes in the place of the labels
+    call.no_sync = model.no_sync
+    recorder = Recorder()
+    method.update(call, list(zip(*parts, strict=True)), recorder)
+    return recorder.gradients
+
+
+def fit_tiny(folder, flags):
+    """Train through `fit` on this rank; returns the weights."""
+    import test_train
+
+    import common
+    import magma
+
+    config = common.read_flags(magma.Config, magma.RECIPES, flags)
+    torch.manual_seed(config.seed)
+    method = magma.Magma(config, test_train.DATA)
+    results = common.fit(method, test_train.DATA, test_train.DATA, config)
+    return {"weights": method.state_dict(), "rows": len(results)}
