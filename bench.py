@@ -156,7 +156,7 @@ def loop(device):
         config = common.read_flags(magma.Config, magma.RECIPES, flags)
         method = Timed(config, data).to(device)
         common.fit(method, data, data, config)
-        rate = common.read_log(Path(folder) / "run" / "log.jsonl", 9)[-1]["images_per_second"]
+        rate = common.rewind_log(Path(folder) / "run" / "log.jsonl", 9, "")[-1]["images_per_second"]
     whole, steps = len(data) / rate, len(data) // config.batch_size
     row("  forward, backward, optimiser", f"{1e3 * Timed.spent / steps:.2f} ms", f"{100 * Timed.spent / whole:.1f} %")
     rest = whole - Timed.spent

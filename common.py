@@ -80,7 +80,7 @@ def sincos_positions(height: int, width: int, dim: int) -> Tensor:
     The first half of the channels encodes the column, the second half the row, as the MAE code does (He et al. 2022).
     """
     if dim % 4:
-        raise ValueError(f"a 2-D sine-cosine code needs a width divisible by 4, not {dim}")
+        raise UserError(f"a 2-D sine-cosine code needs a width divisible by 4, not {dim}")
     frequency = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in (columns, rows)]  # 2 x (N, D/4)
@@ -132,7 +132,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise UserError(f"a width of {dim} does not divide into {heads} heads")
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -187,6 +187,10 @@ class ViT(nn.Module):
         }
         self.fields |= {"pool": pool, "mean": tuple(mean), "std": tuple(std)}  # all that rebuilds this module
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(patch, dim, depth, heads, height, width) < 1:
+            raise UserError(
+                f"a transformer of width {dim}, {depth} blocks, {heads} heads and patch {patch} cannot be built"
+            )
         if height % patch or width % patch:
             raise UserError(f"image size {height} x {width} is not a multiple of the patch size {patch}")
         if pool not in ("mean", "cls"):
@@ -277,8 +281,12 @@ class MaskedAutoencoder(nn.Module):
     ):
         super().__init__()
         patches = encoder.grid[0] * encoder.grid[1]
-        if not 0 < round(mask_ratio * patches) < patches:
+        if not 0 < mask_ratio < 1 or not 0 < round(mask_ratio * patches) < patches:
             raise UserError(f"a mask ratio of {mask_ratio} leaves no patch masked or none visible out of {patches}")
+        if decoder_dim < 1 or decoder_heads < 1 or decoder_depth < 0:
+            raise UserError(
+                f"a decoder of width {decoder_dim}, {decoder_depth} blocks, {decoder_heads} heads cannot be built"
+            )
         self.encoder, self.mask_ratio, self.normalize_target = encoder, mask_ratio, normalize_target
         self.decoder_embed = nn.Linear(encoder.dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
@@ -357,17 +365,19 @@ def world_size() -> int:
 def start_distributed(device: str = "auto") -> torch.device:
     """Join the other processes where torchrun started several (NCCL on GPUs, gloo on CPUs) and return the device."""
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local, several = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and name.startswith("cuda:"):
+        raise UserError(f"device {device!r} would be shared by all processes; give --device cuda")
     try:
         chosen = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         else:
             torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+    if several and not dist.is_initialized():
         # One hour, since rank 0 probes while the others wait.
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return chosen
@@ -375,30 +385,39 @@ def start_distributed(device: str = "auto") -> torch.device:
 
 def on_rank_zero(function):
     """Run a function on rank 0 alone and give its result, or its UserError, to every rank."""
-    outcome = [None, None]
+    if world_size() == 1:
+        return function()
+    result, mistake, failure = None, None, None
     if rank() == 0:
         try:
-            outcome[0] = function()
+            result = function()
         except UserError as error:
-            outcome[1] = str(error)
-    if world_size() > 1:
-        dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+            mistake = str(error)
+        except Exception as error:  # noqa: BLE001 (raised again below; the others must not wait for ever)
+            failure = error
+    shared = [result, mistake, repr(failure) if failure else None]
+    dist.broadcast_object_list(shared)
+    if failure:
+        raise failure
+    if shared[2]:
+        raise RuntimeError(f"process 0 failed: {shared[2]}")
+    if shared[1]:
+        raise UserError(shared[1])
+    return shared[0]
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         # Every rank's loss depends on this rank's rows: sum what all of them send back, then take our rows.
-        gradient = gradient.contiguous()
+        gradient = gradient.contiguous().clone()  # autograd may hold the same tensor elsewhere
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]
 
@@ -487,7 +506,7 @@ def random_resized_crop(
     Bilinear, by two batched matrix products. `flip` is the probability of a mirror image.
     """
     batch, _, height, width = images.shape
-    sides = torch.tensor([[height], [width]], device=images.device, dtype=torch.float32).expand(2, batch)
+    sides = (torch.full((batch,), float(side), device=images.device) for side in (height, width))
     top, left, h, w = crop_boxes(*sides, scale, ratio, generator).unbind(dim=1)
     flipped = torch.rand(batch, device=images.device, generator=generator) < flip
     rows = resize_matrix(top, h, height, size)
@@ -596,7 +615,7 @@ def read_folders(root: Path, split: str, keep=None) -> "FolderImages":
     names = {}
     for part in {root / "train", home}:
         if not part.is_dir():
-            raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*, see --root")
+            raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*")
         names[part] = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
     classes = names[root / "train"]
     if keep is not None:
@@ -645,7 +664,7 @@ class MemoryImages:
         """Augmented batches for a plan of (seed, indices): float (B, 3, size, size), or (B, V, 3, ...), and labels."""
         generator = torch.Generator(self.images.device)
         for seed, indices in plan:
-            indices = torch.as_tensor(indices, device=self.images.device)
+            indices = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
             raw = self.images[indices].repeat_interleave(views, dim=0)  # (B * V, 3, H, W)
             images = random_resized_crop(raw, size, scale, flip=flip, generator=generator.manual_seed(seed))
             images = images if views == 1 else images.unflatten(0, (-1, views))
@@ -673,7 +692,7 @@ class FolderImages:
     def train_batches(self, plan, size, scale=(0.08, 1.0), flip=0.5, views=1, workers=0, device="cpu"):
         """As MemoryImages.train_batches. Each crop depends on the seed of its step and its place in the batch alone."""
         ahead, behind = itertools.tee(plan)  # the workers run ahead of the batches that come out
-        keys = ([(int(i), mix_seed(seed, place)) for place, i in enumerate(indices)] for seed, indices in ahead)
+        keys = ([(i, seed, place) for place, i in enumerate(torch.as_tensor(part).tolist())] for seed, part in ahead)
         loaded = self._load(keys, _Decoder(self.paths, self.labels, size, scale, views), workers, device)
         generator = torch.Generator(device)
         for (seed, _), (images, labels) in zip(behind, loaded, strict=True):
@@ -684,7 +703,7 @@ class FolderImages:
 
     def plain_batches(self, indices, size, batch=100, workers=0, device="cpu"):
         """Images without augmentation: the shorter side resized to size * 256 / 224, then the centre square."""
-        parts = [[(int(i), None) for i in part] for part in torch.as_tensor(indices).split(batch)]
+        parts = [[(i, None, 0) for i in part.tolist()] for part in torch.as_tensor(indices).split(batch)]
         for images, labels in self._load(parts, _Decoder(self.paths, self.labels, size), workers, device):
             yield images[:, 0].float() / 255, labels
 
@@ -693,7 +712,7 @@ class FolderImages:
         loader = torch.utils.data.DataLoader(
             decoder,
             batch_sampler=keys,
-            num_workers=workers,
+            num_workers=min(workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else workers),
             collate_fn=_stack,
             pin_memory=torch.device(device).type == "cuda",
             generator=torch.Generator(),
@@ -706,7 +725,7 @@ class FolderImages:
 
 @dataclass
 class _Decoder(torch.utils.data.Dataset):
-    """What a worker process does: (index, seed) -> uint8 (V, 3, size, size) and the label; no seed, no augmentation.
+    """What a worker process does: (index, seed, place) -> uint8 (V, 3, size, size) and the label; no seed, no augmentation.
 
     An image that cannot be read comes back as the text of the error: an exception would lose its one clear line.
     """
@@ -721,15 +740,12 @@ class _Decoder(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, key):
-        index, seed = key
+        index, seed, place = key
+        seeds = [None if seed is None else mix_seed(seed, place, view) for view in range(self.views)]
         try:
-            views = [
-                decode_image(self.paths[index], self.size, self.scale, None if seed is None else mix_seed(seed, view))
-                for view in range(self.views)
-            ]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return decode_image(self.paths[index], self.size, self.scale, seeds), self.labels[index]
+        except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
             return f"{self.paths[index]} cannot be read as an image ({error}); mend or remove it"
-        return torch.stack(views), self.labels[index]
 
 
 def _stack(items):
@@ -737,30 +753,33 @@ def _stack(items):
     return broken or tuple(torch.stack(part) for part in zip(*items, strict=True))
 
 
-def decode_image(path, size: int, scale=(0.08, 1.0), seed: int | None = None) -> Tensor:
-    """Read one image file -> uint8 (3, size, size): a random resized crop, or the centre square without a seed.
+def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,)) -> Tensor:
+    """Read one image file -> uint8 (V, 3, size, size): a random resized crop a seed, the centre square for None.
 
     JPEG, PNG and WebP; grey, palette, CMYK, 16-bit and turned (EXIF) files come out as upright RGB. Bicubic.
-    Raises OSError, SyntaxError or ValueError where the file is damaged.
+    Raises OSError, SyntaxError, ValueError or struct.error where the file is damaged.
     """
     with Image.open(path) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation: on its side
         width, height = image.size[::-1] if turned else image.size
-        if seed is None:
-            side = min(height, width) * 224 / 256
-            box = torch.tensor([(height - side) / 2, (width - side) / 2, side, side])
-        else:
-            sizes = torch.tensor([[height], [width]], dtype=torch.float32)
-            box = crop_boxes(*sizes, scale, generator=torch.Generator().manual_seed(seed))[0]
-        top, left, h, w = box.tolist()
-        shrink = min(h, w) / size
-        if image.format == "JPEG" and shrink >= 2:  # let the decoder skip what the crop would throw away
+        boxes = []
+        for seed in seeds:
+            if seed is None:
+                side = min(height, width) * 224 / 256
+                boxes.append([(height - side) / 2, (width - side) / 2, side, side])
+            else:
+                sides, generator = torch.tensor([[height], [width]]).float(), torch.Generator().manual_seed(seed)
+                boxes.append(crop_boxes(*sides, scale, generator=generator)[0].tolist())
+        shrink = min(min(h, w) for _, _, h, w in boxes) / size
+        if image.format == "JPEG" and shrink >= 2:  # let the decoder skip what the crops would throw away
             image.draft("RGB", (int(image.size[0] / shrink), int(image.size[1] / shrink)))
         upright = ImageOps.exif_transpose(to_rgb(image))
     sx, sy = upright.width / width, upright.height / height  # less than 1 after draft
-    box = (left * sx, top * sy, min((left + w) * sx, upright.width), min((top + h) * sy, upright.height))
-    upright = upright.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    crops = []
+    for top, left, h, w in boxes:
+        box = (left * sx, top * sy, min((left + w) * sx, upright.width), min((top + h) * sy, upright.height))
+        crops.append(np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC, box=box)))
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -922,17 +941,18 @@ def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
     Features (N, D) are standardised. Of seven ridge strengths, 1e-5 to 10 times N, the one with the best exact
     leave-one-out accuracy on the training part is taken.
     """
-    mean, std = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
     train, test = (train - mean) / std, (test - mean) / std
     onehot = F.one_hot(train_labels, classes).to(train.dtype)
     offset = onehot.mean(dim=0)
     values, vectors = torch.linalg.eigh(train.T @ train)  # (D,), (D, D)
-    rotated, target = train @ vectors, (train @ vectors).T @ (onehot - offset)  # (N, D), (D, classes)
+    rotated = train @ vectors  # (N, D)
+    target, squares = rotated.T @ (onehot - offset), rotated.square()  # (D, classes), (N, D)
     best, best_weight = -1.0, None
     for strength in len(train) * 10.0 ** torch.arange(-5, 2):
         shrink = 1 / (values.clamp_min(0) + strength)  # (D,)
         fitted = rotated @ (shrink[:, None] * target) + offset
-        leverage = (rotated.square() @ shrink + 1 / len(train)).clamp_max(1 - 1e-4)[:, None]
+        leverage = (squares @ shrink + 1 / len(train)).clamp_max(1 - 1e-4)[:, None]
         left_out = onehot - (onehot - fitted) / (1 - leverage)
         accuracy = float((left_out.argmax(dim=1) == train_labels).float().mean())
         if accuracy > best:
@@ -987,8 +1007,8 @@ class TrainConfig:
     amp: str = "auto"  # auto, bf16, fp16 or off; auto is bf16 where the processor has it, else fp16 on a GPU
     compile: bool = False  # compile the model with torch.compile
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    workers: int = 8  # processes that decode image files
-    seed: int = 0  # of everything random
+    workers: int = 8  # processes that decode image files, for each training process; at most the cores
+    seed: int = 0  # of weights, order, crops and masks
     probe_every: int = 10  # epochs between two probes; the last epoch is always probed, 0 probes never
     probe_images: int = 20000  # most images of each split to probe, 0 for all
     save_every: int = 1  # epochs between two checkpoints; the last epoch is always saved
@@ -996,8 +1016,8 @@ class TrainConfig:
     resume: bool = False  # go on with the run in the run folder
 
 
-FREE_FIELDS = {"root", "device", "workers", "probe_every", "probe_images", "save_every", "out", "resume"}
-"""Fields that may differ between a run and its continuation: they do not change what is learned."""
+FREE_FIELDS = {"root", "device", "workers", "probe_every", "probe_images", "save_every", "out", "resume", "amp"}
+"""Fields that may differ between a run and its continuation; of `amp`, the precision that it stands for must not."""
 
 
 @functools.cache
@@ -1065,19 +1085,23 @@ def read_flags(config_class, recipes: dict, argv: list, usage: str = "", descrip
     return config_class(**values)
 
 
-def check_config(config: TrainConfig, images: int):
-    """Raise UserError where the loop cannot run with this configuration on a data set of so many images."""
-    parts = world_size() * config.accumulate
-    positive = ("image_size", "epochs", "batch_size", "accumulate", "save_every")
-    for name in positive:
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small; give at least 1")
+def check_config(config: TrainConfig):
+    """Raise UserError where a setting of the loop makes no sense, whatever the data."""
+    least = dict.fromkeys(("image_size", "epochs", "batch_size", "accumulate", "save_every"), 1)
+    least |= dict.fromkeys(("warmup_epochs", "probe_every", "probe_images", "workers", "seed"), 0)
+    least |= dict.fromkeys(("base_lr", "warmup_lr", "weight_decay", "clip"), 0.0)
+    for name, bound in least.items():
+        if not bound <= getattr(config, name) < math.inf:  # false for nan too
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} makes no sense; give {bound} or more")
     if config.amp not in ("auto", "bf16", "fp16", "off"):
         raise UserError(unknown("--amp", config.amp, ("auto", "bf16", "fp16", "off")))
     if not 0 < config.crop_min <= 1:
         raise UserError(f"--crop-min {config.crop_min} is not a share of the image; give more than 0, at most 1")
-    if config.batch_size > images:
-        raise UserError(f"a batch of {config.batch_size} is larger than the data set of {images}; lower --batch-size")
+    if not 0 <= config.flip <= 1:
+        raise UserError(f"--flip {config.flip} is not a probability; give 0 to 1")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise UserError(f"--betas {config.betas} must both be at least 0 and less than 1")
+    parts = world_size() * config.accumulate
     if config.batch_size % parts:
         raise UserError(
             f"a batch of {config.batch_size} does not divide by {world_size()} processes x {config.accumulate} parts; "
@@ -1100,8 +1124,10 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bf16 = device.type == "cpu" and any(
+        capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")
+    )
     return torch.bfloat16 if has_bf16 else None  # emulated bf16 is slower than float32
 
 
@@ -1141,7 +1167,8 @@ class Method(nn.Module):
     """The whole contract between a paper and the loop. Made as `Method(config, data)`; `data` knows mean, std, classes.
 
     `encoder` is what a run is for: it is saved in encoder.pt and probed. `views` is how many crops of each image
-    `forward` is given: (B, 3, H, W) for one, (B, views, 3, H, W) for more.
+    `forward` is given: (B, 3, H, W) for one, (B, views, 3, H, W) for more. Only process 0 calls `encoder` and `pictures`,
+    so these must not wait for the others.
     """
 
     name: str
@@ -1149,7 +1176,7 @@ class Method(nn.Module):
     views = 1
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
-        """{"loss": scalar to minimise, other scalars to log}; images are in [0, 1]."""
+        """{"loss": scalar to minimise, other scalars to log}, all 0-d tensors; images are in [0, 1]."""
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def start_epoch(self, epoch: int):
@@ -1162,7 +1189,6 @@ class Method(nn.Module):
             if parameter.requires_grad:
                 (plain if parameter.ndim < 2 or name.endswith("token") else decay).append(parameter)
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        # torch.optim checks betas and friends by exceptions of its own, which name the value.
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 
     def update(self, model: nn.Module, batches: list, stepper: Stepper) -> dict:
@@ -1188,6 +1214,11 @@ class NonFiniteLoss(RuntimeError):
     """The loss is infinite or not a number: the run stops, its last checkpoint stays."""
 
 
+def what_is_left(checkpoint: Path) -> str:
+    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written"
+    return f"{kept}; start anew with a lower --base-lr or --amp off"
+
+
 class Meter:
     """Means of logged scalars over an epoch, read from the device every few steps only, since each read waits for it."""
 
@@ -1209,10 +1240,7 @@ class Meter:
         for (step, _), row in zip(self.waiting, table.tolist(), strict=True):
             if not math.isfinite(row[names.index("loss")]):
                 terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, row, strict=True))
-                kept = (
-                    f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written"
-                )
-                raise NonFiniteLoss(f"step {step}: {terms}; {kept}; lower --base-lr or try --amp off")
+                raise NonFiniteLoss(f"step {step}: {terms}; {what_is_left(checkpoint)}")
             for name, value in zip(names, row, strict=True):
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.count += 1
@@ -1240,44 +1268,68 @@ def load_checkpoint(path: Path) -> dict:
         raise UserError(f"{path} is not a checkpoint ({reason})") from None
 
 
-def open_run(out: Path, name: str, config: TrainConfig) -> bool:
-    """Make a new run folder; with --resume say whether it holds a checkpoint that this configuration can go on from."""
-    checkpoint, fields = out / "last.pt", dataclasses.asdict(config)
+def identity_of(method: Method, train, config: TrainConfig, stepper: Stepper) -> dict:
+    """All that must be the same where a run goes on: else it would not end where an uninterrupted one does."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+    return {
+        "method": method.name,
+        "images": len(train),
+        "processes": world_size(),
+        "precision": str(stepper.dtype),
+    } | fields
+
+
+def open_run(out: Path, identity: dict, config: TrainConfig) -> int:
+    """Make a new run folder, or with --resume find the checkpoint in it; returns the step to go on from, 0 for a new run.
+
+    Raises UserError rather than overwrite a run, or go on with one that is not the same.
+    """
     if not config.resume and out.exists():
         raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
-    if config.resume and checkpoint.exists():
-        state = load_checkpoint(checkpoint)
-        if state.get("method") != name:
-            raise UserError(f"{checkpoint} belongs to method {state.get('method')!r}, not {name!r}")
-        old = state["config"]
-        differing = [k for k in fields.keys() | old.keys() if k not in FREE_FIELDS and old.get(k) != fields.get(k)]
+    if config.resume and (out / "last.pt").exists():
+        state = load_checkpoint(out / "last.pt")
+        old = state.get("identity") if isinstance(state, dict) else None
+        if old is None:
+            raise UserError(f"{out / 'last.pt'} is not a checkpoint of a run; choose another folder by --out")
+        differing = sorted(name for name in identity.keys() | old.keys() if old.get(name) != identity.get(name))
         if differing:
-            changes = ", ".join(f"{k} {old.get(k)} -> {fields.get(k)}" for k in sorted(differing))
-            raise UserError(f"{out} was trained with another configuration ({changes}); use the same flags")
-        return True
+            changes = ", ".join(f"{name} {old.get(name)} -> {identity.get(name)}" for name in differing)
+            raise UserError(f"{out} was trained otherwise ({changes}); go on with what it was trained with")
+        return state["step"]
+    if (out / "encoder.pt").exists():
+        raise UserError(f"{out} holds an encoder but no last.pt to go on from; choose another folder by --out")
     if config.resume:
         print(f"note: no checkpoint in {out} yet, starting from the beginning", flush=True)
-    header = {"command": " ".join(sys.argv), "method": name, "config": fields}
-    header["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps({"method": name, **fields}, indent=2) + "\n")
-        (out / "log.jsonl").write_text(json.dumps(header) + "\n")
+        settings = json.dumps({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
+        (out / "config.json").write_text(settings + "\n")
+        (out / "log.jsonl").write_text(log_header(identity, config))
     except OSError as error:
         raise UserError(f"cannot write the run folder {out} ({error.strerror}); choose another by --out") from None
-    return False
+    return 0
 
 
-def read_log(path: Path, last_epoch: int) -> list:
-    """Drop the lines of a log after `last_epoch` (their steps will be done again) and return the others' contents."""
+def log_header(identity: dict, config: TrainConfig) -> str:
+    """The first line of a log: how to make the run again."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    header = {"command": " ".join(sys.argv), "method": identity["method"], "config": dataclasses.asdict(config)}
+    return json.dumps(header | {"precision": identity["precision"], "versions": versions}) + "\n"
+
+
+def rewind_log(path: Path, last_epoch: int, header: str) -> list:
+    """Drop the lines of a log after `last_epoch`, whose steps will be done again, and return the lines that stay."""
     kept = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
             line = json.loads(text)
-            if line.get("epoch", 0) <= last_epoch:
+            if isinstance(line, dict) and "command" in line:
+                header = text + "\n"
+            elif isinstance(line, dict) and line.get("epoch", math.inf) <= last_epoch:
                 kept.append(line)
-    write_atomically(path, lambda file: file.write_text("".join(json.dumps(line) + "\n" for line in kept)))
-    return kept[1:]  # without the header
+    lines = header + "".join(json.dumps(line) + "\n" for line in kept)
+    write_atomically(path, lambda file: file.write_text(lines))
+    return kept
 
 
 def save_encoder(encoder: nn.Module, path):
@@ -1291,8 +1343,11 @@ def load_encoder(path) -> nn.Module:
     kinds = {"ViT": ViT}
     if not isinstance(state, dict) or state.get("kind") not in kinds:
         raise UserError(f"{path} is not an encoder file; expected the encoder.pt of a run")
-    encoder = kinds[state["kind"]](**state["fields"])
-    encoder.load_state_dict(state["weights"])
+    try:
+        encoder = kinds[state["kind"]](**state["fields"])
+        encoder.load_state_dict(state["weights"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this version ({str(error).splitlines()[0]})") from None
     return encoder.eval()
 
 
@@ -1318,37 +1373,51 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     run that was killed and resumed equals one that was not.
     Raises UserError for a configuration that cannot run, NonFiniteLoss.
     """
-    check_config(config, len(train))
+    check_config(config)
+    if config.batch_size > len(train):
+        raise UserError(
+            f"a batch of {config.batch_size} is larger than the data set of {len(train)}; lower --batch-size"
+        )
     out = Path(config.out or f"runs/{method.name}-{Path(config.data).name}")
-    resuming = on_rank_zero(lambda: open_run(out, method.name, config))
-    device = next(method.parameters()).device
+    device, steps = next(method.parameters()).device, len(train) // config.batch_size
     if world_size() > 1 and device.type == "cuda":
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     stepper = Stepper(method.optimizer(config), config, device)
-    steps = len(train) // config.batch_size
-    first_step, meter, log = 0, Meter(), []
-    if resuming:
+    identity = identity_of(method, train, config, stepper)
+    first_step, meter, log = on_rank_zero(lambda: open_run(out, identity, config)), Meter(), []
+    if first_step:
         state = load_checkpoint(out / "last.pt")
+        if state["step"] != first_step:
+            raise UserError(f"{out / 'last.pt'} is at step {state['step']} here, at step {first_step} on process 0")
         method.load_state_dict(state["weights"])
         stepper.optimizer.load_state_dict(state["optimizer"])
         stepper.scaler.load_state_dict(state["scaler"])
-        first_step, meter = state["step"], Meter(state["sums"], state["count"])
-        log = on_rank_zero(lambda: read_log(out / "log.jsonl", first_step // steps))
+        meter = Meter(state["sums"], state["count"])
+        header = log_header(identity, config)
+        log = on_rank_zero(lambda: rewind_log(out / "log.jsonl", first_step // steps, header))
+        del state
 
-    model = torch.compile(method) if config.compile else method
+    model = method
     if world_size() > 1:
         devices = [device.index] if device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        # Buffers are constants, or statistics that SyncBatchNorm keeps equal.
+        model = nn.parallel.DistributedDataParallel(
+            method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    model = torch.compile(model) if config.compile else model
     loading = {"workers": config.workers, "device": device}
     if rank() == 0:
         print_start(method, train, config, stepper, out, first_step // steps)
 
+    def save_weights():
+        write_atomically(out / "encoder.pt", lambda path: save_encoder(method.encoder, path))
+
     def save(step: int):
-        state = {"method": method.name, "config": dataclasses.asdict(config), "step": step, "sums": meter.sums}
-        state |= {"count": meter.count, "weights": method.state_dict(), "optimizer": stepper.optimizer.state_dict()}
+        state = {"identity": identity, "step": step, "sums": meter.sums, "count": meter.count}
+        state |= {"weights": method.state_dict(), "optimizer": stepper.optimizer.state_dict()}
         state |= {"scaler": stepper.scaler.state_dict()}
         write_atomically(out / "last.pt", lambda path: torch.save(state, path))
-        write_atomically(out / "encoder.pt", lambda path: save_encoder(method.encoder, path))
+        save_weights()
 
     def encode(images: Tensor) -> Tensor:
         with stepper.autocast():
@@ -1373,6 +1442,8 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
         log.append(line)
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         if "knn" in line or bar.disable:
             shown = {name: line[name] for name in ("loss", "knn", "linear") if name in line}
             shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -1385,8 +1456,11 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
         unit_scale=True,
         disable=None if rank() == 0 else True,  # None: only where a person is watching
     )
-    if rank() == 0 and (not log or log[-1]["epoch"] < first_step // steps):
-        finish_epoch(first_step // steps)  # the start, or a kill came between a checkpoint and its line
+    if rank() == 0:
+        if first_step:
+            save_weights()  # a kill may have come just before
+        if not log or log[-1]["epoch"] < first_step // steps:
+            finish_epoch(first_step // steps)  # the untrained encoder, or a kill came between a checkpoint and its line
     if first_step % steps == 0:
         meter = Meter()
     plan = batch_plan(len(train), config, first_step)
@@ -1409,6 +1483,8 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
                 bar.set_postfix(epoch=epoch + 1, loss=f"{meter.means()['loss']:.4f}", lr=f"{rate:.1e}", refresh=False)
             bar.update(config.batch_size)
         meter.flush(out / "last.pt")
+        if not all(bool(p.isfinite().all()) for p in method.parameters()):  # a finite loss may have such a gradient
+            raise NonFiniteLoss(f"step {step}: the weights are not finite; {what_is_left(out / 'last.pt')}")
         if rank() == 0:
             seconds = time.perf_counter() - started
             if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.epochs:
@@ -1417,9 +1493,9 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
         meter = Meter()
     bar.close()
     log = on_rank_zero(lambda: log)
-    names = ("knn", "linear")
-    results = {"trained": log[-1], "untrained": log[0], "pixels": log[0].get("pixels", {})}
-    return {row: {name: line[name] for name in names} for row, line in results.items() if "knn" in line}
+    first = next((line for line in log if line["epoch"] == 0), {})
+    results = {"trained": log[-1], "untrained": first, "pixels": first.get("pixels", {})}
+    return {row: {name: line[name] for name in ("knn", "linear")} for row, line in results.items() if "knn" in line}
 
 
 def print_start(method: Method, train, config: TrainConfig, stepper: Stepper, out: Path, epoch: int):

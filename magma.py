@@ -30,18 +30,28 @@ What the paper leaves open, or says otherwise than its code (github.com/adondera
   the deviation over distances that are not zero; we take it over i != j, which differs for exact duplicates only.
   `--diagonal` is the text: W_ii = 1, and the deviation over all pairs.
 * Eq. 2 sums over all pairs of layers in K; the code goes from each reference layer to the last one and averages
-  (`--layer-pairs all` is the text). It stops no gradient: the reference layer learns too (`--detach-reference`).
+  (`--layer-pairs all` sums over all ordered pairs k != l). No gradient is stopped; `--detach-reference` stops the one
+  through the weights w, so that the graph is fixed and only the regularised features move.
 * "Average" of the patches is printed as a sum; the code has the mean over visible patches, without the CLS token.
 * Eq. 3 is printed, never used and not in the code: `--inverse` is its weight, 0 by default. It leaves out i = j, where
   it would divide by zero, adds 1e-6 to the distance and caps the exponent at 30: choices of ours.
+* e_st and e_dur count epochs from 0, so the term acts in epochs e_st to e_st + e_dur - 1; the log counts from 1.
+* U-MAE's uniformity is taken on the CLS token after the final norm, once (the code; U-MAE's own code norms it twice), on
+  the images of one process (U-MAE gathers them: `--gather`).
+* SimCLR and VICReg: only the first view is regularised, and each view has batch statistics of its own in the projector,
+  as in the code. Heads (3), weight decay (0.05) and betas (0.9, 0.999) are choices. SimCLR's own CIFAR recipe (half the
+  colour strength, no blur) is used on CIFAR; VICReg leaves out the blur there too, as solo-learn does.
+* The paper probes by SGD for 100 epochs. While training, we probe by ridge regression in closed form instead.
 * Where every distance is the same (always for two images) the deviation is zero and the code gives NaN. We divide by the
   mean distance there, so the affinity is the same for all pairs, as it should be.
 * The warm-up of the learning rate starts at 0 as in the released configurations; the text says 3e-5 (`--warmup-lr`).
 * Decoder sizes for the small data sets, e_dur off ImageNet-100 and the projector's output width (SimCLR 256, VICReg 2048:
-  the defaults of solo-learn, which the code is built on) are not in the text. Colours vary by one affine map an image.
+  the defaults of solo-learn, which the code is built on) are not in the text. The number of epochs on ImageNet-1K (400)
+  and the statistics of ImageNet-100 (those of ImageNet) are guesses.
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -64,7 +74,7 @@ from common import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's mathematics. B images, D channels. All functions are pure and work in any float dtype, on any device.
+# The paper's mathematics. B images, D channels. Pure functions for any float dtype and device.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -73,25 +83,33 @@ def in_float32(function):
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        args = [x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_tensor(x) else x for x in args]
-        with torch.autocast(args[0].device.type, enabled=False):
-            return function(*args, **kwargs)
+        def widen(x):
+            return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_tensor(x) else x
+
+        device = next(x.device for x in (*args, *kwargs.values()) if torch.is_tensor(x))
+        with torch.autocast(device.type, enabled=False):
+            return function(*map(widen, args), **{name: widen(x) for name, x in kwargs.items()})
 
     return wrapped
+
+
+def off_diagonal(like: Tensor) -> Tensor:
+    """1 where i != j and 0 where i = j, as a matrix like the given one (B, B)."""
+    return 1 - torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
 @in_float32
 def squared_distances(z: Tensor) -> Tensor:
     """All |z_i - z_j|^2: (B, D) -> (B, B), from a Gram matrix, so memory is O(B^2 + B D).
 
-    The features are centred first. Without that (and in `torch.cdist`) features that are nearly equal lose all digits
-    of their differences, and of the gradient.
+    The features are centred first. Without that (and in `torch.cdist`) a batch that has nearly collapsed around a large
+    mean loses all digits of its differences, and of the gradient.
     """
     z = z - z.mean(dim=0, keepdim=True)
     gram = z @ z.T  # (B, B)
     norms = gram.diagonal()
     distances = norms[:, None] + norms[None, :] - (gram + gram.T)
-    return distances.clamp_min(0) * (1 - torch.eye(len(z), dtype=z.dtype, device=z.device))  # (B, B)
+    return distances.clamp_min(0) * off_diagonal(gram)  # (B, B)
 
 
 def bandwidth(distances: Tensor, diagonal: bool = False) -> Tensor:
@@ -99,7 +117,7 @@ def bandwidth(distances: Tensor, diagonal: bool = False) -> Tensor:
 
     Over pairs i != j, or all pairs with `diagonal`. Where it vanishes, the mean distance stands in, or 1 if that is zero.
     """
-    counted = torch.ones_like(distances) if diagonal else 1 - torch.eye(len(distances)).to(distances)
+    counted = torch.ones_like(distances) if diagonal else off_diagonal(distances)
     pairs = counted.sum()
     mean = (distances * counted).sum() / pairs.clamp_min(1)
     variance = ((distances - mean).square() * counted).sum() / (pairs - 1).clamp_min(1)
@@ -119,7 +137,7 @@ def affinity(z: Tensor, kernel_factor: float = 1.0, diagonal: bool = False) -> T
     """
     distances = squared_distances(z)
     w = torch.exp(-kernel_factor * distances / bandwidth(distances, diagonal))
-    return w if diagonal else w * (1 - torch.eye(len(z), dtype=z.dtype, device=z.device))  # (B, B)
+    return w if diagonal else w * off_diagonal(w)  # (B, B)
 
 
 def printed_laplacian(w: Tensor, eps: float = 1e-4) -> Tensor:
@@ -154,10 +172,10 @@ def manifold_loss(
     form: str = "normalized",
     detach_reference: bool = False,
 ) -> Tensor:
-    """The regulariser, Eq. 6: trace(Y^T L Y) / B^2 with L the Laplacian of the reference: (B, D), (B, D') -> scalar >= 0.
+    """The regulariser, Eq. 6: trace(Y^T L Y) / B^2 with L the Laplacian of the reference: (B, D), (B, D') -> scalar.
 
-    `form` is a key of LAPLACIANS. With "unnormalized" it is half of Eq. 2. Gradients flow into both layers unless
-    `detach_reference`. Finite for any batch: one image, two, identical ones.
+    `form` is a key of LAPLACIANS. With "unnormalized" it is half of Eq. 2; only "printed" can be negative. Gradients flow
+    into both layers, unless `detach_reference`. Finite for any batch: one image, two, identical ones.
     """
     w = affinity(reference.detach() if detach_reference else reference, kernel_factor, diagonal)
     if form == "unnormalized":  # a common shift changes nothing there, and in float32 a large one drowns the gradient
@@ -170,14 +188,22 @@ def inverse_affinity(z: Tensor, kernel_factor: float = 1.0) -> Tensor:
     """w* of Eq. 5, large for images far apart: exp(+ kernel_factor d_ij / std(d)), i != j: (B, D) -> (B, B) >= 0."""
     distances = squared_distances(z)
     exponent = (kernel_factor * distances / bandwidth(distances)).clamp_max(30)
-    return exponent.exp() * (1 - torch.eye(len(z), dtype=z.dtype, device=z.device))
+    return exponent.exp() * off_diagonal(distances)
 
 
-@in_float32
-def inverse_manifold_loss(regularized: Tensor, reference: Tensor, kernel_factor: float = 1.0, eps: float = 1e-6):
-    """Reg* of Eq. 3: images far apart in the reference must not be close: (B, D), (B, D') -> scalar >= 0."""
-    w = inverse_affinity(reference, kernel_factor)
-    return (w / (squared_distances(regularized) + eps)).sum() / len(regularized) ** 2
+def inverse_manifold_loss(
+    regularized: Tensor,
+    reference: Tensor,
+    kernel_factor: float = 1.0,
+    detach_reference: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Reg* of Eq. 3: images far apart in the reference must not be close: (B, D), (B, D') -> scalar >= 0.
+
+    In float64, since one over a small distance makes its rounding errors large.
+    """
+    w = inverse_affinity((reference.detach() if detach_reference else reference).double(), kernel_factor)
+    return (w / (squared_distances(regularized.double()) + eps)).sum() / len(regularized) ** 2
 
 
 @in_float32
@@ -216,39 +242,41 @@ def vicreg_loss(a: Tensor, b: Tensor, weights: tuple = (25.0, 25.0, 1.0)) -> Ten
     return weights[0] * invariance + weights[1] * variance + weights[2] * covariance
 
 
-# Strengths and probabilities of the colour changes. SimCLR's are its appendix A (strength 1), VICReg's its appendix C.1.
+# Strengths of the colour changes, and probabilities of applying them, grey, blur and solarisation.
 JITTER = {
-    "simclr": {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "grey": 0.2, "blur": 0.5},
-    "vicreg": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "grey": 0.2, "blur": 0.5},
+    "simclr": {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}  # SimCLR, appendix A
+    | {"apply": 0.8, "grey": 0.2, "blur": 0.5, "solarize": 0.0},
+    "vicreg": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # VICReg, appendix C.1
+    | {"apply": 0.8, "grey": 0.2, "blur": 0.5, "solarize": 0.1},
 }
-JITTER["simclr"] |= {"apply": 0.8, "solarize": 0.0}
-JITTER["vicreg"] |= {"apply": 0.8, "solarize": 0.1}
 
 
 @in_float32
 def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
     """Colour jitter, grey, blur and solarisation, each image with its own draw: (B, 3, H, W) -> the same, in [0, 1].
 
-    Brightness, contrast, saturation, hue and grey are one affine map of the colours an image, in this order, and the
-    result is clipped once; torchvision clips after each and turns hue in HSV rather than about the grey axis.
+    `strength` is an entry of JITTER. Brightness, contrast, saturation, hue and grey are one affine map of the colours an
+    image, in this order, clipped once. torchvision shuffles the order, clips after each, and turns the hue in HSV rather
+    than about the grey axis.
     """
-    batch, device = len(images), images.device
+    batch, like = len(images), {"dtype": images.dtype, "device": images.device}
 
     def draw(low=0.0, high=1.0):
-        return low + (high - low) * torch.rand(batch, 1, 1, device=device, generator=generator)  # (B, 1, 1)
+        return low + (high - low) * torch.rand(batch, 1, 1, generator=generator, **like)  # (B, 1, 1)
 
     def factor(name):
         return draw(max(0.0, 1 - strength[name]), 1 + strength[name])
 
-    identity, luma = torch.eye(3, device=device), torch.tensor([0.299, 0.587, 0.114], device=device).expand(3, 3)
+    identity, luma = torch.eye(3, **like), torch.tensor([0.299, 0.587, 0.114], **like).expand(3, 3)
     brightness, contrast, saturation = factor("brightness"), factor("contrast"), factor("saturation")
     angle = 2 * math.pi * draw(-strength["hue"], strength["hue"])
-    third = torch.full((3, 3), 1 / 3, device=device)
-    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=device) / math.sqrt(3)
+    third = torch.full((3, 3), 1 / 3, **like)
+    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], **like) / math.sqrt(3)
     hue = angle.cos() * identity + (1 - angle.cos()) * third + angle.sin() * axis  # rotation about the grey axis
     colour = hue @ (saturation * identity + (1 - saturation) * luma) * contrast * brightness  # (B, 3, 3)
     mean_luma = (luma[0] @ images.mean(dim=(2, 3)).T)[:, None, None]
-    shift = (brightness * (1 - contrast) * mean_luma).expand(-1, 3, 1)  # contrast turns about the mean grey
+    # Contrast turns about the mean grey, and a grey shift stays itself under saturation and hue.
+    shift = (brightness * (1 - contrast) * mean_luma).expand(-1, 3, 1)
     applied = draw() < strength["apply"]
     colour, shift = torch.where(applied, colour, identity), torch.where(applied, shift, 0.0)
     grey = draw() < strength["grey"]
@@ -259,7 +287,7 @@ def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
     sigma = torch.where(draw() < strength["blur"], draw(0.1, 2.0), 1e-3)  # (B, 1, 1) in pixels; 1e-3 changes nothing
     matrices = []
     for side in images.shape[-2:]:
-        at = torch.arange(side, device=device)
+        at = torch.arange(side, **like)
         radius = max(1, side // 20)  # a kernel of a tenth of the side, as SimCLR has it
         apart = (at[:, None] - at[None, :]).abs()
         weight = torch.exp(-0.5 * (apart / sigma) ** 2) * (apart <= radius)  # (B, side, side)
@@ -290,22 +318,22 @@ class Config(TrainConfig):
     norm_pixels: bool = True  # normalise the pixels to predict patch by patch
     ssl: str = "mae"  # L_SSL of Eq. 1: mae, simclr or vicreg
     lam: float = 1.0  # lambda of Eq. 1, the weight of the regulariser; 0 is the baseline
-    e_st: int = 10  # epoch in which the regulariser starts
+    e_st: int = 10  # epoch in which the regulariser starts, counted from 0
     e_dur: int = 100  # epochs that it lasts
     uniformity: float = 0.0  # weight of U-MAE's uniformity; 0.01 is U-MAE, or with the regulariser MU-MAE
     inverse: float = 0.0  # weight of Eq. 3, in the epochs of the regulariser
     layers: tuple[int, ...] = (-2, -1)  # K: reference layers, then the regularised one; blocks, counted as in Python
-    layer_pairs: str = (
-        "last"  # last (each reference to the last of K, averaged) or all (Eq. 2: all ordered pairs, summed)
-    )
+    layer_pairs: str = "last"  # last: each reference to the last of K, averaged; all: all ordered pairs, summed (Eq. 2)
     laplacian: str = "normalized"  # normalized (code), unnormalized (half of Eq. 2) or printed (Eq. 7)
     kernel_factor: float = 1.0  # 1 is the code's kernel, 0.5 that of Eq. 4
     diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
-    detach_reference: bool = False  # keep the regulariser's gradient out of the reference layer
+    detach_reference: bool = False  # stop the gradient through the weights w
     gather: bool = False  # one graph, one uniformity and one SSL loss over the images of all processes
     temperature: float = 0.2  # of SimCLR
     vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)  # weights of invariance, variance and covariance
     projector_dim: int = 2048  # hidden width of the projector of SimCLR and VICReg
+    colour: float = 1.0  # strength of the colour jitter of SimCLR and VICReg
+    blur: float = 0.5  # probability of blurring a view of SimCLR and VICReg
 
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
@@ -319,16 +347,20 @@ RECIPES = {
     "stl10": {"model": "vit_tiny", "heads": 12, "patch": 12, "image_size": 96, "epochs": 800}
     | {"batch_size": 512, "base_lr": 3e-4},
     "imagenet100": {},  # the defaults of Config
-    "imagenet": {"e_st": 3},  # the released configuration; its number of epochs is not published
+    "imagenet": {"e_st": 3},  # the released configuration
     # Laptop recipes of ours: many small steps.
     "shapes": LAPTOP | {"epochs": 25, "batch_size": 32, "base_lr": 12e-3, "crop_min": 0.8},
     "cifar10": LAPTOP | {"epochs": 24, "batch_size": 64, "base_lr": 8e-3, "crop_min": 0.2},
 }
-for _ssl in ("simclr", "vicreg"):  # Table 5. AdamW's usual betas: only MAE's are known to be others.
-    for _data in ("cifar100", "tinyimagenet", "stl10", "imagenet100"):
-        RECIPES[f"{_data} --ssl {_ssl}"] = {"model": "vit_tiny", "heads": 12, "batch_size": 256, "base_lr": 1e-3}
-        RECIPES[f"{_data} --ssl {_ssl}"] |= {"epochs": 200 if _data == "imagenet100" else 1000, "e_st": 10}
-        RECIPES[f"{_data} --ssl {_ssl}"] |= {"betas": (0.9, 0.999)}
+TABLE_5 = {"model": "vit_tiny", "heads": 3, "epochs": 1000, "batch_size": 256, "base_lr": 1e-3, "e_st": 10}
+TABLE_5 |= {"betas": (0.9, 0.999)}
+for _ssl in ("simclr", "vicreg"):
+    for _data in ("cifar100", "tinyimagenet", "stl10"):
+        RECIPES[f"{_data} --ssl {_ssl}"] = TABLE_5
+    RECIPES[f"imagenet100 --ssl {_ssl}"] = TABLE_5 | {"epochs": 200}
+    for _data in ("cifar100", "cifar10", "shapes"):
+        small = {"blur": 0.0} | ({"colour": 0.5} if _ssl == "simclr" else {})
+        RECIPES[f"{_data} --ssl {_ssl}"] = RECIPES.get(f"{_data} --ssl {_ssl}", {}) | small
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +369,10 @@ for _ssl in ("simclr", "vicreg"):  # Table 5. AdamW's usual betas: only MAE's ar
 
 
 class Magma(Method):
-    """Eq. 1: a self-supervised loss plus lambda times the manifold regulariser, in the epochs e_st to e_st + e_dur."""
+    """Eq. 1: a self-supervised loss plus lambda times the manifold regulariser, in epochs e_st to e_st + e_dur - 1.
+
+    The loop calls `start_epoch` to switch the regulariser on and off; who lifts this out must too.
+    """
 
     name = "magma"
 
@@ -349,22 +384,26 @@ class Magma(Method):
                 raise UserError(unknown("--" + field.replace("_", "-"), getattr(config, field), names))
         size = VIT_SIZES[config.model] | ({"heads": config.heads} if config.heads else {})
         depth = size["depth"]
-        if len(config.layers) < 2 or not all(-depth <= layer < depth for layer in config.layers):
-            raise UserError(f"--layers {config.layers}: give two or more blocks from {-depth} to {depth - 1}")
+        blocks = {layer % depth for layer in config.layers if -depth <= layer < depth}
+        if len(blocks) < max(2, len(config.layers)):
+            raise UserError(f"--layers {config.layers}: give two or more different blocks from {-depth} to {depth - 1}")
         vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
         self.config = config
         self.start_epoch(0)
         if config.ssl == "mae":
             decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
             self.autoencoder = MaskedAutoencoder(vit, *decoder, config.mask_ratio, config.norm_pixels)
+            return
+        self.views, self.backbone, width = 2, vit, config.projector_dim
+        strength = JITTER[config.ssl]
+        colour = {name: config.colour * strength[name] for name in ("brightness", "contrast", "saturation", "hue")}
+        self.strength = strength | colour | {"blur": config.blur}
+        if config.ssl == "simclr":
+            layers = [nn.Linear(vit.dim, width), nn.ReLU(), nn.Linear(width, 256)]
         else:
-            self.views, self.backbone, width = 2, vit, config.projector_dim
-            if config.ssl == "simclr":
-                layers = [nn.Linear(vit.dim, width), nn.ReLU(), nn.Linear(width, 256)]
-            else:
-                layers = [nn.Linear(vit.dim, width), nn.BatchNorm1d(width), nn.ReLU()]
-                layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)]
-            self.projector = nn.Sequential(*layers)
+            layers = [nn.Linear(vit.dim, width), nn.BatchNorm1d(width), nn.ReLU()]
+            layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)]
+        self.projector = nn.Sequential(*layers)
 
     @property
     def encoder(self) -> ViT:
@@ -382,55 +421,51 @@ class Magma(Method):
             loss = reconstruction_loss(reconstruction.prediction, reconstruction.target, reconstruction.mask)
         else:
             loss, encoded, hidden = self.compare_views(images)
-        # A term that is off is measured all the same, as in the paper's Fig. 2a, but gets no gradient.
-        pull = self.active and config.lam != 0
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (pull or (self.active and config.inverse != 0))):
-            manifold, inverse = self.regularizer([self.gathered(image_features(layer)) for layer in hidden])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.uniformity != 0):
-            uniformity = uniformity_loss(self.gathered(encoded[:, 0]))  # of the CLS token
-        terms = {config.ssl: loss, "manifold": manifold, "uniformity": uniformity}
-        if pull:
-            loss = loss + config.lam * manifold
-        if self.active and config.inverse:
-            loss = loss + config.inverse * inverse
-            terms["inverse"] = inverse
-        if config.uniformity:
-            loss = loss + config.uniformity * uniformity
+        terms = {config.ssl: loss}
+        settings = (config.kernel_factor, config.diagonal, config.laplacian, config.detach_reference)
+        for name, weight, measure in (
+            ("manifold", self.active * config.lam, lambda: self.over_layers(manifold_loss, hidden, *settings)),
+            (
+                "inverse",
+                self.active * config.inverse,
+                lambda: self.over_layers(inverse_manifold_loss, hidden, *settings[::3]),
+            ),
+            ("uniformity", config.uniformity, lambda: uniformity_loss(self.gathered(encoded[:, 0]))),  # CLS tokens
+        ):
+            if name == "inverse" and not config.inverse:
+                continue
+            # A term that is off is measured all the same, as in the paper's Fig. 2a, but takes no part in the gradient.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
+                terms[name] = measure()
+            if weight:
+                loss = loss + weight * terms[name]
         return {"loss": loss, **terms}
 
     def gathered(self, features: Tensor) -> Tensor:
         return gather(features) if self.config.gather else features
 
-    def regularizer(self, features: list) -> tuple[Tensor, Tensor]:
-        """Eq. 2 (or 6) and Eq. 3 over the layers K of a list of features (B, D), one a block -> two scalars."""
-        config = self.config
-        chosen = [features[layer] for layer in config.layers]
-        if config.layer_pairs == "last":
-            pairs, share = [(z, chosen[-1]) for z in chosen[:-1]], 1 / (len(chosen) - 1)
-        else:
-            pairs, share = [(k, l) for i, k in enumerate(chosen) for j, l in enumerate(chosen) if i != j], 1.0
-        settings = (config.kernel_factor, config.diagonal, config.laplacian, config.detach_reference)
-        manifold = share * sum(manifold_loss(target, reference, *settings) for reference, target in pairs)
-        if not config.inverse:
-            return manifold, torch.zeros_like(manifold)
-        terms = [inverse_manifold_loss(target, reference, config.kernel_factor) for reference, target in pairs]
-        return manifold, share * sum(terms)
+    def over_layers(self, function, hidden: list, *settings) -> Tensor:
+        """Eq. 2's sum over layers: function(regularized, reference) for the pairs of K, from the outputs of all blocks."""
+        chosen = [self.gathered(image_features(hidden[layer])) for layer in self.config.layers]  # each (B, D)
+        if self.config.layer_pairs == "all":
+            return sum(function(l, k, *settings) for k, l in itertools.permutations(chosen, 2))
+        *references, last = chosen
+        return sum(function(last, k, *settings) for k in references) / len(references)
 
     def compare_views(self, views: Tensor) -> tuple[Tensor, Tensor, list]:
         """SimCLR or VICReg: views (B, 2, 3, H, W) -> loss, and of the first view the tokens and every block's output."""
-        images = jitter(views.flatten(0, 1), JITTER[self.config.ssl])  # (2B, 3, H, W)
+        images = jitter(views.transpose(0, 1).flatten(0, 1), self.strength)  # (2B, 3, H, W), all first views first
         encoded, hidden = self.backbone.encode(self.backbone.embed(images), hidden=True)
-        z = self.projector(self.backbone.pooled(encoded))  # (2B, D)
-        a, b = self.gathered(z[0::2]), self.gathered(z[1::2])
+        # The projector sees one view at a time: the statistics of its batch norm are those of a view.
+        a, b = (self.gathered(self.projector(x)) for x in self.backbone.pooled(encoded).chunk(2))  # (B, D) each
         if self.config.ssl == "simclr":
             loss = contrastive_loss(a, b, self.config.temperature)
         else:
             loss = vicreg_loss(a, b, self.config.vicreg)
-        return loss, encoded[0::2], [layer[0::2] for layer in hidden]
+        return loss, encoded.chunk(2)[0], [layer.chunk(2)[0] for layer in hidden]
 
     def pictures(self, images: Tensor) -> Tensor:
-        """Rows of (image, masked image, reconstruction), or of (image, its two views): (B, 3, 3, H, W) in [0, 1]."""
+        """Rows of (image, masked image, reconstruction), or (image, two draws of its colours): (B, 3, 3, H, W)."""
         if self.config.ssl == "mae":
             return self.autoencoder.pictures(images)
-        strength = JITTER[self.config.ssl]
-        return torch.stack([images, jitter(images, strength), jitter(images, strength)], dim=1)
+        return torch.stack([images, jitter(images, self.strength), jitter(images, self.strength)], dim=1)

@@ -24,8 +24,7 @@ def main(argv: list) -> int:
     """Run the command line; returns the exit code: 0, 1 for a run that had to stop, 2 for a user's mistake."""
     import torch
 
-    from common import NonFiniteLoss, UserError, fit, format_results, load_data, rank, read_flags, start_distributed
-    from common import unknown as unknown_name
+    import common
 
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nMethods:\n{method_lines()}")
@@ -33,28 +32,31 @@ def main(argv: list) -> int:
     try:
         name = argv[0]
         if name not in METHODS:
-            raise UserError(unknown_name("method", name, METHODS))
+            raise common.UserError(common.unknown("method", name, METHODS))
         module = importlib.import_module(name)
         usage = f"python train.py {name} [--any-field value]"
-        config = read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
-        device = start_distributed(config.device)
-        options = {"root": config.root, "image_size": config.image_size, "device": device, "seed": config.seed}
-        train, test = (load_data(config.data, split=split, **options) for split in ("train", "test"))
+        config = common.read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
+        device = common.start_distributed(config.device)
+        common.check_config(config)
+        options = {"root": config.root, "image_size": config.image_size, "device": device}
+        train, test = (common.load_data(config.data, split=split, **options) for split in ("train", "test"))
         torch.manual_seed(config.seed)  # of the initial weights, the same on every process
         method = getattr(module, METHODS[name])(config, train).to(device)
-        results = fit(method, train, test, config)
-    except (UserError, NonFiniteLoss) as error:
-        if rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        results = common.fit(method, train, test, config)
+    except (common.UserError, common.NonFiniteLoss, OSError) as error:
+        number = os.environ.get("RANK", "0")
+        print(f"error{f' of process {number}' if number != '0' else ''}: {error}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, common.UserError) else 1
+        if torch.distributed.is_initialized():
+            os._exit(code)  # leaving in order would wait for processes that may be waiting for this one
+        return code
     except KeyboardInterrupt:
         print("\nstopped; go on with the same command and --resume", file=sys.stderr)
         return 130
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if results and int(os.environ.get("RANK", "0")) == 0:
-        print(format_results(results))
+    if common.rank() == 0 and results:
+        print(common.format_results(results))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return 0
 
 

@@ -43,6 +43,7 @@ def coupled_loss(name, a, b):
         "uniformity": lambda a, b: magma.uniformity_loss(a) + 2 * magma.uniformity_loss(b),
         "contrastive": magma.contrastive_loss,
         "vicreg": magma.vicreg_loss,
+        "sum": lambda a, b: (a + b).square().sum(),  # one gradient tensor goes back to both
     }
     return losses[name](a, b)
 

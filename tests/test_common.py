@@ -177,8 +177,13 @@ def test_attend_matches_the_fused_kernel(batch, heads, tokens, width, seed):
 def test_vit_rejects_sizes_that_do_not_divide():
     with pytest.raises(UserError, match="image size 10 x 10 is not a multiple of the patch size 4"):
         tiny_vit(image_size=10)
-    with pytest.raises(UserError, match="a width of 16 does not divide into 3 heads"):
-        tiny_vit(heads=3)
+    for heads in (3, -1):
+        with pytest.raises(UserError, match="a (width|transformer) of (width )?16"):
+            tiny_vit(heads=heads)
+    with pytest.raises(UserError, match="patch 0 cannot be built"):
+        tiny_vit(patch=0)
+    with pytest.raises(UserError, match="a decoder of width -8, 1 blocks, 2 heads cannot be built"):
+        MaskedAutoencoder(tiny_vit(), -8, 1, 2)
 
 
 # --- masked autoencoder ----------------------------------------------------------------------------------------------
@@ -214,8 +219,9 @@ def test_autoencoder_puts_visible_tokens_back_in_their_places():
 
 def test_autoencoder_draws_masks_of_its_ratio():
     assert (tiny_autoencoder()(rand(3, 3, 8, 8)).mask.sum(dim=1) == 2).all()
-    with pytest.raises(UserError, match="a mask ratio of 0.01 leaves no patch masked"):
-        MaskedAutoencoder(tiny_vit(), mask_ratio=0.01)
+    for ratio in (0.01, 0.99, 2.0, float("nan")):
+        with pytest.raises(UserError, match=f"a mask ratio of {ratio} leaves no patch masked"):
+            MaskedAutoencoder(tiny_vit(), mask_ratio=ratio)
 
 
 def test_autoencoder_rejects_masks_of_different_sizes():
@@ -501,7 +507,7 @@ def test_decode_image_turns_every_kind_of_picture_into_rgb(tmp_path, mode):
         Image.fromarray(grey).convert("P").save(path, transparency=b"\x80" * 256)
     else:
         Image.fromarray(grey).convert(mode).save(path, **({"quality": 95} if ending == "jpg" else {}))
-    image = common.decode_image(path, 28)
+    image = common.decode_image(path, 28)[0]
     assert image.shape == (3, 28, 28)
     assert image.dtype == torch.uint8
     want = torch.from_numpy(grey[2:-2, 2:-2].copy()).float()
@@ -518,7 +524,7 @@ def test_decode_image_turns_a_picture_upright(tmp_path):
         exif[0x0112] = orientation
         path = tmp_path / f"{orientation}.jpg"
         Image.fromarray(np.rot90(upright, turn)).save(path, exif=exif, quality=95)
-        image = common.decode_image(path, 32).float()
+        image = common.decode_image(path, 32)[0].float()
         assert image[0, 0].mean() > 150, orientation
         assert image[0, -8:].mean() < 20, orientation
 
@@ -527,11 +533,12 @@ def test_decode_image_lets_jpeg_skip_pixels_without_moving_the_crop(tmp_path, mo
     ramp = np.linspace(0, 255, 800).round().astype(np.uint8)
     picture = np.stack([np.tile(ramp, (600, 1)), np.tile(ramp[:600, None], (1, 800)), np.zeros((600, 800))], axis=-1)
     Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
-    for seed in (None, 1, 2, 3):
-        fast = common.decode_image(tmp_path / "a.jpg", 32, (0.3, 1.0), seed).float()
+    for seeds in ((None,), (1,), (2, 3, 4)):
+        fast = common.decode_image(tmp_path / "a.jpg", 32, (0.3, 1.0), seeds).float()
         with monkeypatch.context() as patched:
             patched.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *_: None)
-            slow = common.decode_image(tmp_path / "a.jpg", 32, (0.3, 1.0), seed).float()
+            slow = common.decode_image(tmp_path / "a.jpg", 32, (0.3, 1.0), seeds).float()
+        assert fast.shape == (len(seeds), 3, 32, 32)
         assert (fast - slow).abs().max() < 6
 
 
@@ -705,16 +712,24 @@ def test_help_shows_comment_and_default_of_every_field():
         assert common.field_comments(Example)[field.name] or field.name == "epochs"
 
 
-def test_check_config_refuses_what_cannot_run():
-    for change, message in [
-        ({"batch_size": 11}, "a batch of 11 is larger than the data set of 10"),
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"batch_size": 10, "accumulate": 3}, "a batch of 10 does not divide by 1 processes x 3 parts"),
-        ({"epochs": 0}, "--epochs 0 is too small"),
+        ({"epochs": 0}, "--epochs 0 makes no sense; give 1 or more"),
+        ({"clip": -1.0}, "--clip -1.0 makes no sense; give 0.0 or more"),
+        ({"base_lr": float("nan")}, "--base-lr nan makes no sense"),
+        ({"probe_images": -5}, "--probe-images -5 makes no sense"),
+        ({"seed": -1}, "--seed -1 makes no sense"),
         ({"amp": "bf61"}, "unknown --amp 'bf61'; did you mean 'bf16'"),
         ({"crop_min": 0.0}, "--crop-min 0.0 is not a share of the image"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            common.check_config(TrainConfig(**{"batch_size": 4} | change), 10)
+        ({"flip": 1.5}, "--flip 1.5 is not a probability"),
+        ({"betas": (2.0, 0.9)}, r"--betas \(2.0, 0.9\) must both be at least 0 and less than 1"),
+    ],
+)
+def test_check_config_refuses_what_makes_no_sense(change, message):
+    with pytest.raises(UserError, match=message):
+        common.check_config(TrainConfig(**change))
 
 
 # --- the loop's parts ------------------------------------------------------------------------------------------------
@@ -876,14 +891,22 @@ def test_encoder_file_rebuilds_the_encoder_alone(tmp_path):
     torch.save({"something": 1}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"other\.pt is not an encoder file"):
         common.load_encoder(tmp_path / "other.pt")
+    torch.save({"kind": "ViT", "fields": {"size": 3}, "weights": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt does not fit this version"):
+        common.load_encoder(tmp_path / "other.pt")
 
 
 def test_read_log_drops_what_a_resumed_run_does_again(tmp_path):
     path = tmp_path / "log.jsonl"
     lines = [{"command": "x"}, *({"epoch": epoch, "loss": 1.0} for epoch in range(4))]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 4, "lo')
-    assert common.read_log(path, 2) == lines[1:4]
+    assert common.rewind_log(path, 2, "header") == lines[1:4]
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:4]
+    path.write_bytes(b'\xff\xfe[1]\n[2]\n{"epoch": 1}\n')
+    assert common.rewind_log(path, 2, '{"command": "again"}\n') == [{"epoch": 1}]
+    assert path.read_text() == '{"command": "again"}\n{"epoch": 1}\n'
+    path.unlink()
+    assert common.rewind_log(path, 2, "header\n") == []
 
 
 def test_save_pictures_writes_rows_of_tiles(tmp_path):
@@ -907,3 +930,9 @@ def test_cpu_is_always_there_and_an_unknown_device_is_refused():
     assert common.start_distributed("cpu").type == "cpu"
     with pytest.raises(UserError, match="device 'gpu' cannot be used here"):
         common.start_distributed("gpu")
+
+
+def test_several_processes_do_not_share_a_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device 'cuda:1' would be shared by all processes"):
+        common.start_distributed("cuda:1")

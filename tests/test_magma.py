@@ -236,7 +236,9 @@ def test_float32_keeps_the_gradient_of_nearly_collapsed_features(form):
     "function", [magma.affinity, magma.uniformity_loss, lambda z: magma.manifold_loss(z, z), magma.squared_distances]
 )
 def test_equations_run_in_float32_under_autocast(function):
+    """Whether features come by position or by name."""
     z = randn(16, 32).bfloat16()
+    torch.testing.assert_close(magma.manifold_loss(regularized=z, reference=z), magma.manifold_loss(z, z))
     with torch.autocast("cpu", torch.bfloat16):
         out = function(z)
     assert out.dtype == torch.float32
@@ -266,11 +268,21 @@ def test_manifold_loss_makes_no_tensor_of_pairs_times_channels():
     assert seen.numel == 32 * 32 * 48
 
 
-def test_detach_reference_keeps_the_gradient_out_of_the_reference():
+@pytest.mark.parametrize("loss", [magma.manifold_loss, magma.inverse_manifold_loss])
+def test_detach_reference_keeps_the_gradient_out_of_the_reference(loss):
     y, x = randn(2, 6, 4)
-    y_grad, x_grad = gradients(lambda y, x: magma.manifold_loss(y, x, detach_reference=True), y, x)
+    y_grad, x_grad = gradients(lambda y, x: loss(y, x, detach_reference=True), y, x)
     assert not x_grad.any()
-    torch.testing.assert_close(y_grad, gradients(magma.manifold_loss, y, x)[0])
+    torch.testing.assert_close(y_grad, gradients(loss, y, x)[0])
+
+
+def test_inverse_loss_keeps_the_digits_of_a_small_distance():
+    """Two images 1e-3 apart among others 10 apart: in float32 their distance would round to zero."""
+    y, x = 10 * randn(32, 192, seed=1), randn(32, 192, seed=2)
+    y[1] = y[0] + 1e-3
+    y, x = y.float(), x.float()
+    want = reference.inverse_manifold_loss(y.double(), x.double())
+    torch.testing.assert_close(magma.inverse_manifold_loss(y, x), want, rtol=1e-3, atol=0)
 
 
 @given(st.sampled_from(("affinity", "manifold", "inverse", "uniformity", "contrastive", "vicreg")), seeds)
@@ -310,6 +322,13 @@ def test_jitter_stays_in_range_and_follows_its_generator(name):
     assert not torch.allclose(out[0], pictures())
 
 
+def test_each_view_has_batch_statistics_of_its_own():
+    method, seen = tiny(ssl="vicreg"), []
+    method.projector.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    run(method)
+    assert seen == [6, 6]
+
+
 def test_jitter_draws_for_each_image_on_its_own():
     same = pictures(1).expand(8, -1, -1, -1)
     out = magma.jitter(same, magma.JITTER["vicreg"] | {"apply": 1.0}, torch.Generator().manual_seed(0))
@@ -319,6 +338,7 @@ def test_jitter_draws_for_each_image_on_its_own():
 def test_jitter_ops_mean_what_they_say():
     images = 0.3 + 0.4 * pictures()  # far from clipping
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    images = images.double()
     draw = lambda **strength: magma.jitter(images, STILL | {"apply": 1.0} | strength, torch.Generator().manual_seed(1))
     grey = draw(grey=1.0)
     torch.testing.assert_close(grey, (images * luma).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1))
@@ -461,14 +481,11 @@ def test_two_views_are_compared_and_the_first_is_regularized(ssl):
     torch.manual_seed(0)
     out = method(views)
     torch.manual_seed(0)
-    seen = magma.jitter(views.flatten(0, 1), magma.JITTER[ssl])
-    z = method.projector(method.encoder(seen)).view(6, 2, -1)
-    if ssl == "simclr":
-        want = magma.contrastive_loss(z[:, 0], z[:, 1], 0.2)
-    else:
-        want = magma.vicreg_loss(z[:, 0], z[:, 1])
+    seen = magma.jitter(torch.cat([views[:, 0], views[:, 1]]), magma.JITTER[ssl])
+    a, b = method.projector(method.encoder(seen)).chunk(2)
+    want = magma.contrastive_loss(a, b, 0.2) if ssl == "simclr" else magma.vicreg_loss(a, b)
     torch.testing.assert_close(out[ssl], want)
-    _, hidden = method.encoder.encode(method.encoder.embed(seen[0::2]), hidden=True)
+    _, hidden = method.encoder.encode(method.encoder.embed(seen[:6]), hidden=True)
     features = [magma.image_features(layer) for layer in hidden]
     torch.testing.assert_close(out["manifold"], magma.manifold_loss(features[-1], features[-2]), rtol=1e-4, atol=1e-6)
 
@@ -510,6 +527,7 @@ def test_recipes_are_tables_4_and_5():
             assert (c.model, c.patch, c.batch_size, c.base_lr, c.e_st) == ("vit_tiny", row[1], 256, 1e-3, 10)
             assert (c.epochs, c.image_size) == (200 if data == "imagenet100" else 1000, row[6])
             assert (c.temperature, c.vicreg, c.projector_dim) == (0.2, (25.0, 25.0, 1.0), 2048)
+            assert (c.blur, c.colour) == ((0.0, 0.5 if ssl == "simclr" else 1.0) if data == "cifar100" else (0.5, 1.0))
     assert recipe("--data a/folder").model == "vit_base"
 
 
@@ -520,8 +538,9 @@ def test_recipes_are_tables_4_and_5():
         ({"ssl": "moco"}, "unknown --ssl 'moco'; choose from mae, simclr, vicreg"),
         ({"laplacian": "none"}, "unknown --laplacian 'none'"),
         ({"layer_pairs": "some"}, "unknown --layer-pairs 'some'"),
-        ({"layers": (3,)}, "give two or more blocks from -6 to 5"),
-        ({"layers": (0, 6)}, "give two or more blocks from -6 to 5"),
+        ({"layers": (3,)}, "give two or more different blocks from -6 to 5"),
+        ({"layers": (-1, 5)}, "give two or more different blocks from -6 to 5"),
+        ({"layers": (0, 6)}, "give two or more different blocks from -6 to 5"),
         ({"image_size": 10}, "image size 10 x 10 is not a multiple of the patch size 4"),
     ],
 )

@@ -30,11 +30,11 @@ def tiny_config(out, *flags):
     return common.read_flags(magma.Config, magma.RECIPES, [*TINY.split(), "--out", str(out), *flags])
 
 
-def fit(out, *flags, method_class=magma.Magma):
+def fit(out, *flags, method_class=magma.Magma, data=DATA):
     config = tiny_config(out, *flags)
     torch.manual_seed(config.seed)
-    method = method_class(config, DATA)
-    return method, common.fit(method, DATA, DATA, config)
+    method = method_class(config, data)
+    return method, common.fit(method, data, DATA, config)
 
 
 def log_of(out):
@@ -69,6 +69,9 @@ def run_main(*argv, capsys):
         ("magma --data imagenet100 --root {tmp}", "no folder {tmp}/train; expected {tmp}/train/<class>/*"),
         ("magma --image-size 30", "image size 30 x 30 is not a multiple of the patch size 4"),
         ("magma --batch-size 5000", "a batch of 5000 is larger than the data set of 4096"),
+        ("magma --image-size -4", "--image-size -4 makes no sense; give 1 or more"),
+        ("magma --patch 0", "a transformer of width 96, 6 blocks, 3 heads and patch 0 cannot be built"),
+        ("magma --decoder-dim 30 --decoder-heads 3", "a 2-D sine-cosine code needs a width divisible by 4, not 30"),
         ("magma --model vit_huge", "unknown --model 'vit_huge'"),
         ("magma --device tpu", "device 'tpu' cannot be used here"),
         ("magma --out {tmp}", "{tmp} exists; add --resume to go on with it, or choose another folder by --out"),
@@ -179,12 +182,21 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(UserError, match="run exists; add --resume"):
         fit(tmp_path / "run")
-    with pytest.raises(
-        UserError, match=r"was trained with another configuration \(base_lr 0.03 -> 0.1, lam 1.0 -> 2.0\)"
-    ):
+    with pytest.raises(UserError, match=r"run was trained otherwise \(base_lr 0.03 -> 0.1, lam 1.0 -> 2.0\)"):
         fit(tmp_path / "run", "--resume", "--base-lr", "0.1", "--lam", "2")
+    fewer = MemoryImages(DATA.images[:35], DATA.labels[:35], DATA.classes, DATA.mean, DATA.std)
+    with pytest.raises(UserError, match=r"was trained otherwise \(images 40 -> 35\)"):
+        fit(tmp_path / "run", "--resume", data=fewer)
+    with pytest.raises(UserError, match=r"was trained otherwise \(precision .* -> torch.float16\)"):
+        fit(tmp_path / "run", "--resume", "--amp", "fp16")
     (tmp_path / "run" / "last.pt").write_bytes(before[tmp_path / "run" / "last.pt"][:1000])
     with pytest.raises(UserError, match=r"last\.pt is not a checkpoint"):
+        fit(tmp_path / "run", "--resume")
+    torch.save([1, 2], tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt is not a checkpoint of a run"):
+        fit(tmp_path / "run", "--resume")
+    (tmp_path / "run" / "last.pt").unlink()
+    with pytest.raises(UserError, match=r"run holds an encoder but no last\.pt"):
         fit(tmp_path / "run", "--resume")
     before.pop(tmp_path / "run" / "last.pt")
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -196,7 +208,7 @@ def test_a_run_of_another_method_is_refused(tmp_path):
     class Other(magma.Magma):
         name = "other"
 
-    with pytest.raises(UserError, match="belongs to method 'magma', not 'other'"):
+    with pytest.raises(UserError, match=r"was trained otherwise \(method magma -> other\)"):
         fit(tmp_path / "run", "--resume", method_class=Other)
 
 
@@ -317,11 +329,13 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path):
     """SIGKILL before the first step, in the middle of an epoch, and twice in the middle of writing a file."""
     assert run_killed(tmp_path / "whole", "", 0) == 0
     whole = common.load_checkpoint(tmp_path / "whole" / "last.pt")["weights"]
-    for where, at in (("update", 1), ("update", 7), ("save", 1), ("save", 4)):
+    for where, at in (("update", 1), ("update", 7), ("save", 1), ("save", 6)):
         out = tmp_path / f"{where}{at}"
         assert run_killed(out, where, at) == -9
         assert run_killed(out, "", 0, "--resume") == 0
         assert same_weights(common.load_checkpoint(out / "last.pt")["weights"], whole), (where, at)
+        encoder = common.load_checkpoint(out / "encoder.pt")["weights"]
+        assert all(torch.equal(x, whole[f"autoencoder.encoder.{name}"]) for name, x in encoder.items()), (where, at)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
@@ -339,6 +353,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert all(torch.isfinite(x).all() for x in state["weights"].values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    class Exploding(magma.Magma):
+        def update(self, model, batches, stepper):
+            out = super().update(model, batches, stepper)
+            if next(counter) == 9:  # a gradient that is not finite, after a loss that is
+                self.encoder.norm.bias.data.fill_(float("nan"))
+            return out
+
+    counter = itertools.count()
+    with pytest.raises(NonFiniteLoss, match=r"step 9: the weights are not finite; the last good checkpoint is"):
+        fit(tmp_path / "run", "--probe-every", "0", method_class=Exploding)
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
 def test_train_ends_with_code_1_when_the_loss_is_not_finite(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(magma, "reconstruction_loss", lambda prediction, *_: prediction.sum() * float("inf"))
     code, output = run_main("magma", *SMALL.split(), "--out", tmp_path / "run", capsys=capsys)
@@ -350,7 +378,7 @@ def test_train_ends_with_code_1_when_the_loss_is_not_finite(tmp_path, capsys, mo
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["manifold", "uniformity", "contrastive", "vicreg"])
+@pytest.mark.parametrize("name", ["manifold", "uniformity", "contrastive", "vicreg", "sum"])
 def test_gathered_loss_on_two_ranks_has_the_gradient_of_one_process(name):
     z = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = z.clone().requires_grad_()
