@@ -74,6 +74,12 @@ def attention(device):
 
 
 def amp(device):
+    row("product of two 2048 x 2048 matrices", "float32", "--amp auto", "speed-up")
+    dtype = common.pick_precision("auto", device) or torch.float32
+    wide, narrow = (torch.randn(2048, 2048, device=device).to(kind) for kind in (torch.float32, dtype))
+    plain, auto = seconds(lambda: wide @ wide, lambda: narrow @ narrow, rounds=15)
+    rates = [f"{2 * 2048**3 / spent / 1e9:,.0f} GFLOP/s" for spent in (plain, auto)]
+    row("  no step can gain more than this", *rates, f"{plain / auto:.2f}")
     row("masked-autoencoder step, vit_tiny 32/4, batch 64", "float32", "--amp auto", "speed-up")
     light = {"decoder_dim": 192, "decoder_depth": 4, "decoder_heads": 3, "lam": 0.0}
     plain, auto = seconds(training_step(device, 64, amp="off", **light), training_step(device, 64, **light), rounds=9)
