@@ -168,9 +168,9 @@ def manifold_loss(
     regularized: Tensor,
     reference: Tensor,
     kernel_factor: float = 1.0,
+    detach_reference: bool = False,
     diagonal: bool = False,
     form: str = "normalized",
-    detach_reference: bool = False,
 ) -> Tensor:
     """The regulariser, Eq. 6: trace(Y^T L Y) / B^2 with L the Laplacian of the reference: (B, D), (B, D') -> scalar.
 
@@ -368,6 +368,11 @@ for _ssl in ("simclr", "vicreg"):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def gradient_if(weight: float):
+    """A context that keeps gradients where the weight of a term is not zero."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0)
+
+
 class Magma(Method):
     """Eq. 1: a self-supervised loss plus lambda times the manifold regulariser, in epochs e_st to e_st + e_dur - 1.
 
@@ -421,24 +426,19 @@ class Magma(Method):
             loss = reconstruction_loss(reconstruction.prediction, reconstruction.target, reconstruction.mask)
         else:
             loss, encoded, hidden = self.compare_views(images)
-        terms = {config.ssl: loss}
-        settings = (config.kernel_factor, config.diagonal, config.laplacian, config.detach_reference)
-        for name, weight, measure in (
-            ("manifold", self.active * config.lam, lambda: self.over_layers(manifold_loss, hidden, *settings)),
-            (
-                "inverse",
-                self.active * config.inverse,
-                lambda: self.over_layers(inverse_manifold_loss, hidden, *settings[::3]),
-            ),
-            ("uniformity", config.uniformity, lambda: uniformity_loss(self.gathered(encoded[:, 0]))),  # CLS tokens
-        ):
-            if name == "inverse" and not config.inverse:
-                continue
-            # A term that is off is measured all the same, as in the paper's Fig. 2a, but takes no part in the gradient.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-                terms[name] = measure()
-            if weight:
-                loss = loss + weight * terms[name]
+        pull, push = self.active * config.lam, self.active * config.inverse
+        kernel = (config.kernel_factor, config.detach_reference)
+        # A term that is off is measured all the same, as in the paper's Fig. 2a, but takes no part in the gradient.
+        with gradient_if(pull):
+            manifold = self.over_layers(manifold_loss, hidden, *kernel, config.diagonal, config.laplacian)
+        with gradient_if(config.uniformity):
+            uniformity = uniformity_loss(self.gathered(encoded[:, 0]))  # of the CLS tokens
+        terms = {config.ssl: loss, "manifold": manifold, "uniformity": uniformity}
+        loss = loss + pull * manifold + config.uniformity * uniformity
+        if config.inverse:
+            with gradient_if(push):
+                terms["inverse"] = self.over_layers(inverse_manifold_loss, hidden, *kernel)
+            loss = loss + push * terms["inverse"]
         return {"loss": loss, **terms}
 
     def gathered(self, features: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def test_manifold_loss_matches_naive_loop_of_eq_6(batch, width, other, factor, d
     regularized, features = randn(batch, width, seed=seed), randn(batch, other, seed=seed + 1)
     form = "normalized" if normalized else "unnormalized"
     assert_same_value_and_gradient(
-        lambda y, x: magma.manifold_loss(y, x, factor, diagonal, form),
+        lambda y, x: magma.manifold_loss(y, x, factor, diagonal=diagonal, form=form),
         lambda y, x: reference.manifold_loss(y, x, factor, diagonal, normalized),
         regularized,
         features,
@@ -424,7 +424,7 @@ def test_regularizer_sees_the_mean_of_the_visible_patches_of_the_chosen_blocks()
     both = run(tiny(layers=(1, 2), layer_pairs="all"))["manifold"]
     torch.testing.assert_close(both, magma.manifold_loss(z[2], z[1]) + magma.manifold_loss(z[1], z[2]))
     text = run(tiny(laplacian="printed", kernel_factor=0.5, diagonal=True))["manifold"]
-    torch.testing.assert_close(text, magma.manifold_loss(z[5], z[4], 0.5, True, "printed"))
+    torch.testing.assert_close(text, magma.manifold_loss(z[5], z[4], 0.5, diagonal=True, form="printed"))
 
 
 def test_uniformity_is_taken_on_the_cls_token_after_the_final_norm():
