@@ -623,7 +623,7 @@ def read_folders(root: Path, split: str, keep=None) -> "FolderImages":
     """
     home = root / ("train" if split == "train" else "val")
     names = {}
-    for part in {root / "train", home}:
+    for part in dict.fromkeys((root / "train", home)):
         if not part.is_dir():
             raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*")
         names[part] = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
@@ -783,7 +783,7 @@ def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,)) -> Tensor:
         shrink = min(min(h, w) for _, _, h, w in boxes) / size
         if image.format == "JPEG" and shrink >= 2:  # let the decoder skip what the crops would throw away
             image.draft("RGB", (int(image.size[0] / shrink), int(image.size[1] / shrink)))
-        upright = ImageOps.exif_transpose(to_rgb(image))
+        upright = to_rgb(ImageOps.exif_transpose(image))
     sx, sy = upright.width / width, upright.height / height  # less than 1 after draft
     crops = []
     for top, left, h, w in boxes:
@@ -795,10 +795,9 @@ def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,)) -> Tensor:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB; 16-bit grey is scaled rather than cut off, transparency is dropped."""
     if image.mode.startswith("I") or image.mode == "F":
-        exif, values = image.getexif(), np.asarray(image, dtype=np.float32)
-        values = values / 257 if values.max(initial=0) > 255 else values
+        values = np.asarray(image, dtype=np.float32)
+        values = values / 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else values
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-        image.getexif().update(exif)
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
