@@ -890,8 +890,8 @@ def _draw(draws: Tensor, labels: Tensor, size: int, radius: Tensor, slope: Tenso
 
     def colour():  # hue, saturation and value -> (N, 3, 1, 1)
         hue, saturation, value = vary(0, 1), vary(0.35, 1), vary(0.3, 1)
-        wheel = (hue + torch.tensor([0, 2 / 3, 1 / 3]).view(3, 1, 1)[:, None] % 1) * 6
-        rgb = value * (1 - saturation * (1 - ((wheel % 6 - 3).abs() - 1).clamp(0, 1)))  # (3, N, 1, 1)
+        wheel = (hue + torch.tensor([0, 2 / 3, 1 / 3]).view(3, 1, 1, 1)) * 6 % 6  # of red, green and blue
+        rgb = value * (1 - saturation * (1 - ((wheel - 3).abs() - 1).clamp(0, 1)))  # (3, N, 1, 1)
         return rgb.transpose(0, 1)
 
     def waves(a, b):  # soft stripes of any direction, in [-1, 1]

@@ -337,7 +337,7 @@ class Config(TrainConfig):
 
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
-LAPTOP |= {"pool": "mean", "warmup_epochs": 2, "e_st": 5, "e_dur": 15}
+LAPTOP |= {"pool": "mean", "warmup_epochs": 2, "e_st": 5}
 
 RECIPES = {
     # Table 4: MAE, M-MAE, U-MAE and MU-MAE. Batches of 512 double the printed learning rate, as solo-learn does.
