@@ -1409,10 +1409,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     model = method
     if world_size() > 1:
         devices = [device.index] if device.type == "cuda" else None
-        # Buffers are constants, or statistics that SyncBatchNorm keeps equal.
-        model = nn.parallel.DistributedDataParallel(
-            method, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        model = nn.parallel.DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
     model = torch.compile(model) if config.compile else model
     loading = {"workers": config.workers, "device": device}
     if rank() == 0:
@@ -1511,7 +1508,7 @@ def print_start(method: Method, train, config: TrainConfig, stepper: Stepper, ou
     """What is about to run, so that a wrong setting is seen in the first second."""
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (method, method.encoder)]
     device, precision = stepper.device, str(stepper.dtype or torch.float32).removeprefix("torch.")
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
     peak = config.base_lr * config.batch_size / 256
     print(f"method      {method.name}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M")
     print(f"data        {config.data}: {len(train)} images, {len(train.classes)} classes, size {config.image_size}")

@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def start(function, *args, ranks=2):
 
 def _enter(rank, function, args, ranks, folder):
     torch.set_num_threads(1)
+    warnings.simplefilter("error")
     store = dist.FileStore(str(Path(folder) / "store"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     try:

@@ -432,4 +432,5 @@ def test_torchrun_trains_on_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained encoder") == 2  # one table: trained and untrained
     assert "2 process(es)" in done.stdout
+    assert "Warning:" not in done.stderr
     assert np.isfinite(log_of(tmp_path / "run")[-1]["loss"])
