@@ -109,7 +109,7 @@ def squared_distances(z: Tensor) -> Tensor:
     gram = z @ z.T  # (B, B)
     norms = gram.diagonal()
     distances = norms[:, None] + norms[None, :] - (gram + gram.T)
-    return distances.clamp_min(0) * off_diagonal(gram)  # (B, B)
+    return distances.clamp_min(0)  # (B, B), exactly zero on the diagonal
 
 
 def bandwidth(distances: Tensor, diagonal: bool = False) -> Tensor:
