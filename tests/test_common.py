@@ -872,7 +872,8 @@ def test_write_atomically_leaves_the_old_file_when_the_write_dies(tmp_path, monk
     with pytest.raises(OSError, match="disk full"):
         common.write_atomically(path, die)
     assert path.read_text() == "old"
-    monkeypatch.setattr(os, "replace", lambda *_: die(tmp_path / "other"))  # the last moment before the new file is there
+    # The last moment before the new file is there.
+    monkeypatch.setattr(os, "replace", lambda *_: die(tmp_path / "other"))
     with pytest.raises(OSError, match="disk full"):
         common.write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "old"
