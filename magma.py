@@ -355,12 +355,13 @@ RECIPES = {
 TABLE_5 = {"model": "vit_tiny", "heads": 3, "epochs": 1000, "batch_size": 256, "base_lr": 1e-3, "e_st": 10}
 TABLE_5 |= {"betas": (0.9, 0.999)}
 for _ssl in ("simclr", "vicreg"):
-    for _data in ("cifar100", "tinyimagenet", "stl10"):
+    for _data in ("tinyimagenet", "stl10"):
         RECIPES[f"{_data} --ssl {_ssl}"] = TABLE_5
     RECIPES[f"imagenet100 --ssl {_ssl}"] = TABLE_5 | {"epochs": 200}
-    for _data in ("cifar100", "cifar10", "shapes"):
-        small = {"blur": 0.0} | ({"colour": 0.5} if _ssl == "simclr" else {})
-        RECIPES[f"{_data} --ssl {_ssl}"] = RECIPES.get(f"{_data} --ssl {_ssl}", {}) | small
+    small = {"blur": 0.0} | ({"colour": 0.5} if _ssl == "simclr" else {})
+    RECIPES[f"cifar100 --ssl {_ssl}"] = TABLE_5 | small
+    for _data in ("cifar10", "shapes"):  # laptop recipes of ours
+        RECIPES[f"{_data} --ssl {_ssl}"] = small | {"batch_size": 128, "base_lr": 1e-3, "betas": (0.9, 0.999)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
