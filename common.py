@@ -19,11 +19,14 @@ that it carries, so that nobody who lifts it out can forget to.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
 import difflib
 import functools
+import hashlib
+import http.client
 import inspect
 import itertools
 import json
@@ -31,9 +34,16 @@ import math
 import os
 import platform
 import re
+import shutil
+import stat
 import sys
+import tarfile
 import time
 import typing
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -533,18 +543,36 @@ STATISTICS = {  # of the training pixels, in [0, 1]
     "shapes": {"mean": (0.424, 0.423, 0.424), "std": (0.272, 0.275, 0.270)},
     "cifar10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)},
     "cifar100": {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+    "stl10": {"mean": (0.4467, 0.4398, 0.4066), "std": (0.2603, 0.2566, 0.2713)},
+    "tinyimagenet": {"mean": (0.4802, 0.4481, 0.3975), "std": (0.2770, 0.2691, 0.2821)},
 }
-CIFAR = {  # folder, files a split, label bytes before the pixels (the last one counts), classes, file of class names
+ARCHIVES = {  # folder, where it comes from, MD5 of the archive
     "cifar10": (
         "cifar-10-batches-bin",
-        {"train": "data_batch_*.bin", "test": "test_batch*.bin"},
-        1,
-        10,
-        "batches.meta",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530",
     ),
-    "cifar100": ("cifar-100-binary", {"train": "train*.bin", "test": "test*.bin"}, 2, 100, "fine_label_names"),
+    "cifar100": (
+        "cifar-100-binary",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        "03b5dce01913d631647c71ecec9e9cb8",
+    ),
+    "stl10": (
+        "stl10_binary",
+        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+        "91f7769df0f17e558f3565bffb0c7dfb",
+    ),
+    "tinyimagenet": (
+        "tiny-imagenet-200",
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "90528d7ca1a48142e341f4ef8d21d0de",
+    ),
 }
-DATASETS = ("shapes", "cifar10", "cifar100", "imagenet100", "imagenet")
+CIFAR = {  # files a split, label bytes before the pixels (the last one counts), classes, file of class names
+    "cifar10": ({"train": "data_batch_*.bin", "test": "test_batch*.bin"}, 1, 10, "batches.meta"),
+    "cifar100": ({"train": "train*.bin", "test": "test*.bin"}, 2, 100, "fine_label_names"),
+}
+DATASETS = ("shapes", *ARCHIVES, "imagenet100", "imagenet")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 SHAPES = ("circle", "ring", "square", "triangle", "star", "cross", "heart", "arrow", "flower", "drop")
 # The 100 classes that Tian et al. (2020, CMC) chose from ImageNet.
@@ -571,35 +599,144 @@ def unknown(kind: str, given: str, choices) -> str:
     return f"unknown {kind} {given!r}; {hint}choose from {', '.join(choices)}"
 
 
-def load_data(name: str, root="data", split: str = "train", image_size: int = 32, device="cpu", seed: int = 0):
-    """One split ("train" or "test") of a data set -> MemoryImages or FolderImages.
+def load_data(
+    name: str,
+    root="data",
+    split: str = "train",
+    image_size: int = 32,
+    device="cpu",
+    seed: int = 0,
+    download: bool = False,
+    skip_bad_images: bool = False,
+):
+    """One split of a data set -> MemoryImages or FolderImages.
 
-    `name` is one of DATASETS or a folder with train/<class>/* and val/<class>/*. `root` is the folder that holds the
-    files of a named set. Small sets come as one uint8 tensor on `device`. Only `shapes` needs `image_size` and `seed`.
-    Raises UserError where the name is unknown, or a file is missing or not what it should be.
+    `split` is "train" (all that one may train on; the label is -1 where there is none), "labelled" (those of it that
+    have a label: fewer in `stl10` alone) or "test". `name` is one of DATASETS or a folder with train/<class>/* and
+    val/<class>/*. `root` is the folder that holds the files of a named set; `download` fetches missing ones. Small sets
+    come as one uint8 tensor on `device`. Only `shapes` needs `image_size` and `seed`.
+    Raises UserError where the name is unknown, or a file is missing or not what it should be. Images that cannot be read
+    are left out with `skip_bad_images`.
     """
     if name == "shapes":
-        count = 4096 if split == "train" else 1024
-        images, labels, masks = render_shapes(count, image_size, seed=2 * seed + (split != "train"))
+        count = 1024 if split == "test" else 4096
+        images, labels, masks = render_shapes(count, image_size, seed=2 * seed + (split == "test"))
         images, labels, masks = (x.to(device) for x in (images, labels, masks))
         return MemoryImages(images, labels, list(SHAPES), **STATISTICS[name], masks=masks)
-    if name in CIFAR:
-        return read_cifar(name, Path(root), split, device)
+    if name in ARCHIVES:
+        home = find_home(name, Path(root), download)
+        if name == "stl10":
+            return read_stl10(home, split, device)
+        if name == "tinyimagenet":
+            return read_tinyimagenet(home, split, device, skip_bad_images)
+        return read_cifar(name, home, split, device)
     if name in ("imagenet100", "imagenet"):
-        return read_folders(Path(root), split, IMAGENET100 if name == "imagenet100" else None)
+        return read_folders(Path(root), split, IMAGENET100 if name == "imagenet100" else None, skip_bad_images)
     if Path(name).is_dir():
-        return read_folders(Path(name), split)
+        return read_folders(Path(name), split, skip_bad_images=skip_bad_images)
     raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder with train/<class>/* and val/<class>/*")
 
 
-def read_cifar(name: str, root: Path, split: str, device="cpu") -> "MemoryImages":
-    """The official binary files of CIFAR-10 or CIFAR-100, any number of records a file; `root` holds their folder."""
-    folder, patterns, label_bytes, count, names = CIFAR[name]
+def find_home(name: str, root: Path, download: bool = False) -> Path:
+    """The folder of a named data set in `root`, or `root` itself; fetched into place where it is missing."""
+    folder, url, md5 = ARCHIVES[name]
     home = root if root.name == folder else root / folder
-    files = sorted(home.glob(patterns[split]))
+    if not home.is_dir():
+        if not download:
+            raise UserError(f"no {name} at {home}; add --download to fetch it, or give --root (its source is {url})")
+        on_rank_zero(lambda: fetch(url, md5, home))
+    return home
+
+
+def fetch(url: str, md5: str, home: Path):
+    """Download an archive, check its MD5 and unpack it, so that `home` appears whole or not at all.
+
+    A download that was cut short goes on where it stopped when this is called again. Raises UserError.
+    """
+    home.parent.mkdir(parents=True, exist_ok=True)
+    archive = home.parent / (url.rsplit("/", 1)[1] + ".part")
+    try:
+        download(url, archive)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{url} could not be fetched ({error}); run again to go on where it stopped") from None
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(archive, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    if digest.hexdigest() != md5:
+        archive.unlink()
+        raise UserError(f"{url} has the MD5 {digest.hexdigest()}, expected {md5}; it was thrown away, run again")
+    unpack(archive, home, zipped=url.endswith(".zip"))
+    archive.unlink()
+
+
+def download(url: str, path: Path):
+    """Fetch `url` to `path`, going on where the file there ends if the server can. Raises OSError where it is cut short."""
+    have = path.stat().st_size if path.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing is left to send
+            return
+        raise
+    with response:
+        have = have if response.status == 206 else 0  # a server that cannot go on sends everything
+        total = have + int(response.headers.get("Content-Length", 0))
+        bar = tqdm(desc=path.stem, total=total or None, initial=have, unit="B", unit_scale=True, disable=None)
+        with open(path, "ab" if have else "wb") as file, bar:
+            while block := response.read(2**18):
+                have += file.write(block)
+                bar.update(len(block))
+    if have < total:
+        raise OSError(f"the connection broke after {have} of {total} bytes")
+
+
+def unpack(archive: Path, home: Path, zipped: bool):
+    """Unpack the folder `home.name` of a tar or zip archive to `home`, which appears when all of it is there.
+
+    Raises UserError for an archive that holds links, or files that would land elsewhere; nothing of it is kept.
+    """
+    scratch = home.parent / (home.name + ".unpacking")
+    shutil.rmtree(scratch, ignore_errors=True)
+
+    def write(name: str, plain: bool, file):
+        parts = name.rstrip("/").split("/")
+        if not plain or parts[0] != home.name or ".." in parts or "\\" in name:
+            raise UserError(f"{archive} holds {name!r}, which does not belong there; it was not unpacked")
+        target = scratch.joinpath(*parts)
+        if file is None:
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with file, open(target, "wb") as out:
+                shutil.copyfileobj(file, out)
+
+    try:
+        if zipped:
+            with zipfile.ZipFile(archive) as box:
+                for entry in box.infolist():
+                    plain = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
+                    write(entry.filename, plain, None if entry.is_dir() else box.open(entry))
+        else:
+            with tarfile.open(archive) as box:
+                for entry in box:
+                    file = box.extractfile(entry) if entry.isfile() else None
+                    write(entry.name, entry.isfile() or entry.isdir(), file)
+        os.replace(scratch / home.name, home)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, FileNotFoundError) as error:
+        raise UserError(f"{archive} cannot be unpacked ({error})") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def read_cifar(name: str, home: Path, split: str, device="cpu") -> "MemoryImages":
+    """The official binary files of CIFAR-10 or CIFAR-100, any number of records a file."""
+    patterns, label_bytes, count, names = CIFAR[name]
+    pattern = patterns["test" if split == "test" else "train"]
+    files = sorted(home.glob(pattern))
     if not files:
-        archive = f"https://www.cs.toronto.edu/~kriz/{name.replace('cifar', 'cifar-')}-binary.tar.gz"
-        raise UserError(f"no {name} at {home / patterns[split]}; unpack {archive} into {root} or give --root")
+        raise UserError(f"no {name} at {home / pattern}; remove {home} and add --download, or give --root")
     record = label_bytes + 3072
     parts = []
     for file in files:
@@ -616,12 +753,142 @@ def read_cifar(name: str, root: Path, split: str, device="cpu") -> "MemoryImages
     return MemoryImages(images, labels, classes, **STATISTICS[name])
 
 
-def read_folders(root: Path, split: str, keep=None) -> "FolderImages":
+def read_stl10(home: Path, split: str, device="cpu") -> "MemoryImages":
+    """The official binary files of STL-10, any number of pictures; "train" is the labelled and the unlabelled ones."""
+    picture = 3 * 96 * 96
+    parts, labels = {"train": ("train", "unlabeled"), "labelled": ("train",), "test": ("test",)}[split], []
+    files = [home / f"{part}_X.bin" for part in parts]
+    for file in files:
+        size = file.stat().st_size if file.exists() else -1
+        if size < 0:
+            raise UserError(f"no {file}; remove {home} and add --download, or give --root")
+        if size == 0 or size % picture:
+            raise UserError(f"{file} has {size} bytes, expected a multiple of {picture}: cut short or not stl10")
+        count, listed = size // picture, file.with_name(file.name.replace("_X", "_y"))
+        if file.name == "unlabeled_X.bin":
+            labels.append(torch.full((count,), -1))
+            continue
+        if not listed.exists():
+            raise UserError(f"no {listed}; remove {home} and add --download, or give --root")
+        numbers = np.fromfile(listed, dtype=np.uint8)
+        if len(numbers) != count or numbers.min() < 1 or numbers.max() > 10:
+            raise UserError(f"{listed} must hold {count} labels from 1 to 10, one a picture of {file.name}")
+        labels.append(torch.from_numpy(numbers).long() - 1)
+    images, done = torch.empty(sum(map(len, labels)), 3, 96, 96, dtype=torch.uint8), 0
+    for file, part in zip(files, labels, strict=True):
+        stored = np.memmap(file, dtype=np.uint8, mode="c").reshape(-1, 3, 96, 96)  # each plane column by column
+        for chunk in torch.from_numpy(stored).split(4096):  # the unlabelled file is large: never hold it twice
+            images[done : done + len(chunk)] = chunk.transpose(2, 3)
+            done += len(chunk)
+    names = home / "class_names.txt"
+    classes = names.read_text().split() if names.exists() else [str(i) for i in range(10)]
+    return MemoryImages(images.to(device), torch.cat(labels).to(device), classes, **STATISTICS["stl10"])
+
+
+def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: bool = False) -> "MemoryImages":
+    """The official folder of Tiny-ImageNet, decoded once and held in memory (1.2 GB for all of its training images)."""
+    train = home / "train"
+    if not train.is_dir():
+        raise UserError(f"no folder {train}; remove {home} and add --download, or give --root")
+    wnids = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
+    number = {wnid: i for i, wnid in enumerate(wnids)}
+    if split == "test":  # the 10,000 official test images have no labels: as in every paper, validation is tested on
+        listing = home / "val" / "val_annotations.txt"
+        if not listing.exists():
+            raise UserError(f"no {listing}; remove {home} and add --download, or give --root")
+        rows = [line.split("\t") for line in listing.read_text().splitlines() if line.strip()]
+        strange = next((row for row in rows if len(row) < 2 or row[1] not in number), None)
+        if strange:
+            raise UserError(f"{listing} has the line {' '.join(strange)!r}, expected a file and a class of {train}")
+        files = [(str(home / "val" / "images" / row[0]), number[row[1]]) for row in rows]
+    else:
+        folders = [(train / wnid / "images", label) for wnid, label in number.items()]
+        files = [(str(path), label) for folder, label in folders for path in sorted(folder.glob("*.JPEG"))]
+    if not files:
+        raise UserError(f"no image in {home}; remove it and add --download, or give --root")
+    images = torch.empty(len(files), 3, 64, 64, dtype=torch.uint8)
+
+    def read(i):
+        with Image.open(files[i][0]) as image:
+            if image.size != (64, 64):
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, expected 64 x 64")
+            images[i] = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+    bad = attempt_all(read, len(files), "reading")
+    good = keep_good([path for path, _ in files], bad, skip_bad_images)
+    words = home / "words.txt"
+    names = dict(line.split("\t", 1) for line in words.read_text().splitlines()) if words.exists() else {}
+    classes = [names.get(wnid, wnid).split(",")[0] for wnid in wnids]
+    labels = torch.tensor([files[i][1] for i in good])
+    images = images if len(good) == len(images) else images[torch.tensor(good)]
+    return MemoryImages(images.to(device), labels.to(device), classes, **STATISTICS["tinyimagenet"])
+
+
+def attempt_all(read, count: int, verb: str) -> dict:
+    """read(i) for i in range(count), in threads: {i: reason} of those that failed."""
+    bad = {}
+
+    def attempt(i):
+        try:
+            read(i)
+        except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
+            bad[i] = " ".join(str(error).split()) or type(error).__name__
+
+    bar = tqdm(total=count, desc=f"{verb} {count} images", unit="img", leave=False, disable=None)
+    with concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool, bar:
+        for start in range(0, count, 4096):  # a queue of a million tasks would need a gigabyte
+            some = range(start, min(start + 4096, count))
+            list(pool.map(attempt, some))
+            bar.update(len(some))
+    return dict(sorted(bad.items()))
+
+
+def keep_good(paths: list, bad: dict, skip: bool) -> list:
+    """The indices that remain without the bad images {index: reason}. Raises UserError unless these may be skipped."""
+    if bad:
+        shown = "; ".join(f"{paths[i]} ({reason})" for i, reason in itertools.islice(bad.items(), 5))
+        shown += "; ..." if len(bad) > 5 else ""
+        if not skip or len(bad) == len(paths):
+            advice = "mend or remove them" + ("" if skip else ", or add --skip-bad-images")
+            raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {shown}; {advice}")
+        if rank() == 0:
+            print(f"note: {len(bad)} of {len(paths)} images are left out, they cannot be read: {shown}", flush=True)
+    return [i for i in range(len(paths)) if i not in bad]
+
+
+def check_images(paths: list) -> dict:
+    """Decode every image file once: {index: reason} of those that cannot be read.
+
+    The answer is remembered in the user's cache folder for as long as no file changes its name, size or date, so that a
+    large data set is checked by the first run alone.
+    """
+    key = hashlib.sha256()
+    for path in paths:
+        status = os.stat(path)
+        key.update(f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = home / "checked-images" / f"{key.hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return {int(i): reason for i, reason in json.loads(cache.read_text()).items()}
+
+    def read(i):
+        with Image.open(paths[i]) as image:
+            image.draft("RGB", (1, 1))  # a JPEG at an eighth of its resolution: faster, and shows the same damage
+            to_rgb(ImageOps.exif_transpose(image))
+
+    bad = attempt_all(read, len(paths), "checking")
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, lambda file: file.write_text(json.dumps(bad)))
+    return bad
+
+
+def read_folders(root: Path, split: str, keep=None, skip_bad_images: bool = False) -> "FolderImages":
     """A folder with train/<class>/* and val/<class>/*; `keep` lists the class numbers ("01440764") to pick.
 
-    Classes are numbered in the order of the sorted folder names of train, for both splits.
+    Classes are numbered in the order of the sorted folder names of train, for both splits. Every image is checked once.
     """
-    home = root / ("train" if split == "train" else "val")
+    home = root / ("val" if split == "test" else "train")
     names = {}
     for part in dict.fromkeys((root / "train", home)):
         if not part.is_dir():
@@ -632,7 +899,7 @@ def read_folders(root: Path, split: str, keep=None) -> "FolderImages":
         chosen = [name for name in classes if name.removeprefix("n") in set(keep)]
         if not chosen:
             raise UserError(f"{root / 'train'} holds none of the {len(keep)} classes of ImageNet-100 (n02869837, ...)")
-        if len(chosen) < len(keep) and split == "train" and rank() == 0:
+        if len(chosen) < len(keep) and split != "test" and rank() == 0:
             print(f"note: {root / 'train'} holds {len(chosen)} of the {len(keep)} classes of ImageNet-100", flush=True)
         classes = chosen
     elif strange := sorted(set(names[home]) - set(classes)):
@@ -644,13 +911,14 @@ def read_folders(root: Path, split: str, keep=None) -> "FolderImages":
         folder = home / name
         found = sorted(entry.path for entry in os.scandir(folder)) if folder.is_dir() else []
         found = [path for path in found if path.lower().endswith(IMAGE_ENDINGS)]
-        if not found and split == "train":
+        if not found and split != "test":
             raise UserError(f"class folder {folder} holds no image ({' '.join(IMAGE_ENDINGS)})")
         paths += found
         labels += [label] * len(found)
     if not paths:
         raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) below {home}")
-    return FolderImages(paths, torch.tensor(labels), classes, **IMAGENET)
+    good = keep_good(paths, on_rank_zero(lambda: check_images(paths)), skip_bad_images)
+    return FolderImages([paths[i] for i in good], torch.tensor([labels[i] for i in good]), classes, **IMAGENET)
 
 
 @dataclass
@@ -928,7 +1196,7 @@ def save_pictures(rows: Tensor, path, side: int = 128):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10, chunk: int = 1024):
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10, chunk: int = 0):
     """Share of queries (M, D) whose k nearest rows of the bank (N, D) vote for their label, in percent.
 
     Euclidean distance, one vote each, the lowest class wins a tie (MAGMA, section 5: k = 10).
@@ -936,6 +1204,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
     centre = bank.mean(dim=0)  # the Gram form of a distance loses its digits where the mean is large
     bank, queries = bank - centre, queries - centre
     norms, right = bank.square().sum(dim=1), 0
+    chunk = chunk or max(1, 2**25 // len(bank))  # at most 128 MB of distances at a time
     for part, truth in zip(queries.split(chunk), labels.split(chunk), strict=True):
         distance = torch.addmm(norms, part, bank.T, alpha=-2)  # (chunk, N), up to a constant a row
         nearest = bank_labels[distance.topk(min(k, len(bank)), largest=False).indices]  # (chunk, k)
@@ -969,24 +1238,34 @@ def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
     return 100 * float(((test @ best_weight + offset).argmax(dim=1) == test_labels).float().mean())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features_of(encode, data, indices, size: int, **loading) -> tuple[Tensor, Tensor]:
     """encode(images) -> (B, D) over whole images of a data set: float32 features (N, D) and labels (N,)."""
     parts = [(encode(images).float(), labels) for images, labels in data.plain_batches(indices, size, **loading)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
+def raw_pixels(images: Tensor) -> Tensor:
+    """The baseline of every probe: (B, 3, H, W) -> (B, D), at no more than 32 x 32, or photographs would be huge."""
+    return resize(images, min(images.shape[-1], 32)).flatten(1)
+
+
+def labelled(data, limit: int = 0) -> Tensor:
+    """Indices of the images that have a label; at most `limit`, drawn once by a fixed seed, 0 takes all."""
+    chosen = torch.nonzero(data.labels >= 0)[:, 0].cpu()
+    if limit and limit < len(chosen):
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:limit]]
+    return chosen
+
+
 def probe(encode, train, test, size: int, limit: int = 0, **loading) -> dict:
     """kNN and linear accuracy in percent of frozen features: {"knn": ..., "linear": ...}.
 
-    At most `limit` images of each split, drawn once by a fixed seed; 0 takes all. Unlabelled ones (-1) do not count.
+    At most `limit` images of each split; 0 takes all. Unlabelled ones do not count.
     """
     parts = []
     for data in (train, test):
-        chosen = torch.nonzero(data.labels >= 0)[:, 0].cpu()
-        if limit and limit < len(chosen):
-            chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:limit]]
-        parts += features_of(encode, data, chosen, size, **loading)
+        parts += features_of(encode, data, labelled(data, limit), size, **loading)
     return {"knn": knn_accuracy(*parts), "linear": ridge_accuracy(*parts, len(train.classes))}
 
 
@@ -1001,6 +1280,8 @@ class TrainConfig:
 
     data: str = "shapes"  # name of a data set, or a folder with train/<class>/* and val/<class>/*
     root: str = "data"  # folder that holds the files of a named data set
+    download: bool = False  # fetch the files of a named data set where they are missing
+    skip_bad_images: bool = False  # leave out images that cannot be read instead of stopping
     image_size: int = 224  # side of the crops, in pixels
     crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
     flip: float = 0.5  # probability of a mirror image
@@ -1010,6 +1291,7 @@ class TrainConfig:
     base_lr: float = 1.5e-4  # learning rate for a batch of 256; the real one is base_lr * batch_size / 256
     warmup_epochs: int = 10  # epochs in which the learning rate rises linearly
     warmup_lr: float = 0.0  # learning rate that the warm-up starts from
+    milestones: tuple[int, ...] = ()  # epochs at which the learning rate falls tenfold, instead of a cosine
     weight_decay: float = 0.05  # of AdamW; none on biases, norms and tokens
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     clip: float = 0.0  # largest norm of the gradient, 0 for no limit
@@ -1025,7 +1307,8 @@ class TrainConfig:
     resume: bool = False  # go on with the run in the run folder
 
 
-FREE_FIELDS = {"root", "device", "workers", "probe_every", "probe_images", "save_every", "out", "resume", "amp"}
+FREE_FIELDS = {"root", "download", "skip_bad_images", "device", "workers", "amp"}
+FREE_FIELDS |= {"probe_every", "probe_images", "save_every", "out", "resume"}
 """Fields that may differ between a run and its continuation; of `amp`, the precision that it stands for must not."""
 
 
@@ -1065,12 +1348,8 @@ def flag_parser(config_class, usage: str, description: str) -> Parser:
     return parser
 
 
-def read_flags(config_class, recipes: dict, argv: list, usage: str = "", description: str = ""):
-    """Command line -> config: the defaults, then every recipe that fits, then the flags themselves.
-
-    A recipe's key is what one would type: "cifar100" fits --data cifar100, "cifar100 --ssl simclr" needs that flag too.
-    Raises UserError for a flag or a value that does not exist.
-    """
+def given_flags(config_class, argv: list, usage: str = "", description: str = "") -> dict:
+    """Command line -> {field: value} of the flags that are there. Raises UserError for one that does not exist."""
     parser = flag_parser(config_class, usage, description)
     given, rest = parser.parse_known_args(argv)
     if rest:
@@ -1080,18 +1359,22 @@ def read_flags(config_class, recipes: dict, argv: list, usage: str = "", descrip
         close = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown flag {rest[0]!r}; {hint}--help lists the flags")
-    given = vars(given)
-    values = {}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+
+
+def read_flags(config_class, recipes: dict, argv: list, usage: str = "", description: str = ""):
+    """Command line -> config: the defaults, then every recipe that fits, then the flags themselves.
+
+    A recipe's key is what one would type: "cifar100" fits --data cifar100, "cifar100 --ssl simclr" needs that flag too.
+    Raises UserError for a flag or a value that does not exist.
+    """
+    given, values = given_flags(config_class, argv, usage, description), {}
     for key, recipe in recipes.items():
         name, *flags = key.split()
-        wanted = {"data": name, **vars(parser.parse_args(flags))}
+        wanted = {"data": name, **given_flags(config_class, flags)}
         if wanted.items() <= ({"data": config_class.data} | given).items():
             values |= recipe
-    values |= given
-    for name, value in values.items():
-        if isinstance(value, list):
-            values[name] = tuple(value)
-    return config_class(**values)
+    return config_class(**values | given)
 
 
 def check_config(config: TrainConfig):
@@ -1141,11 +1424,13 @@ def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float:
-    """Linear warm-up from `warmup_lr`, then a cosine to zero, step by step."""
+    """Linear warm-up from `warmup_lr`, then a cosine to zero, step by step; or steps down at `milestones`."""
     peak = config.base_lr * config.batch_size / 256
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
         return config.warmup_lr + (peak - config.warmup_lr) * step / warmup
+    if config.milestones:
+        return peak * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
     return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -1183,6 +1468,7 @@ class Method(nn.Module):
     name: str
     encoder: nn.Module
     views = 1
+    captions = ()  # what the columns of `pictures` show
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
         """{"loss": scalar to minimise, other scalars to log}, all 0-d tensors; images are in [0, 1]."""
@@ -1213,6 +1499,10 @@ class Method(nn.Module):
             logged.append({name: value.detach().float() for name, value in out.items()})
         stepper.step()
         return {name: sum(part[name] for part in logged) / len(logged) for name in logged[0]}
+
+    def probe(self, encode, train, test, config: TrainConfig, **loading) -> dict:
+        """What an epoch is judged by: accuracies to log. `encode` is the encoder under autocast."""
+        return probe(encode, train, test, config.image_size, config.probe_images, **loading)
 
     def pictures(self, images: Tensor) -> Tensor:
         """Rows of pictures worth looking at: images (B, 3, H, W) -> (B, K, 3, H, W), values in [0, 1]."""
@@ -1346,14 +1636,17 @@ def save_encoder(encoder: nn.Module, path):
     torch.save({"kind": type(encoder).__name__, "fields": encoder.fields, "weights": encoder.state_dict()}, path)
 
 
-def load_encoder(path) -> nn.Module:
-    """The encoder of an encoder.pt file, in eval mode. Raises UserError where the file is not one."""
+def load_encoder(path, **changes) -> nn.Module:
+    """The encoder of an encoder.pt file, in eval mode; `changes` are fields to build it with instead of its own.
+
+    Raises UserError where the file is not one.
+    """
     state = load_checkpoint(Path(path))
     kinds = {"ViT": ViT}
     if not isinstance(state, dict) or state.get("kind") not in kinds:
         raise UserError(f"{path} is not an encoder file; expected the encoder.pt of a run")
     try:
-        encoder = kinds[state["kind"]](**state["fields"])
+        encoder = kinds[state["kind"]](**state["fields"] | changes)
         encoder.load_state_dict(state["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit this version ({str(error).splitlines()[0]})") from None
@@ -1429,16 +1722,13 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
         with stepper.autocast():
             return method.encoder(images)
 
-    def raw_pixels(images: Tensor) -> Tensor:  # at no more than 32 x 32: a probe of all pixels of a photograph is huge
-        return resize(images, min(config.image_size, 32)).flatten(1)
-
     def finish_epoch(epoch: int, **extra):
         """Probe, draw and log an epoch that is over; epoch 0 is the untrained encoder."""
         line = {"epoch": epoch, **meter.means(), **extra}
         if config.probe_every and (epoch == config.epochs or epoch % config.probe_every == 0):
             method.eval()
-            line |= probe(encode, train, test, config.image_size, config.probe_images, **loading)
-            if epoch == 0:
+            line |= method.probe(encode, train, test, config, **loading)
+            if epoch == 0 and "knn" in line:
                 line["pixels"] = probe(raw_pixels, train, test, config.image_size, config.probe_images, **loading)
             some, _ = next(iter(test.plain_batches(range(min(8, len(test))), config.image_size, **loading)))
             torch.manual_seed(config.seed)
@@ -1450,8 +1740,8 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if "knn" in line or bar.disable:
-            shown = {name: line[name] for name in ("loss", "knn", "linear") if name in line}
+        shown = {name: line[name] for name in ("loss", "knn", "linear", "accuracy") if name in line}
+        if len(shown) > 1 or bar.disable:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             tqdm.write(f"epoch {epoch}/{config.epochs}  {shown}")
 
@@ -1525,3 +1815,25 @@ def format_results(results: dict) -> str:
     titles = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
     rows = [f"{titles[row]:<20}{line['knn']:>8.1f}{line['linear']:>10.1f}" for row, line in results.items()]
     return "\n".join([f"{'accuracy (%)':<20}{'kNN':>8}{'linear':>10}", *rows])
+
+
+def run_command(command, argv: list) -> int:
+    """command(argv), with one clear line instead of a traceback; returns the exit code.
+
+    0, 1 for a run that had to stop, 2 for a user's mistake, 130 for Ctrl-C.
+    """
+    try:
+        command(argv)
+    except (UserError, NonFiniteLoss, OSError) as error:
+        number = os.environ.get("RANK", "0")
+        print(f"error{f' of process {number}' if number != '0' else ''}: {error}", file=sys.stderr, flush=True)
+        code = 2 if isinstance(error, UserError) else 1
+        if dist.is_initialized():
+            os._exit(code)  # leaving in order would wait for processes that may be waiting for this one
+        return code
+    except KeyboardInterrupt:
+        print("\nstopped; go on with the same command and --resume", file=sys.stderr)
+        return 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0

@@ -412,6 +412,10 @@ class Magma(Method):
         self.projector = nn.Sequential(*layers)
 
     @property
+    def captions(self) -> tuple:
+        return ("image", "what is seen", "reconstruction") if self.config.ssl == "mae" else ("image", "view", "view")
+
+    @property
     def encoder(self) -> ViT:
         return self.autoencoder.encoder if self.config.ssl == "mae" else self.backbone
 

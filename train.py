@@ -9,8 +9,11 @@ python train.py magma --help                            all flags of a method
 """
 
 import importlib
-import os
 import sys
+
+import torch
+
+import common
 
 METHODS = {"magma": "Magma"}  # module: class
 
@@ -20,44 +23,31 @@ def method_lines() -> str:
     return "\n".join(f"  {name:<14}{importlib.import_module(name).__doc__.splitlines()[0]}" for name in METHODS)
 
 
-def main(argv: list) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a run that had to stop, 2 for a user's mistake."""
-    import torch
-
-    import common
-
+def train(argv: list):
+    """Run the command line. Raises UserError for a method, a flag or data that is wrong."""
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nMethods:\n{method_lines()}")
-        return 0
-    try:
-        name = argv[0]
-        if name not in METHODS:
-            raise common.UserError(common.unknown("method", name, METHODS))
-        module = importlib.import_module(name)
-        usage = f"python train.py {name} [--any-field value]"
-        config = common.read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
-        device = common.start_distributed(config.device)
-        common.check_config(config)
-        options = {"root": config.root, "image_size": config.image_size, "device": device}
-        train, test = (common.load_data(config.data, split=split, **options) for split in ("train", "test"))
-        torch.manual_seed(config.seed)  # of the initial weights, the same on every process
-        method = getattr(module, METHODS[name])(config, train).to(device)
-        results = common.fit(method, train, test, config)
-    except (common.UserError, common.NonFiniteLoss, OSError) as error:
-        number = os.environ.get("RANK", "0")
-        print(f"error{f' of process {number}' if number != '0' else ''}: {error}", file=sys.stderr, flush=True)
-        code = 2 if isinstance(error, common.UserError) else 1
-        if torch.distributed.is_initialized():
-            os._exit(code)  # leaving in order would wait for processes that may be waiting for this one
-        return code
-    except KeyboardInterrupt:
-        print("\nstopped; go on with the same command and --resume", file=sys.stderr)
-        return 130
+        return
+    name = argv[0]
+    if name not in METHODS:
+        raise common.UserError(common.unknown("method", name, METHODS))
+    module = importlib.import_module(name)
+    usage = f"python train.py {name} [--any-field value]"
+    config = common.read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
+    device = common.start_distributed(config.device)
+    common.check_config(config)
+    options = {"root": config.root, "image_size": config.image_size, "device": device}
+    options |= {"download": config.download, "skip_bad_images": config.skip_bad_images}
+    data, test = (common.load_data(config.data, split=split, **options) for split in ("train", "test"))
+    torch.manual_seed(config.seed)  # of the initial weights, the same on every process
+    method = getattr(module, METHODS[name])(config, data).to(device)
+    results = common.fit(method, data, test, config)
     if common.rank() == 0 and results:
         print(common.format_results(results))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return 0
+
+
+def main(argv: list) -> int:
+    return common.run_command(train, argv)
 
 
 if __name__ == "__main__":

@@ -390,7 +390,7 @@ def test_shapes_statistics_are_those_of_the_pixels():
 
 def write_cifar(root, name, counts=(5, 3), test=4, seed=0):
     """A tiny data set in the official binary layout; returns the records of train."""
-    folder, _, label_bytes, classes, _ = common.CIFAR[name]
+    folder, (_, label_bytes, classes, _) = common.ARCHIVES[name][0], common.CIFAR[name]
     home = root / folder
     home.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -416,8 +416,8 @@ def test_cifar_reads_the_official_binary_layout(tmp_path, name):
     assert data.labels.tolist() == rows[:, skip - 1].tolist()
     assert data.images[2, 1, 5, 7] == rows[2, skip + 1024 + 5 * 32 + 7]  # planes, then rows
     assert len(common.load_data(name, tmp_path, "test")) == 4
-    assert len(common.load_data(name, tmp_path / common.CIFAR[name][0])) == 8  # the inner folder does as well
-    assert len(data.classes) == common.CIFAR[name][3]
+    assert len(common.load_data(name, tmp_path / common.ARCHIVES[name][0])) == 8  # the inner folder does as well
+    assert len(data.classes) == common.CIFAR[name][2]
 
 
 def test_cifar_reads_class_names(tmp_path):
@@ -428,9 +428,13 @@ def test_cifar_reads_class_names(tmp_path):
 
 
 def test_cifar_refuses_bad_files_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"no cifar10 at .*data_batch_\*\.bin; unpack https.*cifar-10-binary.tar.gz"):
+    with pytest.raises(
+        UserError, match=r"no cifar10 at .*cifar-10-batches-bin; add --download .*cifar-10-binary.tar.gz"
+    ):
         common.load_data("cifar10", tmp_path)
     write_cifar(tmp_path, "cifar10")
+    with pytest.raises(UserError, match=r"no cifar100 at .*train\*\.bin; remove"):
+        common.read_cifar("cifar100", tmp_path, "train")
     file = tmp_path / "cifar-10-batches-bin" / "data_batch_2.bin"
     good = file.read_bytes()
     for bad in (good[:-5], good + b"x", b""):
@@ -550,11 +554,51 @@ def test_decode_image_lets_jpeg_skip_pixels_but_none_that_the_crop_needs(tmp_pat
 def test_folders_name_a_file_that_cannot_be_read(tmp_path, workers):
     write_folders(tmp_path, ending="jpg", size=(400, 300))
     bad = next((tmp_path / "train" / "bee").iterdir())
+    data = common.load_data(str(tmp_path))
     for content in (bad.read_bytes()[:-200], b"not an image", b""):
-        bad.write_bytes(content)
-        data = common.load_data(str(tmp_path))
+        bad.write_bytes(content)  # after the check
         with pytest.raises(UserError, match=f"{re.escape(str(bad))} cannot be read as an image"):
             list(data.plain_batches(range(6), 8, workers=workers))
+
+
+def test_folders_are_checked_once_and_name_every_bad_image(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = write_folders(tmp_path / "set", ending="jpg", size=(400, 300))
+    first, second, third = sorted((root / "train" / "bee").iterdir())
+    first.write_bytes(first.read_bytes()[:-200])
+    second.write_bytes(b"not an image")
+    with pytest.raises(UserError) as error:
+        common.load_data(str(root))
+    text = str(error.value)
+    assert text.startswith(f"2 of 6 images cannot be read: {first} (")
+    assert f"; {second} (" in text
+    assert text.endswith("; mend or remove them, or add --skip-bad-images")
+    assert "\n" not in text
+    data = common.load_data(str(root), skip_bad_images=True)
+    assert [Path(path) for path in data.paths[3:]] == [third]
+    assert data.labels.tolist() == [0, 0, 0, 1]
+    assert "note: 2 of 6 images are left out" in capsys.readouterr().out
+
+    opened = []
+    monkeypatch.setattr(common.Image, "open", lambda path: opened.append(path))
+    assert len(common.load_data(str(root), skip_bad_images=True)) == 4  # remembered
+    assert not opened
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first.write_bytes(third.read_bytes())  # mended: looked at again
+    assert len(common.load_data(str(root), skip_bad_images=True)) == 5
+    for path in (first, third):
+        path.write_bytes(b"")
+    for path in (root / "train" / "ant").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"6 of 6 images cannot be read: .*; \.\.\.; mend or remove them$"):
+        common.load_data(str(root), skip_bad_images=True)
+
+
+def test_folders_are_checked_without_a_cache_folder_too(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # cannot hold files
+    assert len(common.load_data(str(write_folders(tmp_path / "set")))) == 6
 
 
 def plan_of(steps, batch=4, images=6):

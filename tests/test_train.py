@@ -65,7 +65,7 @@ def run_main(*argv, capsys):
         ("magma --data cifar11", "unknown dataset 'cifar11'; did you mean 'cifar10'?"),
         ("magma --epoch 3", "unknown flag '--epoch'; did you mean --epochs?"),
         ("magma --epochs three", "argument --epochs: invalid int value: 'three'"),
-        ("magma --data cifar10 --root {tmp}", "no cifar10 at {tmp}/cifar-10-batches-bin/data_batch_*.bin; unpack"),
+        ("magma --data cifar10 --root {tmp}", "no cifar10 at {tmp}/cifar-10-batches-bin; add --download"),
         ("magma --data imagenet100 --root {tmp}", "no folder {tmp}/train; expected {tmp}/train/<class>/*"),
         ("magma --image-size 30", "image size 30 x 30 is not a multiple of the patch size 4"),
         ("magma --batch-size 5000", "a batch of 5000 is larger than the data set of 4096"),
@@ -132,7 +132,7 @@ def test_train_reads_class_folders_of_the_users_own(tmp_path, capsys):
         "magma", "--data", tmp_path / "mine", *flags.split(), "--out", tmp_path / "run2", capsys=capsys
     )
     assert code == 2
-    assert output.err.startswith(f"error: {bad} cannot be read as an image")
+    assert output.err.startswith(f"error: 1 of 8 images cannot be read: {bad} (")
 
 
 # --- run folders -----------------------------------------------------------------------------------------------------
