@@ -162,10 +162,10 @@ def affine(a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0) -> Tensor:
 
 
 def rotate(images, level, fill):
-    """Turn about the centre by up to 30 degrees."""
+    """Turn anticlockwise about the centre by up to 30 degrees."""
     angle, (height, width) = torch.deg2rad(3 * level), images.shape[-2:]
     cos, sin, x, y = angle.cos(), angle.sin(), width / 2, height / 2
-    return warp(images, affine(cos, sin, x - x * cos - y * sin, -sin, cos, y + x * sin - y * cos), fill)
+    return warp(images, affine(cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos), fill)
 
 
 def shear_x(images, level, fill):
@@ -438,6 +438,9 @@ class Config(common.TrainConfig):
     erase: float = 0.0  # probability of random erasing
 
 
+OUTSIDE = ("protocol", "recipe", "untrained", "pixels", "scratch", "k", "metric")  # fields that no training depends on
+
+
 def by_width(small, middle, large) -> dict:
     """A value of a table that depends on the width of FINOLA's decoder."""
     return {192: small, 384: middle, 768: large}
@@ -515,7 +518,8 @@ def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> 
     bounds |= {"erase": 1, "layer_decay": 1, "randaugment": 10, "mixup": math.inf, "cutmix": math.inf}
     for field, most in bounds.items():
         if not 0 <= getattr(config, field) <= most:
-            raise UserError(f"--{field.replace('_', '-')} {getattr(config, field)} is out of range, 0 to {round(most)}")
+            upper = f"0 to {most:.0f}" if most < math.inf else "0 or more"
+            raise UserError(f"--{field.replace('_', '-')} {getattr(config, field)} is out of range, {upper}")
     if config.k < 1 or config.base_lr <= 0:
         name, value = ("k", config.k) if config.k < 1 else ("base-lr", config.base_lr)
         raise UserError(f"--{name} {value} makes no sense; give more than 0")
@@ -780,6 +784,8 @@ def train_classifier(protocol: str, row: Row, config: Config) -> dict:
     method = Classifier(protocol, copy.deepcopy(row.encoder), head, classes, config).to(row.device)
     part = "" if row.name == "trained" else f"-{row.name}"
     config = dataclasses.replace(config, out=str(Path(config.out) / f"{protocol}-{Path(config.data).name}{part}"))
+    # What the training does not depend on must not keep it from being resumed.
+    config = dataclasses.replace(config, **{name: getattr(Config, name) for name in OUTSIDE})
     common.fit(method, row.train, row.test, config)
     method.eval()
     if protocol.startswith("tran"):

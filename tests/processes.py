@@ -103,3 +103,11 @@ def fit_tiny(folder, flags):
     method = magma.Magma(config, test_train.DATA)
     results = common.fit(method, test_train.DATA, test_train.DATA, config)
     return {"weights": method.state_dict(), "rows": len(results)}
+
+
+def evaluate_main(argv):
+    """Run evaluate.py's command line on this rank, in the group that is already there; returns the exit code."""
+    import evaluate
+
+    evaluate.evaluate(argv)
+    return 0

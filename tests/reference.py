@@ -146,3 +146,26 @@ def ridge_predictions(train, labels, test, classes, strength):
         x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype), x.T @ (onehot - onehot.mean(0))
     )
     return (test - offset) @ weight + onehot.mean(dim=0)
+
+
+def davies_bouldin(features, labels):
+    """The mean over classes of the worst (s_i + s_j) / |c_i - c_j|, class by class."""
+    groups = [features[labels == label] for label in sorted(set(labels.tolist()))]
+    centres = [group.mean(dim=0) for group in groups]
+    spread = [sum(float((x - c).norm()) for x in group) / len(group) for group, c in zip(groups, centres, strict=True)]
+    worst = []
+    for i in range(len(groups)):
+        ratios = [
+            (spread[i] + spread[j]) / float((centres[i] - centres[j]).norm()) for j in range(len(groups)) if j != i
+        ]
+        worst.append(max(ratios))
+    return sum(worst) / len(worst)
+
+
+def class_cosines(features, labels):
+    """Mean cosine over all pairs of one class and of two classes, pair by pair."""
+    same, different = [], []
+    for i, j in itertools.combinations(range(len(features)), 2):
+        cosine = float(features[i] @ features[j] / (features[i].norm() * features[j].norm()))
+        (same if labels[i] == labels[j] else different).append(cosine)
+    return sum(same) / len(same), sum(different) / len(different)
