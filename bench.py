@@ -9,12 +9,16 @@ amp           a masked-autoencoder step with the default --amp auto against floa
 regularizer   MAGMA's term against a training step, and against the obvious B x B x D version
 crop          batched random resized crops against grid_sample and against Pillow, image by image
 loop          all that a training step does besides forward, backward and optimiser
+probe         a linear probe on features that are kept against one that encodes in every epoch
+knn           exact nearest neighbours of 10,000 features among 50,000
+augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-tuning step
 """
 
 import argparse
 import contextlib
 import io
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -26,6 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import evaluate
 import magma
 
 
@@ -169,7 +174,54 @@ def loop(device):
     row("  everything else", f"{1e3 * rest / steps:.2f} ms", f"{100 * rest / whole:.1f} %")
 
 
+def probe(device):
+    row("linear probe of vit_micro on 4096 images, 100 epochs", "cached", "encoding anew", "speed-up")
+    vit = common.ViT(32, 4, **common.VIT_SIZES["vit_micro"], **common.STATISTICS["shapes"]).to(device).eval()
+    train, test = (common.load_data("shapes", split=split, device=device) for split in ("train", "test"))
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"data": "shapes", "image_size": 32, "crop_min": 1.0, "flip": 0.0, "out": folder, "amp": "off"}
+
+        def run(cache: bool, epochs: int):
+            """Seconds, and the accuracy; nothing is random about the images, so that the two can be compared."""
+            config = evaluate.settings(
+                "linear", given | {"cache": cache, "epochs": epochs}, "magma", vit.dim, len(train)
+            )
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = evaluate.run("linear", evaluate.Row("trained", vit, train, test, device), config)
+            return time.perf_counter() - start, found["linear"]
+
+        (long, _), (_, kept), (anew, again) = run(True, 100), run(True, 2), run(False, 2)
+    row("  (encoding anew: fifty times two epochs)", f"{long:.1f} s", f"{50 * anew:.0f} s", f"{50 * anew / long:.0f}")
+    row("  accuracy after two epochs", f"{kept:.2f} %", f"{again:.2f} %", "")
+
+
+def knn(device):
+    row("10,000 among 50,000 features of width 192, k = 10", "time", "peak memory", "")
+    bank, queries = torch.randn(50_000, 192, device=device), torch.randn(10_000, 192, device=device)
+    labels = torch.randint(0, 100, (60_000,), device=device)
+    (spent,) = seconds(lambda: common.knn_accuracy(bank, labels[:50_000], queries, labels[50_000:]), rounds=3)
+    row(
+        "  of the whole process", f"{spent:.2f} s", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB"
+    )
+
+
+def augment(device):
+    row("fine-tuning step, vit_tiny 32/4, batch 128", "whole step", "augmentation", "share")
+    vit = common.ViT(32, 4, **common.VIT_SIZES["vit_tiny"]).to(device)
+    config = evaluate.settings("finetune", {"data": "x", "image_size": 32, "erase": 0.25}, "magma", vit.dim, 10**6)
+    method = evaluate.Classifier("finetune", vit, evaluate.LinearHeads(vit.dim, 10), 10, config).to(device)
+    stepper = common.Stepper(method.optimizer(config), config, device)
+    images, labels = torch.rand(128, 3, 32, 32, device=device), torch.arange(128, device=device) % 10
+    whole, part = seconds(
+        lambda: method.update(method, [(images, labels)], stepper),
+        lambda: method.augment(images, evaluate.one_hot(labels, 10)),
+    )
+    row("  mae recipe with erasing", f"{whole * 1e3:.0f} ms", f"{part * 1e3:.1f} ms", f"{100 * part / whole:.1f} %")
+
+
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
+BENCHES |= {"probe": probe, "knn": knn, "augment": augment}
 
 
 def main():

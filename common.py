@@ -1759,6 +1759,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
             finish_epoch(first_step // steps)  # the untrained encoder, or a kill came between a checkpoint and its line
     if first_step % steps == 0:
         meter = Meter()
+    method.train()
     plan = batch_plan(len(train), config, first_step)
     scale = (config.crop_min, 1.0)
     batches = train.train_batches(plan, config.image_size, scale, config.flip, method.views, **loading)

@@ -10,8 +10,8 @@ python evaluate.py RUN --protocol pictures                         reconstructio
 torchrun --nproc_per_node=8 evaluate.py RUN --protocol finetune    many GPUs, or many CPU processes
 python evaluate.py --help                                          all flags
 
-RUN is a run folder; its encoder.pt is all that is needed, last.pt draws the reconstructions. Prints a table and appends
-one JSON line a protocol to RUN/eval.jsonl.
+RUN is a run folder. Its encoder.pt is all that is needed, but for reconstructions, which take last.pt; config.json tells
+the data and the method's recipe. Prints a table and appends one JSON line a protocol to RUN/eval.jsonl.
 
 Protocol     what it does                                                   function or class
 knn          votes of the nearest training images                           common.knn_accuracy
@@ -21,23 +21,29 @@ finetune     every weight, with augmentation and layer-wise learning rates  Clas
 clusters     do classes form clusters: figures without any training         davies_bouldin, class_cosines
 pictures     what there is to see                                           draw_pictures
 
-The recipes are the papers' (RECIPES names the tables). What they leave open, and our choice:
+The recipes are the papers' (RECIPES names the tables); what they leave open, or what differs here:
 * MAGMA gives no augmentation, momentum or decay for its linear probe. Here whole images are encoded once, and momentum is
-  0.9 without decay. `--no-cache` crops and flips, and encodes anew in each epoch. The accuracy is that of the last epoch.
-* Davies-Bouldin index and class cosines are taken on the features themselves, of the test images. MLO-MAE's average over
-  pairs is taken over all pairs of one class or of two at once, not class by class. Its ratio is near 1 for any features
-  that share a large mean, as a masked autoencoder's do; the gap beside it is the difference after that mean is taken off.
+  0.9 without decay. `--no-cache` crops and flips, and encodes anew in each epoch. Accuracies are those of the last epoch.
+* Davies-Bouldin index and class cosines are taken on the features themselves, of all classes and test images; MAGMA's Fig. 4
+  shows ten classes. MLO-MAE's average over pairs is taken over all pairs of one class or of two at once. Its ratio can be
+  near 1 for features that share a large mean; the gap beside it is the difference of the two after that mean is taken off.
 * FINOLA: no position code and no class token in the decoder, heads of width 64, a norm before the mean over positions, and
-  its dropout acts on that mean. Its decoder's width follows from the encoder's. The printed Table 14 is garbled between
-  mixup and dropout; cutmix is read as 0, 0.25 and 1.0.
-* MAE fine-tunes with a mean over patches, then a norm; our encoder norms, then takes the mean. Table 9 prints no random
-  erasing and the base learning rate 1e-3; `--recipe mae_code` is its PyTorch release (5e-4, decay 0.65, erasing 0.25).
-* The energy model's warm-up (5) and number of epochs (100, that of ViT-B) and MixedAE's layer decay (0.7, the middle of
-  the three tried) are choices.
-* mixup and cutmix draw their weight for each image; timm, which the papers use, for each batch.
-* The linear accuracy of raw pixels is that of ridge regression in closed form, whatever the recipe: at a learning rate that
-  suits the normed features of an encoder, gradient descent on pixels falls ten points short of it.
-* Images of another data set are resized to the encoder's own size and normalised by its own statistics.
+  its dropout acts on that mean. The width follows from the encoder's; in fine-tuning the decoder learns at the full rate.
+  The mean over positions for its linear probe, momentum 0.9 and betas (0.9, 0.999) are choices. The printed Table 14 is
+  garbled between mixup and dropout; cutmix is read as 0, 0.25 and 1.0.
+* MAE fine-tunes with a mean over patches, then a new norm; our encoder keeps its norm, then takes the mean. `mae` is its
+  Table 9; `mae_code` has what its PyTorch release changes for ViT-B (base rate 5e-4, decay 0.65, random erasing), but for
+  its smallest learning rate of 1e-6 and its learned positions.
+* The energy model's warm-up (5) and epochs (100, those of ViT-B), MixedAE's layer decay (0.7, the middle of the three
+  tried) and the mean over patches of both are choices. Crops and flips go before all other augmentation.
+* A network from random weights is trained with the same recipe, but without layer-wise decay, which would all but freeze
+  its lowest layers.
+* mixup and cutmix draw their weight for each image, timm for each batch; RandAugment moves pixels bilinearly.
+* The linear accuracy of raw pixels is that of ridge regression in closed form, whatever the recipe: gradient descent at
+  an encoder's learning rate can fall ten points short of it.
+* With `--epochs`, a recipe's warm-up and milestones move in proportion.
+* Images of another data set are resized to the encoder's own size and normalised by its own statistics. For another
+  `--image-size` the position code counts on; MAE's code stretches it.
 """
 
 import contextlib
@@ -114,23 +120,29 @@ def mix_labels(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> 
     like = {"device": images.device, "dtype": images.dtype}
 
     def beta(alpha):
-        draw = torch.distributions.Beta(alpha, alpha).sample((batch, 1, 1)) if alpha else torch.ones(batch, 1, 1)
-        return draw.to(**like)
+        return torch.distributions.Beta(alpha, alpha).sample((batch, 1, 1)).to(**like)
 
     def span(side, length):  # pixels inside a window that is cut off at the rim of the image
         distance = (torch.arange(side, **like) + 0.5 - side * torch.rand(batch, 1, **like)).abs()  # (B, side)
-        return distance < length[:, 0] / 2
+        return distance < side * length[:, 0] / 2
 
-    side = (1 - beta(cutmix)).sqrt()
-    window = span(height, height * side)[:, :, None] & span(width, width * side)[:, None, :]  # (B, H, W)
-    cut = torch.rand(batch, 1, 1, device=images.device) < (0.5 if mixup and cutmix else float(cutmix > 0))
-    weight = torch.where(cut, (~window).to(images.dtype), beta(mixup))[:, None]  # (B, 1, H or 1, W or 1)
-    share = weight.mean(dim=(2, 3))  # (B, 1)
+    weight = torch.ones(batch, height, width, **like)  # of the image itself, pixel by pixel
+    if mixup:
+        weight = beta(mixup) * weight
+    if cutmix:
+        side = (1 - beta(cutmix)).sqrt()  # of the window, as a share of the image's
+        window = span(height, side)[:, :, None] & span(width, side)[:, None, :]  # (B, H, W)
+        cut = torch.rand(batch, 1, 1, device=images.device) < (0.5 if mixup else 1.0)
+        weight = torch.where(cut, (~window).to(images.dtype), weight)
+    share, weight = weight.mean(dim=(1, 2))[:, None], weight[:, None]  # (B, 1), (B, 1, H, W)
     return images * weight + images.flip(0) * (1 - weight), targets * share + targets.flip(0) * (1 - share)
 
 
 def random_erase(images: Tensor, probability: float, mean: Tensor, std: Tensor) -> Tensor:
-    """Fill one random box of some images with noise of the data's mean and deviation (Zhong et al. 2020)."""
+    """Fill one random box of some images with noise of the data's mean and deviation, cut off at 0 and 1.
+
+    Zhong et al. 2020, with the sizes of timm: 2 to 33 % of the area, aspect 0.3 to 3.3.
+    """
     batch, _, height, width = images.shape
     sides = (torch.full((batch,), float(side), device=images.device) for side in (height, width))
     top, left, h, w = common.crop_boxes(*sides, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3)).unbind(dim=1)
@@ -262,7 +274,7 @@ OPERATIONS += (sharpness, shear_x, shear_y, translate_x, translate_y)
 
 
 def rand_augment(images: Tensor, fill: Tensor, magnitude: float = 9.0, std: float = 0.5) -> Tensor:
-    """RandAugment (Cubuk et al. 2020) as timm's rand-m9-mstd0.5-inc1, which the papers use.
+    """RandAugment (Cubuk et al. 2020), "(9, 0.5)" in the papers: timm's rand-m9-mstd0.5-inc1, as MAE's release uses it.
 
     Twice, each image draws one of OPERATIONS and applies it with probability 1/2, at a level from a normal distribution
     cut off at 0 and 10, in a random direction where there are two. `fill` (3, 1, 1) is the colour behind moved images.
@@ -328,14 +340,14 @@ class TransformerHead(nn.Module):
 
 
 def decoder_width(dim: int) -> int:
-    """Width of FINOLA's decoder for an encoder of width 720, 1440, 2880 (192, 384, 768), or the nearest of these."""
+    """Width of FINOLA's decoder: 192, 384, 768 for encoders of width 720, 1440, 2880, or at most that."""
     return 192 if dim <= 720 else 384 if dim <= 1440 else 768
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, weight by weight, to 0.001 of the weight's length (You et al. 2017).
+    """SGD with momentum; the gradient of each matrix is first scaled to 0.001 of the matrix's length (You et al. 2017).
 
-    Biases take the plain step, as in MAE's linear probe.
+    Biases take the plain gradient, as in MAE's linear probe.
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9):
@@ -381,14 +393,20 @@ def add_drop_path(encoder: ViT, rate: float):
 def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weight_decay: float) -> list:
     """Parameter groups with layer-wise learning rates: `decay` to the power of the layers that lie above.
 
-    Patches, tokens and what else comes before the blocks are the lowest layer, the final norm and the head the highest.
-    Biases, norms and tokens have no weight decay. Without an encoder, the head alone.
+    What an encoder registers before its `blocks` (patches and tokens) is the lowest layer; what comes after them, and the
+    head, is the highest. Biases, norms and tokens have no weight decay. Without an encoder, the head alone.
+    Raises UserError where there is a decay but no blocks.
     """
-    groups, depth = {}, 0 if encoder is None else len(encoder.blocks)
-    layers = [(0, name, parameter) for name, parameter in head.named_parameters()]
+    layers, groups = [(0, name, parameter) for name, parameter in head.named_parameters()], {}
+    depth = len(getattr(encoder, "blocks", ()))
+    if encoder is not None and decay < 1 and not depth:
+        raise UserError("--layer-decay needs an encoder made of blocks; give --layer-decay 1")
+    above = depth + 1
     for name, parameter in () if encoder is None else encoder.named_parameters():
-        part, _, rest = name.partition(".")
-        above = depth - int(rest.split(".")[0]) if part == "blocks" else 0 if part == "norm" else depth + 1
+        if name.startswith("blocks."):
+            above = depth - int(name.split(".")[1])
+        elif above <= depth:  # the blocks are over
+            above = 0
         layers.append((above, name, parameter))
     for above, name, parameter in layers:
         plain = parameter.ndim < 2 or name.endswith("token")
@@ -415,7 +433,7 @@ class Config(common.TrainConfig):
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
-    probe_images: int = 0  # most images of each split to take, 0 for all
+    probe_images: int = 0  # knn, linear, clusters: most images of each split to take, 0 for all
     untrained: bool = False  # also evaluate the same architecture with random weights
     pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters)
     scratch: bool = False  # finetune: start from random weights alone
@@ -431,11 +449,11 @@ class Config(common.TrainConfig):
     dropout: float = 0.0  # of the head of tran1 and tran4
     layer_decay: float = 1.0  # finetune: factor of the learning rate from a layer to the one below
     drop_path: float = 0.0  # finetune: rate of stochastic depth in the last block
-    smoothing: float = 0.0  # label smoothing
-    mixup: float = 0.0  # alpha of mixup, 0 for off
-    cutmix: float = 0.0  # alpha of cutmix, 0 for off
-    randaugment: float = 0.0  # magnitude of RandAugment, of 10; 0 for off
-    erase: float = 0.0  # probability of random erasing
+    smoothing: float = 0.0  # tran1, tran4, finetune: label smoothing
+    mixup: float = 0.0  # tran1, tran4, finetune: alpha of mixup, 0 for off
+    cutmix: float = 0.0  # tran1, tran4, finetune: alpha of cutmix, 0 for off
+    randaugment: float = 0.0  # tran1, tran4, finetune: magnitude of RandAugment, of 10; 0 for off
+    erase: float = 0.0  # tran1, tran4, finetune: probability of random erasing
 
 
 OUTSIDE = ("protocol", "recipe", "untrained", "pixels", "scratch", "k", "metric")  # fields that no training depends on
@@ -446,7 +464,7 @@ def by_width(small, middle, large) -> dict:
     return {192: small, 384: middle, 768: large}
 
 
-SGD = {"optimizer": "sgd", "weight_decay": 0.0, "crop_min": 0.08}
+LINEAR = {"base_lr": 0.1, "weight_decay": 0.0, "crop_min": 0.08}
 STRONG = {"randaugment": 9.0, "smoothing": 0.1}
 FINETUNE = STRONG | {"betas": (0.9, 0.999), "weight_decay": 0.05, "batch_size": 1024, "epochs": 100, "warmup_epochs": 5}
 FINETUNE |= {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1, "pool": "mean"}
@@ -455,14 +473,15 @@ TRAN |= {"dropout": by_width(0.1, 0.2, 0.2), "erase": by_width(0.0, 0.0, 0.25), 
 RECIPES = {
     "linear": {
         # MAGMA, "Evaluation protocol"
-        "magma": SGD | {"base_lr": 0.1, "batch_size": 256, "epochs": 100, "warmup_epochs": 0, "milestones": (60, 80)},
+        "magma": LINEAR
+        | {"optimizer": "sgd", "batch_size": 256, "epochs": 100, "warmup_epochs": 0, "milestones": (60, 80)},
         # FINOLA, Table 13
-        "finola": SGD
-        | {"base_lr": 0.1, "batch_size": 4096, "epochs": 90, "warmup_epochs": 10}
+        "finola": LINEAR
+        | {"optimizer": "sgd", "batch_size": 4096, "epochs": 90, "warmup_epochs": 10}
         | {"batchnorm": True, "cache": False, "pool": "mean"},
         # MAE, Table 10
-        "mae": SGD
-        | {"optimizer": "lars", "base_lr": 0.1, "batch_size": 16384, "epochs": 90, "warmup_epochs": 10}
+        "mae": LINEAR
+        | {"optimizer": "lars", "batch_size": 16384, "epochs": 90, "warmup_epochs": 10}
         | {"batchnorm": True, "cache": False, "pool": "cls"},
     },
     "tran1": {"finola": TRAN},  # FINOLA, Table 13
@@ -479,12 +498,27 @@ RECIPES = {
         | {"cutmix": by_width(0.0, 0.25, 1.0)},
     },
 }
-OWN_RECIPE = {  # of a method's paper, where it has one; MAE's otherwise, the field's common ground
+OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
     "linear": {"magma": "magma", "finola": "finola"},
-    "tran1": {},
-    "tran4": {},
     "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},
 }
+
+
+def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
+    """The recipe of a protocol, with its name: the one that is given, or else the method's own. `dim` as in `settings`.
+
+    With fewer or more epochs than its own, its warm-up and milestones move in proportion.
+    """
+    recipes = RECIPES.get(protocol, {"": {}})
+    wanted = (given.get("recipe"), OWN_RECIPE.get(protocol, {}).get(method), "mae", next(iter(recipes)))
+    name = next(name for name in wanted if name in recipes)
+    width = decoder_width(dim)
+    values = {k: v[width] if isinstance(v, dict) else v for k, v in recipes[name].items()}  # `by_width`
+    if values and "epochs" in given:
+        share = given["epochs"] / values["epochs"]
+        values["warmup_epochs"] = round(share * values["warmup_epochs"])
+        values["milestones"] = tuple(round(share * epoch) for epoch in values.get("milestones", ()))
+    return values | {"recipe": name}
 
 
 def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> Config:
@@ -492,16 +526,8 @@ def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> 
 
     A batch that is larger than the data set becomes all of it. Raises UserError for what makes no sense.
     """
-    recipes = RECIPES.get(protocol, {"": {}})
-    name = given.get("recipe") or OWN_RECIPE.get(protocol, {}).get(method) or ("mae" if "mae" in recipes else "")
-    if name not in recipes and (given.get("recipe") or len(recipes) > 1):
-        if protocol in RECIPES:
-            raise UserError(unknown(f"recipe of {protocol}", name, recipes))
-        name = ""
-    name = name if name in recipes else next(iter(recipes))
-    width = decoder_width(dim)
-    values = {k: v[width] if isinstance(v, dict) else v for k, v in recipes[name].items()} | given | {"recipe": name}
-    config = Config(**values)
+    recipe = recipe_of(protocol, given, method, dim)
+    config = Config(**recipe | given | {"recipe": recipe["recipe"]})
     if config.batch_size > images:
         size = images - images % common.world_size()
         if protocol in RECIPES and rank() == 0:
@@ -514,17 +540,19 @@ def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> 
     for field, allowed in (choices | {"head": ("linear", "tran1", "tran4")}).items():
         if getattr(config, field) not in allowed:
             raise UserError(unknown(f"--{field}", getattr(config, field), [name for name in allowed if name]))
-    bounds = dict.fromkeys(("momentum", "dropout", "drop_path", "smoothing"), 1 - 1e-9)
-    bounds |= {"erase": 1, "layer_decay": 1, "randaugment": 10, "mixup": math.inf, "cutmix": math.inf}
-    for field, most in bounds.items():
-        if not 0 <= getattr(config, field) <= most:
-            upper = f"0 to {most:.0f}" if most < math.inf else "0 or more"
-            raise UserError(f"--{field.replace('_', '-')} {getattr(config, field)} is out of range, {upper}")
-    if config.k < 1 or config.base_lr <= 0:
-        name, value = ("k", config.k) if config.k < 1 else ("base-lr", config.base_lr)
-        raise UserError(f"--{name} {value} makes no sense; give more than 0")
-    if not all(0 < value < math.inf for value in config.base_lrs):
-        raise UserError(f"--base-lrs {config.base_lrs} must be positive")
+    below_one = dict.fromkeys(("momentum", "dropout", "drop_path", "smoothing"), "at least 0, less than 1")
+    limits = {"erase": 1, "layer_decay": 1, "randaugment": 10, "mixup": math.inf, "cutmix": math.inf}
+    for field, expected in (below_one | {name: f"0 to {most}" for name, most in limits.items()}).items():
+        value = getattr(config, field)
+        if not 0 <= value <= limits.get(field, 1) or (field in below_one and value == 1) or value == math.inf:
+            raise UserError(f"--{field.replace('_', '-')} {value} makes no sense; give {expected}")
+    for field, value in (
+        ("k", config.k),
+        ("base-lr", config.base_lr),
+        *(("base-lrs", rate) for rate in config.base_lrs),
+    ):
+        if not 0 < value < math.inf:
+            raise UserError(f"--{field} {value} makes no sense; give more than 0")
     return config
 
 
@@ -554,7 +582,7 @@ def token_features(encoder: nn.Module, images: Tensor) -> Tensor:
 def make_head(kind: str, dim: int, classes: int, config: Config, std: float = 0.01) -> nn.Module:
     """The head of a protocol: "linear", "tran1" or "tran4"."""
     if kind == "linear":
-        return LinearHeads(dim, classes, max(1, len(config.base_lrs)), config.batchnorm, std)
+        return LinearHeads(dim, classes, len(columns("", config)), config.batchnorm, std)
     return TransformerHead(dim, decoder_width(dim), int(kind[-1]), classes, config.dropout)
 
 
@@ -568,7 +596,7 @@ def make_optimizer(groups: list, config: Config) -> torch.optim.Optimizer:
 def head_groups(head: nn.Module, config: Config) -> list:
     """Parameter groups of a head over a frozen encoder; side by side linear heads each have their learning rate."""
     if isinstance(head, LinearHeads):
-        rates = config.base_lrs or (config.base_lr,)
+        rates = dict.fromkeys(config.base_lrs) or (config.base_lr,)
         return [
             {"params": list(layer.parameters()), "lr_scale": rate / config.base_lr, "weight_decay": config.weight_decay}
             for layer, rate in zip(head.layers, rates, strict=True)
@@ -589,7 +617,7 @@ def one_hot(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
 def fit_on_features(head: LinearHeads, features: Tensor, labels: Tensor, classes: int, config: Config):
     """Train linear heads on features that are computed once (N, D): no image is encoded twice.
 
-    The batches, the learning rates and the loss are those of `Classifier` in `common.fit`.
+    Batches, learning rates and loss are those of `Classifier` in `common.fit`. Raises NonFiniteLoss where no head is left.
     """
     optimizer, steps = make_optimizer(head_groups(head, config), config), len(labels) // config.batch_size
     head.train()
@@ -600,12 +628,12 @@ def fit_on_features(head: LinearHeads, features: Tensor, labels: Tensor, classes
             rate = common.learning_rate(epoch * steps + step, steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
-            loss = soft_loss(head(features[index]), one_hot(labels[index], classes, config.smoothing))
+            logits = head(features[index])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            soft_loss(logits, one_hot(labels[index], classes)).backward()
             optimizer.step()
-        if not loss.isfinite():
-            raise common.NonFiniteLoss(f"linear, epoch {epoch + 1}: the loss is {loss.item()}; lower --base-lr")
+        if not logits.isfinite().flatten(1).all(dim=1).any():
+            raise common.NonFiniteLoss(f"linear, epoch {epoch + 1}: the loss is not finite; lower --base-lr")
 
 
 class Classifier(common.Method):
@@ -663,15 +691,15 @@ class Classifier(common.Method):
         return {"loss": soft_loss(self.logits(images), targets)}
 
     def probe(self, encode, train, test, config, **loading) -> dict:
-        """Accuracy on the test images: of the head, or {"accuracy 0.1": ...} for each learning rate of several."""
+        """Accuracy on the test images: {"accuracy": ...}, or one for each of several learning rates."""
 
         def classify(images):
             with autocast(config, images.device):
                 return self.logits(images).transpose(0, 1)  # (B, heads, classes)
 
-        chosen = common.labelled(test, config.probe_images)
+        chosen = common.labelled(test)
         logits, labels = common.features_of(classify, test, chosen, config.image_size, **loading)
-        return accuracies(logits.unbind(dim=1), labels, config)
+        return dict(zip(columns("accuracy", config), accuracies(logits.unbind(dim=1), labels), strict=True))
 
     def pictures(self, images: Tensor) -> Tensor:
         """Rows of an image and four of its augmentations (flips and crops come before): (B, 5, 3, H, W)."""
@@ -679,11 +707,15 @@ class Classifier(common.Method):
         return torch.stack([images] + [self.augment(images, targets)[0] for _ in range(4)], dim=1).clamp(0, 1)
 
 
-def accuracies(logits, labels: Tensor, config: Config) -> dict:
-    """Accuracy in percent of each head: logits, a sequence of (N, classes) -> {"accuracy": ...}, or one a base rate."""
-    values = [100 * float((one.argmax(dim=1) == labels).float().mean()) for one in logits]
-    names = [f"accuracy {rate:g}" for rate in config.base_lrs] or ["accuracy"]
-    return dict(zip(names, values, strict=True))
+def accuracies(logits, labels: Tensor) -> list:
+    """Accuracy in percent of each head: logits, a sequence of (N, classes); nan for a head that diverged."""
+    right = [100 * float((one.argmax(dim=1) == labels).float().mean()) for one in logits]
+    return [value if one.isfinite().all() else math.nan for value, one in zip(right, logits, strict=True)]
+
+
+def columns(name: str, config: Config) -> list:
+    """The names of the heads' results: one, or one for each of several learning rates."""
+    return [f"{name} {rate:g}" for rate in dict.fromkeys(config.base_lrs)] or [name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -701,15 +733,17 @@ class Row:
     test: common.MemoryImages | common.FolderImages
     device: torch.device
     kept: dict = dataclasses.field(default_factory=dict)
-    decoders: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        self.own_pool = getattr(self.encoder, "pool", "")
 
     def loading(self, config: Config) -> dict:
         return {"workers": config.workers, "device": self.device}
 
     def use_pool(self, config: Config):
-        """Let a transformer return the features that the settings ask for."""
-        if config.pool and isinstance(self.encoder, ViT):
-            self.encoder.pool = self.encoder.fields["pool"] = config.pool
+        """Let a transformer return the features that the settings ask for, or else those of its own."""
+        if isinstance(self.encoder, ViT):
+            self.encoder.pool = self.encoder.fields["pool"] = config.pool or self.own_pool
 
     def features(self, split: str, config: Config) -> tuple[Tensor, Tensor]:
         """Features (N, D) and labels (N,) of the images that have one; computed once for each kind of feature."""
@@ -745,51 +779,52 @@ def run_clusters(row: Row, config: Config) -> dict:
         "davies_bouldin": davies_bouldin(features, labels),
         "same_class_cosine": same,
         "other_class_cosine": different,
-        "cosine_ratio": same / different,
+        "cosine_ratio": same / different if different else math.nan,
         "cosine_gap": centred[0] - centred[1],
     }
 
 
 def run_linear(row: Row, config: Config) -> dict:
-    classes = len(row.train.classes)
+    classes, names = len(row.train.classes), columns("linear", config)
     if not config.cache and row.encoder is not None:
         return train_classifier("linear", row, config)
 
     def probe():
         (features, labels), (queries, truth) = row.features("train", config), row.features("test", config)
+        if row.encoder is None:
+            return [common.ridge_accuracy(features, labels, queries, truth, classes)] * len(names)
         torch.manual_seed(config.seed)
         head = make_head("linear", features.shape[1], classes, config).to(row.device)
-        if row.encoder is None:  # a learning rate for normed features makes pixels look worse than they are
-            value = common.ridge_accuracy(features, labels, queries, truth, classes)
-            return dict.fromkeys(accuracies(head(queries), truth, config), value)
         fit_on_features(head, features, labels, classes, config)
-        head.eval()
         with torch.no_grad():
-            return accuracies(head(queries), truth, config)
+            return accuracies(head.eval()(queries), truth)
 
-    return {name.replace("accuracy", "linear"): value for name, value in common.on_rank_zero(probe).items()}
+    return dict(zip(names, common.on_rank_zero(probe), strict=True))
 
 
 def train_classifier(protocol: str, row: Row, config: Config) -> dict:
-    """The protocols that encode each image anew: linear without cache, tran1, tran4, finetune."""
+    """The protocols that encode each image anew: linear without cache, tran1, tran4, finetune.
+
+    Each is a run of its own, in a folder <protocol>-<data> of the run's: with a log, checkpoints, and --resume.
+    """
     row.use_pool(config)
     classes, kind = len(row.train.classes), config.head if protocol == "finetune" else protocol
+    end = f"-{Path(config.data).name}" + ("" if row.name == "trained" else f"-{row.name}")
     torch.manual_seed(config.seed)
     head = make_head(kind, row.encoder.dim, classes, config, std=2e-5 if protocol == "finetune" else 0.01)
-    if protocol == "finetune" and kind != "linear":
-        if kind in row.decoders:
-            head.load_state_dict(row.decoders[kind])
+    if protocol == "finetune" and kind != "linear":  # FINOLA: from where the probe of the same decoder ended
+        probed = Path(config.out) / (kind + end) / "last.pt"
+        if probed.exists():
+            weights = common.load_checkpoint(probed)["weights"]
+            head.load_state_dict({name[5:]: value for name, value in weights.items() if name.startswith("head.")})
         elif rank() == 0:
-            print(f"note: the decoder starts from random weights; --protocol {kind} finetune starts it from its probe")
+            print(f"note: no {probed}, the decoder starts from random weights; --protocol {kind} trains it first")
     method = Classifier(protocol, copy.deepcopy(row.encoder), head, classes, config).to(row.device)
-    part = "" if row.name == "trained" else f"-{row.name}"
-    config = dataclasses.replace(config, out=str(Path(config.out) / f"{protocol}-{Path(config.data).name}{part}"))
     # What the training does not depend on must not keep it from being resumed.
-    config = dataclasses.replace(config, **{name: getattr(Config, name) for name in OUTSIDE})
+    fields = {name: getattr(Config, name) for name in OUTSIDE} | {"out": str(Path(config.out) / (protocol + end))}
+    config = dataclasses.replace(config, **fields)
     common.fit(method, row.train, row.test, config)
     method.eval()
-    if protocol.startswith("tran"):
-        row.decoders[protocol] = head.state_dict()
     result = common.on_rank_zero(lambda: method.probe(None, row.train, row.test, config, **row.loading(config)))
     return {name.replace("accuracy", protocol): value for name, value in result.items()}
 
@@ -801,6 +836,8 @@ def run(protocol: str, row: Row, config: Config) -> dict:
     if protocol in ("tran1", "tran4", "finetune"):
         if row.encoder is None or (protocol == "finetune" and config.scratch and row.name == "trained"):
             return {}
+        if protocol == "finetune" and row.name == "untrained":
+            config = dataclasses.replace(config, layer_decay=1.0)  # it would all but freeze random lower layers
         return train_classifier(protocol, row, config)
     if protocol == "linear":
         return run_linear(row, config)
@@ -1013,7 +1050,8 @@ def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> list:
     labels = row.test.labels.cpu()
     first = [int(torch.nonzero(labels == label)[0]) for label in labels[labels >= 0].unique()[:6]]  # one a class
     images, _ = next(iter(row.test.plain_batches(first, config.image_size, **row.loading(config))))
-    title = f"{settings.get('method', 'encoder')} on {Path(config.data).name}"
+    name = settings.get("method", "encoder")
+    title, trained_on = f"{name} on {Path(config.data).name}", f"{name} on {Path(settings.get('data', '')).name}"
 
     if settings.get("method") in METHODS and (run / "last.pt").exists():
         data = dataclasses.replace(row.test, mean=encoder.fields["mean"], std=encoder.fields["std"])
@@ -1024,6 +1062,8 @@ def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> list:
                 rows = method.pictures(images)
             written.append(out / "reconstructions.png")
             write_sheet(written[-1], f"{title}: reconstructions", method.captions, rows)
+        else:
+            notes.append(f"reconstructions are drawn at the run's own size, {method.config.image_size}, alone")
     else:
         notes.append("no config.json and last.pt, so no reconstructions")
     if isinstance(encoder, ViT):
@@ -1051,7 +1091,7 @@ def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> list:
     features, labels = row.features("test", config)
     written.append(out / "features.png")
     draw_feature_map(features, labels, row.test.classes, f"{title}: test features, two components", written[-1])
-    if (run / "log.jsonl").exists() and draw_curves(read_log(run / "log.jsonl"), title, out / "curves.png"):
+    if (run / "log.jsonl").exists() and draw_curves(read_log(run / "log.jsonl"), trained_on, out / "curves.png"):
         written.append(out / "curves.png")
     else:
         notes.append("log.jsonl has no two epochs, so no curves")
@@ -1086,11 +1126,12 @@ def format_table(results: dict) -> str:
     columns = list(dict.fromkeys(c for row in results.values() for c in row if c not in UNTITLED))
     titles = [TITLES.get(column, column) for column in columns]
     widths = [max(10, len(title) + 3) for title in titles]
-    lines = [f"{'accuracy in %':<20}" + "".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True))]
+    lines = [f"{'':<20}" + "".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True))]
     for row, values in results.items():
         cells = []
         for column in columns:
-            cells.append(f"{values[column]:.{DIGITS.get(column, 1)}f}" if column in values else "-")
+            value = values.get(column, "-")
+            cells.append("nan" if value is None else value if value == "-" else f"{value:.{DIGITS.get(column, 1)}f}")
         cells = "".join(f"{cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
         lines.append(f"{names[row]:<20}{cells}")
     return "\n".join(lines)
@@ -1119,10 +1160,11 @@ def evaluate(argv: list):
         raise UserError(f"no run folder {run_folder}; give one that train.py wrote, such as runs/magma-shapes")
     if not (run_folder / "encoder.pt").exists():
         raise UserError(f"{run_folder} holds no encoder.pt: a run writes it at the end of its first epoch")
-    protocols = list(dict.fromkeys(given.get("protocol", Config.protocol)))
+    protocols = given.get("protocol", Config.protocol)
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise UserError(unknown("protocol", protocol, PROTOCOLS))
+    protocols = sorted(set(protocols), key=PROTOCOLS.index)  # a decoder is probed before it is fine-tuned
     if "recipe" in given and not any(given["recipe"] in RECIPES.get(protocol, ()) for protocol in protocols):
         raise UserError(unknown("recipe", given["recipe"], sorted({r for p in protocols for r in RECIPES.get(p, ())})))
     known = read_settings(run_folder)
@@ -1134,11 +1176,16 @@ def evaluate(argv: list):
     changes = {"image_size": given["image_size"]} if given.get("image_size") else {}
     encoder = common.load_encoder(run_folder / "encoder.pt", **changes).to(device)
     size = encoder.fields["image_size"]
-    given |= {"image_size": size if isinstance(size, int) else max(size)}
+    if not isinstance(size, int):
+        raise UserError(f"{run_folder} has an encoder of {size[0]} x {size[1]} images; give a square --image-size")
+    given |= {"image_size": size}
     given = {"out": str(run_folder)} | given
     options = {name: given[name] for name in ("root", "image_size", "download", "skip_bad_images") if name in given}
     train, test = (common.load_data(given["data"], split=s, device=device, **options) for s in ("labelled", "test"))
-    configs = {p: settings(p, given, known.get("method", ""), encoder.dim, len(train)) for p in protocols}
+    counts = {"linear": len(common.labelled(train, given.get("probe_images", 0)))}
+    configs = {
+        p: settings(p, given, known.get("method", ""), encoder.dim, counts.get(p, len(train))) for p in protocols
+    }
     config = configs[protocols[0]]
     rows = [Row("trained", encoder, train, test, device)]
     if config.untrained or (config.scratch and "finetune" in protocols):
@@ -1151,13 +1198,16 @@ def evaluate(argv: list):
     for protocol, config in configs.items():
         started, results = time.perf_counter(), {}
         if protocol == "pictures":
-            for path in common.on_rank_zero(lambda c=config: draw_pictures(run_folder, known, rows[0], c)):
-                print(f"wrote {path}") if rank() == 0 else None
+            draw = functools.partial(draw_pictures, run_folder, known, rows[0], config)
+            for path in common.on_rank_zero(draw):
+                if rank() == 0:
+                    print(f"wrote {path}")
             continue
         for row in rows:
             if found := run(protocol, row, config):
-                results[row.name] = found
-                table[row.name] |= found
+                # JSON knows no nan: a head that diverged, a ratio over zero.
+                results[row.name] = {name: value if math.isfinite(value) else None for name, value in found.items()}
+                table[row.name] |= results[row.name]
         if rank() == 0:
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
             line = {"protocol": protocol, "data": config.data, "train_images": len(train), "test_images": len(test)}
@@ -1167,6 +1217,10 @@ def evaluate(argv: list):
                 file.write(json.dumps(line) + "\n")
     if rank() == 0 and any(table.values()):
         print(format_table({name: values for name, values in table.items() if values}))
+        if "davies_bouldin" in table["trained"]:
+            print("Davies-Bouldin: lower is better")
+        if any(column.startswith("linear") for column in table.get("pixels", ())):
+            print("linear of raw pixels: by ridge regression, whatever the recipe")
         if not (config.untrained and config.pixels) and table["trained"]:
             print("--untrained --pixels add what the encoder knew before, and what pixels say")
 

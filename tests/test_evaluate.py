@@ -299,7 +299,7 @@ def test_linear_probe_learns_what_is_linear():
     head = LinearHeads(6, 4)
     config = Config(optimizer="sgd", base_lr=0.1, epochs=60, batch_size=256, milestones=(40, 50), warmup_epochs=0)
     evaluate.fit_on_features(head, features, labels, 4, config)
-    assert evaluate.accuracies(head(features), labels, config)["accuracy"] > 95
+    assert evaluate.accuracies(head(features), labels)[0] > 95
 
 
 @given(st.floats(0, 0.5), st.floats(0.5, 0.95), seeds)
@@ -326,6 +326,18 @@ def test_lars_moves_a_weight_of_zeros():
     weight.grad = torch.ones(2, 2)
     evaluate.LARS([weight], lr=0.5).step()
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.5))
+
+
+def test_layer_groups_count_from_the_blocks_whatever_lies_around_them():
+    encoder, head = Map(), LinearHeads(8, 2)
+    encoder.after = nn.Conv2d(8, 8, 1)
+    scale = {id(p): g["lr_scale"] for g in evaluate.layer_groups(encoder, head, 0.5, 0.0) for p in g["params"]}
+    found = [scale[id(p)] for p in (encoder.stem.weight, encoder.blocks[0].weight, encoder.blocks[1].weight)]
+    assert found == [0.125, 0.25, 0.5]
+    assert scale[id(encoder.after.weight)] == scale[id(head.layers[0].weight)] == 1
+    with pytest.raises(UserError, match="--layer-decay needs an encoder made of blocks"):
+        evaluate.layer_groups(nn.Linear(8, 8), head, 0.5, 0.0)
+    assert len(evaluate.layer_groups(None, head, 1.0, 0.0)) == 2
 
 
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
@@ -423,6 +435,12 @@ def test_transformer_recipes_are_finolas_table_13():
             check(recipe(protocol, dim=dim), dropout=dropout, erase=erase, **shared)
 
 
+def test_recipes_keep_their_shape_with_fewer_epochs():
+    check(recipe("linear", epochs=10), milestones=(6, 8), warmup_epochs=0)
+    check(recipe("finetune", "mae", epochs=20), warmup_epochs=1)
+    check(recipe("finetune", "mae", epochs=20, warmup_epochs=7), warmup_epochs=7)
+
+
 def test_finetune_recipes_are_those_of_the_papers():
     """MAE, Table 9; Energy-inspired pretraining, Table A; MixedAE, Table A2; FINOLA, Table 14."""
     shared = {"optimizer": "adamw", "weight_decay": 0.05, "betas": (0.9, 0.999), "warmup_epochs": 5, "randaugment": 9.0}
@@ -449,6 +467,12 @@ def test_finetune_recipes_are_those_of_the_papers():
         check(config, layer_decay=decay, epochs=epochs, mixup=mixup, cutmix=cutmix)
 
 
+def test_a_recipe_is_used_where_it_exists():
+    for protocol, name in (("linear", "mae"), ("tran1", "finola"), ("finetune", "mae"), ("knn", "")):
+        assert recipe(protocol, "mae").recipe == name
+    assert recipe("linear", "ebm").recipe == "magma"
+
+
 def test_settings_put_flags_over_recipes_and_follow_the_method(capsys):
     check(recipe("linear", "mae", epochs=3, batch_size=64), epochs=3, batch_size=64, optimizer="lars")
     given = {"image_size": 8, "data": "x"}
@@ -463,15 +487,15 @@ def test_settings_put_flags_over_recipes_and_follow_the_method(capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"recipe": "finolla"}, "unknown recipe of finetune 'finolla'; did you mean 'finola'"),
         ({"metric": "cosin"}, "unknown --metric 'cosin'; did you mean 'cosine'"),
         ({"optimizer": "adam"}, "unknown --optimizer 'adam'; did you mean 'adamw'"),
         ({"pool": "max"}, "unknown --pool 'max'; choose from cls, mean"),
         ({"head": "tran2"}, "unknown --head 'tran2'"),
-        ({"drop_path": 1.0}, "--drop-path 1.0 is out of range, 0 to 1"),
-        ({"randaugment": 11.0}, "--randaugment 11.0 is out of range, 0 to 10"),
-        ({"mixup": -1.0}, "--mixup -1.0 is out of range"),
-        ({"smoothing": math.nan}, "--smoothing nan is out of range"),
+        ({"drop_path": 1.0}, "--drop-path 1.0 makes no sense; give at least 0, less than 1"),
+        ({"randaugment": 11.0}, "--randaugment 11.0 makes no sense; give 0 to 10"),
+        ({"cutmix": math.inf}, "--cutmix inf makes no sense"),
+        ({"mixup": -1.0}, "--mixup -1.0 makes no sense"),
+        ({"smoothing": math.nan}, "--smoothing nan makes no sense"),
         ({"k": 0}, "--k 0 makes no sense"),
         ({"base_lr": 0.0}, "--base-lr 0.0 makes no sense"),
         ({"epochs": 0}, "--epochs 0 makes no sense"),
@@ -563,6 +587,31 @@ def test_cached_linear_probe_equals_one_that_encodes_in_every_epoch(tmp_path, mo
     assert (tmp_path / "linear-stripes" / "log.jsonl").exists()
 
 
+def test_protocols_do_not_change_the_features_of_the_next(tmp_path):
+    """A recipe with a feature of its own leaves no trace in what comes after it."""
+    row = row_of(tiny_vit(pool="mean"))
+    before = evaluate.run("clusters", row, small("clusters", tmp_path))
+    evaluate.run("linear", row, small("linear", tmp_path, recipe="mae", cache=True, epochs=1))
+    assert row.encoder.pool == "cls"
+    assert evaluate.run("clusters", row, small("clusters", tmp_path)) == before
+
+
+def test_a_diverging_head_leaves_the_others_alone(tmp_path):
+    row = row_of(tiny_vit())
+    alone = evaluate.run("linear", row, small("linear", tmp_path, base_lrs=(0.1, 0.2), epochs=3))
+    found = evaluate.run("linear", row, small("linear", tmp_path, base_lrs=(0.1, 1e300), epochs=3))
+    assert found["linear 0.1"] == alone["linear 0.1"]
+    assert math.isnan(found["linear 1e+300"])
+    assert evaluate.columns("linear", Config(base_lrs=(0.1, 0.1))) == ["linear 0.1"]
+
+
+def test_probe_images_limit_the_probes(tmp_path):
+    row = row_of(tiny_vit())
+    config = small("linear", tmp_path, probe_images=40, batch_size=32, epochs=1)
+    assert evaluate.run("linear", row, config)["linear"] > 0
+    assert len(row.kept[("train", "mean")][0]) == len(row.kept[("test", "mean")][0]) == 40
+
+
 def test_linear_probe_takes_the_features_it_is_told_to():
     row = row_of(tiny_vit(pool="cls"))
     for pool in ("mean", "cls", "mean"):
@@ -595,6 +644,30 @@ def test_classifier_freezes_the_encoder_and_trains_the_head(tmp_path):
     assert set(map(id, grouped)) == set(map(id, head.parameters()))
 
 
+@pytest.mark.parametrize("probe_every", [0, 1])
+def test_finetuning_trains_in_training_mode_and_is_judged_in_eval_mode(tmp_path, monkeypatch, probe_every):
+    """Drop path, dropout and batch statistics act in training alone; encoders come in eval mode."""
+    modes = {"forward": set(), "probe": set()}
+    for name in modes:
+        function = getattr(Classifier, name)
+        spy = lambda self, *a, f=function, n=name, **k: modes[n].add(self.encoder.training) or f(self, *a, **k)
+        monkeypatch.setattr(Classifier, name, spy)
+    evaluate.run("finetune", row_of(tiny_vit()), small("finetune", tmp_path, **QUICK, probe_every=probe_every))
+    assert modes == {"forward": {True}, "probe": {False}}
+
+
+def test_a_network_from_random_weights_has_no_layer_decay(tmp_path, monkeypatch):
+    decays = []
+    monkeypatch.setattr(
+        evaluate, "train_classifier", lambda protocol, row, config: decays.append(config.layer_decay) or {}
+    )
+    config = small("finetune", tmp_path, scratch=True)
+    for name in ("trained", "untrained"):
+        evaluate.run("finetune", row_of(tiny_vit(), name), config)
+        evaluate.run("finetune", row_of(tiny_vit(), name), dataclasses.replace(config, scratch=False))
+    assert decays == [0.75, 1.0, 1.0]  # with --scratch, the trained row stays empty
+
+
 def test_finetuning_reaches_every_parameter_and_uses_every_augmentation(tmp_path, monkeypatch):
     config = small("finetune", tmp_path, erase=0.5)
     method = Classifier("finetune", tiny_vit(), LinearHeads(16, 3), 3, config).train()
@@ -615,11 +688,12 @@ def test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended(tmp_path,
     fit = common.fit
     monkeypatch.setattr(common, "fit", lambda m, *a: started.append(copy.deepcopy(m.head.state_dict())) or fit(m, *a))
     evaluate.run("finetune", row, small("finetune", tmp_path / "a", head="tran1", **QUICK))
-    assert "--protocol tran1 finetune starts it from its probe" in capsys.readouterr().out
+    assert "starts from random weights; --protocol tran1 trains it first" in capsys.readouterr().out
     evaluate.run("tran1", row, small("tran1", tmp_path / "b", **QUICK))
     evaluate.run("finetune", row, small("finetune", tmp_path / "b", head="tran1", **QUICK))
+    probed = common.load_checkpoint(tmp_path / "b" / "tran1-stripes" / "last.pt")["weights"]
     for name, value in started[2].items():
-        assert torch.equal(value, row.decoders["tran1"][name])
+        assert torch.equal(value, probed["head." + name])
     assert not torch.equal(started[0]["classify.weight"], started[2]["classify.weight"])
 
 
@@ -666,12 +740,12 @@ def test_evaluate_prints_a_table_and_appends_a_line_a_protocol(run_folder, capsy
     argv = f"{run_folder} --protocol knn linear clusters --untrained --pixels --epochs 2".split()
     assert evaluate.main(argv) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line[:20].strip() for line in table[-4:]] == [
-        "accuracy in %",
-        "trained encoder",
-        "untrained encoder",
-        "raw pixels",
+    assert table[-2:] == [
+        "Davies-Bouldin: lower is better",
+        "linear of raw pixels: by ridge regression, whatever the recipe",
     ]
+    table = table[:-2]
+    assert [line[:20].strip() for line in table[-4:]] == ["", "trained encoder", "untrained encoder", "raw pixels"]
     for title in ("kNN", "linear", "Davies-Bouldin", "cosine ratio", "cosine gap"):
         assert title in table[-4]
     lines = lines_of(run_folder)
@@ -769,9 +843,13 @@ def test_evaluate_names_a_damaged_encoder(run_folder, capsys):
 
 
 def test_evaluate_stops_at_a_loss_that_is_not_finite(run_folder, capsys):
-    assert evaluate.main([str(run_folder), "--protocol", "linear", "--base-lr", "1e38"]) == 1
-    assert "the loss is" in capsys.readouterr().err
+    argv = [str(run_folder), "--protocol", "linear"]
+    assert evaluate.main([*argv, "--base-lr", "1e38"]) == 1
+    assert "the loss is not finite; lower --base-lr" in capsys.readouterr().err
     assert not (run_folder / "eval.jsonl").exists()
+    assert evaluate.main([*argv, "--base-lrs", "0.1", "1e38"]) == 0
+    assert lines_of(run_folder)[0]["results"]["trained"]["linear 1e+38"] is None
+    assert "nan" in capsys.readouterr().out
 
 
 def test_evaluate_help_lists_the_flags(capsys):
