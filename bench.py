@@ -12,10 +12,12 @@ loop          all that a training step does besides forward, backward and optimi
 probe         a linear probe on features that are kept against one that encodes in every epoch
 knn           exact nearest neighbours of 10,000 features among 50,000
 augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-tuning step
+mixed         MixedAE's step against MAE's, and top-k against plain attention
 """
 
 import argparse
 import contextlib
+import functools
 import io
 import os
 import resource
@@ -32,6 +34,7 @@ from PIL import Image
 import common
 import evaluate
 import magma
+import mixedae
 
 
 def seconds(*functions, rounds: int = 7) -> list:
@@ -221,7 +224,59 @@ def augment(device):
 
 
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
-BENCHES |= {"probe": probe, "knn": knn, "augment": augment}
+
+
+def mixed(device):
+    """MixedAE's compose step against MAE's, the same clean images, and what homologous attention adds."""
+    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
+    row("a step, forward, backward and optimiser", "MixedAE", "MAE", "MixedAE / MAE")
+    small = {"model": "vit_tiny", "image_size": 32, "patch": 4}
+    for name, batch, fields in (("vit_tiny 32/4", 64, small), ("vit_base 224/16", 8, {"image_size": 224})):
+        images = torch.rand(batch, 3, fields["image_size"], fields["image_size"], device=device)
+
+        def step(batch=batch, images=images, fields=fields, **switches):
+            config = mixedae.Config(**{"batch_size": batch} | fields | switches)
+            torch.manual_seed(0)
+            method = mixedae.MixedAE(config, data).to(device)
+            stepper = common.Stepper(method.optimizer(config), config, device)
+            return lambda: method.update(method, [(images, None)], stepper)
+
+        versions = {
+            "": {},
+            ", global attention": {"attention": "global"},
+            ", and no contrast, no segments": {"attention": "global", "contrast": 0.0, "segment": "off"},
+            ", MAE with the contrast": {"mode": "mae"},
+        }
+        mae, *times = seconds(
+            step(mode="mae", contrast=0.0), *(step(**fields) for fields in versions.values()), rounds=7
+        )
+        for label, spent in zip(versions, times, strict=True):
+            row(f"  {name}, batch {batch}{label}", f"{spent * 1e3:.0f} ms", f"{mae * 1e3:.0f} ms", f"{spent / mae:.2f}")
+    row("top-k attention, a quarter of the keys", "top-k", "plain", "top-k / plain")
+
+    def plain(q, k, v):
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+    for name, batch, tokens in (("vit_tiny", 16, 64), ("vit_base", 2, 196)):
+        size = common.VIT_SIZES[name]
+        block = common.Block(size["dim"], size["heads"]).to(device)
+        x = torch.randn(batch, tokens, size["dim"], device=device).requires_grad_()
+        for dtype in (torch.bfloat16, torch.float32):
+            topk = functools.partial(mixedae.topk_attention, topk=tokens // 4)
+            shape = (batch, size["heads"], tokens, size["dim"] // size["heads"])
+            qkv = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in "qkv"]
+
+            def whole(attention, block=block, x=x, dtype=dtype):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    block(x, attention).sum().backward()
+
+            for label, run in (("attention", lambda f, qkv=qkv: f(*qkv).sum().backward()), ("whole block", whole)):
+                ours, theirs = seconds(functools.partial(run, topk), functools.partial(run, plain), rounds=31)
+                name_of = f"  {name}, {tokens} tokens, {str(dtype)[6:]}, {label}"
+                row(name_of, f"{ours * 1e3:.2f} ms", f"{theirs * 1e3:.2f} ms", f"{ours / theirs:.2f}")
+
+
+BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed}
 
 
 def main():

@@ -320,7 +320,11 @@ class MaskedAutoencoder(nn.Module):
         x = self.decoder_embed(encoded)  # (B, 1 + M, d)
         full = self.mask_token.to(x.dtype).expand(len(x), len(self.decoder_positions), -1)  # (B, N, d)
         full = full.scatter(1, visible[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])  # visible ones in their places
-        x = torch.cat([x[:, :1], full + self.decoder_positions], dim=1)  # (B, 1 + N, d)
+        return self.predict(x[:, :1], full)
+
+    def predict(self, cls: Tensor, full: Tensor) -> Tensor:
+        """Decode the CLS token (B, 1, d) and all patches, mask tokens among them (B, N, d) -> pixels (B, N, P)."""
+        x = torch.cat([cls, full + self.decoder_positions], dim=1)  # (B, 1 + N, d)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_head(self.decoder_norm(x[:, 1:]))  # (B, N, P)

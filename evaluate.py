@@ -983,34 +983,39 @@ class Chart:
 
 
 def save_charts(path: Path, charts: list):
-    """Write panels side by side."""
-    canvas = Image.new("RGB", (sum(chart.width for chart in charts), max(chart.height for chart in charts)), "white")
-    x = 0
-    for chart in charts:
-        canvas.paste(chart.image, (x, 0))
-        x += chart.width
+    """Write panels of one size side by side, three in a row."""
+    across = min(3, len(charts))
+    wide, high = charts[0].width, charts[0].height
+    canvas = Image.new("RGB", (across * wide, math.ceil(len(charts) / across) * high), "white")
+    for i, chart in enumerate(charts):
+        canvas.paste(chart.image, (i % across * wide, i // across * high))
     canvas.reduce(SCALE).save(path)
 
 
 def draw_curves(log: list, title: str, path: Path) -> bool:
-    """Loss, and kNN and linear accuracy, over the epochs of a log.jsonl; False where it has too few."""
-    loss = [(line["epoch"], line["loss"]) for line in log if "loss" in line]
-    if len(loss) < 2:
+    """All that a log.jsonl follows over the epochs, the accuracies in one panel; False where it has too few epochs."""
+    curves = {}
+    for line in log:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("epoch", "lr", "images_per_second"):
+                curves.setdefault(name, []).append((line["epoch"], value))
+    if len(curves.get("loss", ())) < 2:
         return False
-    spread = 0.05 * (max(y for _, y in loss) - min(y for _, y in loss))
-    reach = (min(y for _, y in loss) - spread, max(y for _, y in loss) + spread)
-    charts = [Chart(f"{title}: loss", "epoch", "loss", (0, loss[-1][0]), reach)]
-    charts[0].line(loss, COLOURS[0])
-    probes = {name: [(line["epoch"], line[name]) for line in log if name in line] for name in ("knn", "linear")}
-    probes = {name: points for name, points in probes.items() if points}
+    probes = {name: curves.pop(name) for name in ("knn", "linear", "accuracy") if name in curves}
+    last, charts = log[-1]["epoch"], []
+    for name, points in curves.items():
+        values = [value for _, value in points]
+        spread = 0.05 * (max(values) - min(values))
+        chart = Chart(f"{title}: {name}", "epoch", name, (0, last), (min(values) - spread, max(values) + spread))
+        chart.line(points, COLOURS[0])
+        charts.append(chart)
     if probes:
         top = max(y for points in probes.values() for _, y in points)
-        chart = Chart(f"{title}: probes", "epoch", "accuracy (%)", (0, loss[-1][0]), (0, 1.15 * top + 1))
+        charts.insert(1, Chart(f"{title}: probes", "epoch", "accuracy (%)", (0, last), (0, 1.1 * top + 1)))
         names = [(name, colour) for name, colour in zip(probes, COLOURS[1:], strict=False)]
         for name, colour in names:
-            chart.line(probes[name], colour)
-        chart.legend([(TITLES.get(name, name), colour) for name, colour in names], low=True)
-        charts.append(chart)
+            charts[1].line(probes[name], colour)
+        charts[1].legend([(TITLES.get(name, name), colour) for name, colour in names], low=True)
     save_charts(path, charts)
     return True
 
@@ -1048,7 +1053,7 @@ def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> list:
     encoder, written, notes = row.encoder, [], []
     row.use_pool(config)
     labels = row.test.labels.cpu()
-    first = [int(torch.nonzero(labels == label)[0]) for label in labels[labels >= 0].unique()[:6]]  # one a class
+    first = [int(torch.nonzero(labels == label)[0]) for label in labels[labels >= 0].unique()[:8]]  # one a class
     images, _ = next(iter(row.test.plain_batches(first, config.image_size, **row.loading(config))))
     name = settings.get("method", "encoder")
     title, trained_on = f"{name} on {Path(config.data).name}", f"{name} on {Path(settings.get('data', '')).name}"

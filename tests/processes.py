@@ -111,3 +111,13 @@ def evaluate_main(argv):
 
     evaluate.evaluate(argv)
     return 0
+
+
+def gradients_of_mixedae(images, assignment):
+    """The gradients that DDP leaves behind after one backward of MixedAE on this rank's share of the groups."""
+    import test_mixedae
+
+    method = test_mixedae.tiny()
+    model = torch.nn.parallel.DistributedDataParallel(method)
+    model(mine(images), assignment=mine(assignment))["loss"].backward()
+    return {name: p.grad for name, p in method.named_parameters()}

@@ -169,3 +169,38 @@ def class_cosines(features, labels):
         cosine = float(features[i] @ features[j] / (features[i].norm() * features[j].norm()))
         (same if labels[i] == labels[j] else different).append(cosine)
     return sum(same) / len(same), sum(different) / len(different)
+
+
+def topk_attention(q, k, v, topk):
+    """MixedAE's homologous attention, query by query; scores must differ."""
+    out = torch.zeros_like(v)
+    for b, h, i in itertools.product(*map(range, q.shape[:3])):
+        scores = torch.stack([q[b, h, i] @ k[b, h, j] / math.sqrt(q.shape[-1]) for j in range(k.shape[2])])
+        kept = scores.argsort(descending=True)[:topk]
+        for j, weight in zip(kept, scores[kept].softmax(dim=0), strict=True):
+            out[b, h, i] += weight * v[b, h, j]
+    return out
+
+
+def homologous_contrastive(z, assignment, temperature):
+    """MixedAE Eq. 7, anchor by anchor and positive by positive."""
+    anchors = []
+    for g, anchor in itertools.product(*map(range, assignment.shape)):
+        cosine = [float(z[g, anchor] @ y / (z[g, anchor].norm() * y.norm())) / temperature for y in z[g]]
+        others = sum(math.exp(s) for j, s in enumerate(cosine) if j != anchor)
+        relatives = [
+            -math.log(math.exp(s) / others)
+            for j, s in enumerate(cosine)
+            if j != anchor and assignment[g, j] == assignment[g, anchor]
+        ]
+        if relatives:
+            anchors.append(sum(relatives) / len(relatives))
+    return sum(anchors) / max(1, len(anchors))
+
+
+def mutual_information(joint):
+    """I(A; B) in nats from {(a, b): probability}."""
+    left, right = {}, {}
+    for (a, b), p in joint.items():
+        left[a], right[b] = left.get(a, 0.0) + p, right.get(b, 0.0) + p
+    return sum(p * math.log(p / (left[a] * right[b])) for (a, b), p in joint.items() if p > 0)

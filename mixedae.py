@@ -1,0 +1,408 @@
+"""MixedAE: an autoencoder that sees several images mixed into one and must tell their patches apart.
+
+Chen, Liu, Hong, Xu, Li and Yeung, "Mixed Autoencoder for Self-supervised Visual Representation Learning" (CVPR 2023,
+arXiv 2303.17152).
+
+The idea: MAE hides most of an image and wastes what it hides. Fill the holes with patches of other images instead, encode
+the mixture, take the images apart again and reconstruct each of them. Mixing alone makes the task easier, since patches of
+other images tell something about the hidden ones. So each patch must recognise its relatives: it attends only to the
+patches that it finds most similar, and a contrastive loss pulls patches of the same image together.
+
+Equation                                                      function
+Eq. 1, A1, A4   mixing                                        mixing_assignment, mix
+Eq. A2          MAE's input, the special case                 mix, with images of zeros
+Eq. 5, A3       mixing raises mutual information              tests: test_mixing_never_lowers_mutual_information
+Sec. 3          unmixing, reconstruction                      unmix, MixedAE.reconstruct
+Sec. 3          homologous attention, TopK                    topk_attention, kept_keys
+Fig. 6          TopK sampling accuracy                        homologous_accuracy
+Eq. 7           homologous contrastive loss                   homologous_contrastive
+App. B          segment embeddings                            segment_code
+
+Train it:  python train.py mixedae                                      on built-in pictures, on a laptop
+           python train.py mixedae --mode mae --contrast 0              the MAE baseline
+           python train.py mixedae --attention global --segment off --contrast 0     naive mixing
+           python train.py mixedae --data imagenet --root DIR           the paper's experiment; --model vit_large
+
+No code was released, and this was written with the supplement and the abstract alone at hand. What the supplement states
+is followed: the ratio r = 1/4 (here 1 / --images-per-group), compose mode, cells of 32 x 32 pixels, sine-cosine segment
+codes at the input of every block, normalised pixels, Tables A1 and A2. The rest are choices of ours, or of the main paper
+as others report it, each a setting:
+* 49 cells do not divide by 4: the counts of a group's images differ by one cell, and which image gets it is drawn.
+* Groups are consecutive images of a batch. Cells stay in their places, so positions are those of the own image.
+* TopK keeps as many keys as an image has patches, round(N / K), in every block (`--topk`, `--attention-blocks`). A patch
+  always sees the CLS token besides, and the CLS token sees everything. Gradients flow through the kept scores alone.
+* The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, temperature 0.25,
+  the mean over all positives of an anchor outside the logarithm, negatives from the same mixed sample; weight 0.1.
+* The loss counts the patches of each image that came from others, over all images of a group alike. The decoder is
+  MAE's; all images of a group get the CLS token of their mixture.
+* Segment codes are added to patches, not to the CLS token. Downstream, the encoder is a plain ViT: global attention, no
+  segments. Flips and the smallest crop of 0.2 are MAE's; the table lists crops alone. `full` mode mixes each group K
+  times, so that each patch is seen once.
+* The table of the supplement that switches the contrastive loss off has the figures of naive mixing; we keep the
+  attention there, and only set `--contrast 0`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+from common import (
+    VIT_SIZES,
+    MaskedAutoencoder,
+    Method,
+    TrainConfig,
+    UserError,
+    ViT,
+    attend,
+    normalize_patches,
+    patchify,
+    reconstruction_loss,
+    unknown,
+    unpatchify,
+    world_size,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's mathematics. G groups of K images, N patches, D channels. Pure functions for any float dtype and device.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mixing_assignment(
+    groups: int, patches: int, images_per_group: int, generator=None, cell: int = 1, grid=None, device="cpu"
+) -> Tensor:
+    """M of Eq. 1: which image each position of a mixture comes from -> long (G, N), values 0 to K - 1.
+
+    Drawn on cells of cell x cell patches; the counts of a group's images differ by at most one cell, and which image gets
+    one more is random. `grid` is (rows, columns) of patches, a square by default.
+    Raises ValueError where the cells do not fit the grid.
+    """
+    rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
+    if cell > 1 and (rows * columns != patches or rows % cell or columns % cell):
+        raise ValueError(f"{patches} patches in {rows} x {columns} cannot be cut into cells of {cell} x {cell}")
+    cells = patches // cell**2
+    rank = torch.rand(groups, cells, generator=generator, device=device).argsort(dim=1).argsort(dim=1)  # (G, cells)
+    shift = torch.randint(images_per_group, (groups, 1), generator=generator, device=device)
+    assignment = (rank + shift) % images_per_group
+    if cell == 1:
+        return assignment
+    return repeat(assignment, "g (h w) -> g (h p w q)", w=columns // cell, p=cell, q=cell)
+
+
+def mix(tokens: Tensor, assignment: Tensor) -> Tensor:
+    """Eq. 1 (A1, A4), sum_i 1(M = i) X_i: the images of each group (G, K, N, D), M (G, N) -> mixtures (G, N, D)."""
+    index = assignment[:, None, :, None].expand(-1, 1, -1, tokens.shape[-1])  # (G, 1, N, D)
+    return tokens.gather(1, index)[:, 0]
+
+
+def own_patches(assignment: Tensor, images_per_group: int) -> Tensor:
+    """1(M = i) for every image i: M (G, N) -> bool (G, K, N), True where the position shows the image itself."""
+    return assignment[:, None] == torch.arange(images_per_group, device=assignment.device)[:, None]
+
+
+def unmix(mixed: Tensor, assignment: Tensor, fill, images_per_group: int = 0) -> Tensor:
+    """Take mixtures (G, N, D) apart: each image keeps its own patches and gets `fill`, (D,) or a number, elsewhere.
+
+    M (G, N) -> (G, K, N, D). K is read from M where it is not given.
+    """
+    own = own_patches(assignment, images_per_group or int(assignment.max()) + 1)[..., None]  # (G, K, N, 1)
+    return torch.where(own, mixed[:, None], torch.as_tensor(fill, dtype=mixed.dtype, device=mixed.device))
+
+
+def kept_keys(scores: Tensor, topk: int) -> Tensor:
+    """The `topk` largest scores of each query: (..., N, N) -> bool of the same shape, exactly `topk` True a row.
+
+    Exactly, also among equal scores, of which bf16 has many; a threshold would keep more.
+    """
+    index = scores.detach().topk(min(topk, scores.shape[-1]), dim=-1, sorted=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
+
+
+def attend_to(scores: Tensor, keep: Tensor, v: Tensor) -> Tensor:
+    """Softmax over the kept scores, times v: (B, heads, N, N), bool of the same shape, (B, heads, N, d).
+
+    Gradients reach the kept scores alone. Scores that overflowed fp16 count as the largest number, so no row is nan.
+    """
+    limit = torch.finfo(scores.dtype).max
+    return scores.clamp(-limit, limit).masked_fill(~keep, -math.inf).softmax(dim=-1) @ v
+
+
+def topk_attention(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
+    """Homologous attention: each query attends to the `topk` keys that it finds most similar; (B, heads, N, d).
+
+    With topk = N it is plain attention.
+    """
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    return attend_to(scores, kept_keys(scores, topk), v)
+
+
+def same_image(assignment: Tensor) -> Tensor:
+    """Which patches are homologous, of the same image: M (G, N) -> bool (G, N, N)."""
+    return assignment[:, :, None] == assignment[:, None]
+
+
+def homologous_accuracy(keep: Tensor, assignment: Tensor) -> Tensor:
+    """Fig. 6, TopK sampling accuracy: the share of kept keys that are homologous; bool (G, heads, N, N), M (G, N) -> scalar.
+
+    Averaged over queries and heads. Chance is the share of an image in its mixture, 1 / K.
+    """
+    right = (keep & same_image(assignment)[:, None]).sum(dim=-1)  # (G, heads, N)
+    return (right / keep.sum(dim=-1)).mean()
+
+
+def homologous_contrastive(z: Tensor, assignment: Tensor, temperature: float = 0.25) -> Tensor:
+    """Eq. 7, pick the patches of the same image out of a mixture by their cosine: (G, N, D), M (G, N) -> scalar.
+
+    -log(exp(s_lp / t) / sum over l' != l of exp(s_ll' / t)), averaged over the positives p of each patch l, then over
+    patches. A patch without relatives does not count. At least in float32.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+        itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
+        similarity = z @ z.transpose(1, 2) / temperature  # (G, N, N)
+        log_share = similarity - similarity.masked_fill(itself, -math.inf).logsumexp(dim=-1, keepdim=True)
+        positive = same_image(assignment) & ~itself
+        count = positive.sum(dim=-1)  # (G, N)
+        of_anchor = -(log_share * positive).sum(dim=-1) / count.clamp_min(1)
+        return (of_anchor * (count > 0)).sum() / (count > 0).sum().clamp_min(1)
+
+
+def segment_code(slots: int, dim: int) -> Tensor:
+    """Sine-cosine code of the slot of an image in its group -> (K, D); D is even."""
+    frequency = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angle = torch.arange(slots)[:, None] * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(TrainConfig):
+    """The paper's experiment on ImageNet with ViT-B (Table A1)."""
+
+    epochs: int = 1600
+    batch_size: int = 4096  # images before they are mixed, over all processes
+    base_lr: float = 7.5e-5  # learning rate for a batch of 256
+    warmup_epochs: int = 40
+    crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
+    model: str = "vit_base"  # vit_micro, vit_tiny, vit_small, vit_base or vit_large
+    patch: int = 16  # side of a patch, in pixels
+    pool: str = "mean"  # what is probed: mean of the patch tokens, or cls
+    decoder_dim: int = 512  # width of the decoder
+    decoder_depth: int = 8  # blocks of the decoder
+    decoder_heads: int = 16  # attention heads of the decoder
+    norm_pixels: bool = True  # normalise the pixels to predict patch by patch
+    mode: str = "compose"  # compose: one mixture a group; full: K mixtures; mae: no mixing, mask ratio 1 - 1 / K
+    images_per_group: int = 4  # K = 1 / r
+    cell: int = 2  # side of the cells that are mixed, in patches
+    segment: str = "every"  # blocks whose input gets the segment code: every, first or off
+    attention: str = "topk"  # topk (homologous), global, or oracle (within the same image)
+    attention_blocks: tuple[int, ...] = ()  # blocks with that attention, counted as in Python; all without any
+    topk: int = 0  # keys that a query keeps, 0 for round(patches / K)
+    reconstruction: float = 1.0  # weight of the reconstruction loss
+    contrast: float = 0.1  # weight of the homologous contrastive loss
+    temperature: float = 0.25  # of the homologous contrastive loss
+
+
+LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
+LAPTOP |= {"warmup_epochs": 2}
+
+RECIPES = {
+    "imagenet": {},  # Table A1, the defaults of Config
+    "imagenet --model vit_large": {"batch_size": 2048},
+    # Laptop recipes of ours.
+    "shapes": LAPTOP | {"epochs": 24, "batch_size": 32, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 12},
+    "cifar10": LAPTOP | {"epochs": 30, "batch_size": 64, "base_lr": 8e-3},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MixedAE(Method):
+    """Mix, encode with homologous attention, unmix, reconstruct; plus the homologous contrastive loss (Eq. 8)."""
+
+    name = "mixedae"
+
+    def __init__(self, config: Config, data):
+        super().__init__()
+        choices = {"model": VIT_SIZES, "mode": ("compose", "full", "mae"), "segment": ("every", "first", "off")}
+        for field, names in (choices | {"attention": ("topk", "global", "oracle")}).items():
+            if getattr(config, field) not in names:
+                raise UserError(unknown("--" + field, getattr(config, field), names))
+        size, k = VIT_SIZES[config.model], config.images_per_group
+        vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
+        rows, columns = vit.grid
+        share = config.batch_size // (world_size() * config.accumulate)
+        if k < 2:
+            raise UserError(f"--images-per-group {k}: a mixture needs two images or more")
+        if share % k:
+            raise UserError(f"{share} images a process and part do not make groups of {k}; change --batch-size")
+        if config.cell < 1 or rows % config.cell or columns % config.cell:
+            raise UserError(f"--cell {config.cell} does not divide the {rows} x {columns} patches of an image")
+        if rows * columns // config.cell**2 < k:
+            raise UserError(f"--cell {config.cell} leaves fewer cells than the {k} images that share them")
+        if config.topk < 0 or config.temperature <= 0:
+            raise UserError(f"--topk {config.topk} or --temperature {config.temperature} makes no sense")
+        depth = size["depth"]
+        if not all(-depth <= block < depth for block in config.attention_blocks):
+            raise UserError(f"--attention-blocks {config.attention_blocks}: give blocks from {-depth} to {depth - 1}")
+        self.config = config
+        self.topk = config.topk or round(rows * columns / k)
+        self.special_blocks = {block % depth for block in config.attention_blocks or range(depth)}
+        decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
+        self.autoencoder = MaskedAutoencoder(vit, *decoder, 1 - 1 / k, config.norm_pixels)
+        self.register_buffer("segments", segment_code(k, vit.dim), persistent=False)
+
+    @property
+    def encoder(self) -> ViT:
+        return self.autoencoder.encoder
+
+    @property
+    def captions(self) -> tuple:
+        if self.config.mode == "mae":
+            return ("image", "what is seen", "reconstruction")
+        numbers = range(1, self.config.images_per_group + 1)
+        return (*[f"image {i}" for i in numbers], "mixture", *[f"reconstruction {i}" for i in numbers], "attention")
+
+    def draw(self, groups: int) -> Tensor:
+        """M for some groups: (G, N); in full mode (G * K, N), the K mixtures of a group one after the other."""
+        k, grid = self.config.images_per_group, self.encoder.grid
+        device = self.segments.device
+        assignment = mixing_assignment(groups, grid[0] * grid[1], k, cell=self.config.cell, grid=grid, device=device)
+        if self.config.mode == "full":  # image i + s where the first mixture has image i: each patch is seen once
+            shifts = torch.arange(k, device=device)[:, None]
+            assignment = ((assignment[:, None] + shifts) % k).flatten(0, 1)
+        return assignment
+
+    def encode(self, mixed: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mixtures (G, N, D), M (G, N) -> encoded (G, 1 + N, D), homologous accuracy, the last block's attention scores.
+
+        The CLS token is kept by every query, and keeps every key.
+        """
+        config, vit, accuracies = self.config, self.encoder, []
+        scores = None
+
+        def attention(q, k, v):
+            nonlocal scores
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (G, heads, 1 + N, 1 + N)
+            if config.attention == "oracle":
+                keep = same_image(assignment)[:, None].expand(-1, scores.shape[1], -1, -1)
+            else:
+                keep = kept_keys(scores[:, :, 1:, 1:], self.topk)
+            accuracies.append(homologous_accuracy(keep, assignment))
+            return attend_to(scores, F.pad(keep, (1, 0, 1, 0), value=True), v)
+
+        segment = F.pad(self.segments[assignment], (0, 0, 1, 0)).to(mixed.dtype)  # (G, 1 + N, D), 0 for the CLS token
+        x = torch.cat([vit.cls_token.expand(len(mixed), -1, -1).to(mixed.dtype), mixed], dim=1)
+        for i, block in enumerate(vit.blocks):
+            if config.segment == "every" or (config.segment == "first" and i == 0):
+                x = x + segment
+            special = config.attention != "global" and i in self.special_blocks
+            x = block(x, attention if special else attend)  # (G, 1 + N, D)
+        share = torch.stack(accuracies).mean() if accuracies else x.new_tensor(1 / config.images_per_group)
+        return vit.norm(x), share, scores
+
+    def reconstruct(self, encoded: Tensor, assignment: Tensor) -> Tensor:
+        """Unmix in the decoder: encoded mixtures (G, 1 + N, D), M (G, N) -> predicted patches (G * K, N, P)."""
+        k, autoencoder = self.config.images_per_group, self.autoencoder
+        x = autoencoder.decoder_embed(encoded)  # (G, 1 + N, d)
+        full = unmix(x[:, 1:], assignment, autoencoder.mask_token[0, 0], k)  # (G, K, N, d)
+        return autoencoder.predict(x[:, :1].repeat_interleave(k, dim=0), full.flatten(0, 1))
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, assignment: Tensor | None = None) -> dict:
+        """The losses for images (B, 3, H, W), B a multiple of K, with M as `draw` makes it, or a random one."""
+        config, k = self.config, self.config.images_per_group
+        if len(images) % k:
+            raise ValueError(f"{len(images)} images do not make groups of {k}")
+        if config.mode == "mae":
+            out = self.autoencoder(images)
+            loss = reconstruction_loss(out.prediction, out.target, out.mask)
+            tokens = rearrange(out.encoded[:, 1:], "(g k) n d -> g (k n) d", k=k)
+            assignment = torch.arange(k, device=images.device).repeat_interleave(out.encoded.shape[1] - 1)
+            assignment, share = assignment.expand(len(tokens), -1), loss.new_tensor(1.0)
+        else:
+            assignment = self.draw(len(images) // k) if assignment is None else assignment
+            embedded = rearrange(self.encoder.embed(images), "(g k) n d -> g k n d", k=k)
+            target = rearrange(self.autoencoder.target(images), "(g k) n p -> g k n p", k=k)
+            times = len(assignment) // len(embedded)  # K in full mode, where each group is mixed K times
+            embedded, target = (x.repeat_interleave(times, dim=0) for x in (embedded, target))
+            encoded, share, _ = self.encode(mix(embedded, assignment), assignment)
+            mask = ~own_patches(assignment, k)  # what came from others is to be predicted
+            prediction = self.reconstruct(encoded, assignment)
+            loss = reconstruction_loss(prediction, target.flatten(0, 1), mask.flatten(0, 1))
+            tokens = encoded[:, 1:]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.contrast != 0):
+            contrast = homologous_contrastive(tokens, assignment, config.temperature)
+        terms = {"reconstruction": loss, "contrast": contrast, "homologous": share}
+        return {"loss": config.reconstruction * loss + config.contrast * contrast} | terms
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> Tensor:
+        """A row a group: the K images, the mixture, the K reconstructions, and the attention of one query.
+
+        Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last block
+        that has scores, lights up the mixture; relatives of the query are framed in white, the query itself in red.
+        """
+        config, k, vit = self.config, self.config.images_per_group, self.encoder
+        if config.mode == "mae":
+            return self.autoencoder.pictures(images)
+        images = images[torch.arange(max(k, len(images) // k * k)) % len(images)]  # whole groups
+        height, width = images.shape[-2:]
+        assignment = self.draw(len(images) // k)[:: k if config.mode == "full" else 1]
+        embedded = rearrange(vit.embed(images), "(g k) n d -> g k n d", k=k)
+        encoded, _, scores = self.encode(mix(embedded, assignment), assignment)
+        patches = patchify(vit.normalize(images), vit.patch)  # (B, N, P)
+        prediction = self.reconstruct(encoded, assignment).float()
+        if config.norm_pixels:
+            _, mean, std = normalize_patches(patches)
+            prediction = prediction * std + mean
+        prediction = torch.where(own_patches(assignment, k).flatten(0, 1)[..., None], patches, prediction)
+        mixture = mix(patches.unflatten(0, (-1, k)), assignment)  # (G, N, P)
+
+        def picture(x):  # (..., N, P) -> (..., 3, H, W), in [0, 1]
+            x = unpatchify(x.flatten(0, -3), vit.patch, height, width).unflatten(0, x.shape[:-2])
+            return (x * vit.std + vit.mean).clamp(0, 1)
+
+        sheet = torch.cat(
+            [images.unflatten(0, (-1, k)), picture(mixture)[:, None], picture(prediction).unflatten(0, (-1, k))], dim=1
+        )
+        zoom = max(1, 128 // height)  # room for frames
+        sheet = sheet.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
+        return torch.cat([sheet, self.attention_picture(sheet[:, k], scores, assignment)[:, None]], dim=1)
+
+    def attention_picture(self, mixture: Tensor, scores: Tensor | None, assignment: Tensor) -> Tensor:
+        """The mixture (G, 3, H, W) lit by the attention of the central patch, with frames around its relatives."""
+        rows, columns = self.encoder.grid
+        query, side = rows // 2 * columns + columns // 2, mixture.shape[-2] // rows
+        light = torch.ones_like(assignment, dtype=torch.float32)
+        if scores is not None:
+            keep = kept_keys(scores[:, :, 1:, 1:], self.topk)
+            if self.config.attention == "oracle":
+                keep = same_image(assignment)[:, None].expand_as(keep)
+            weights = (
+                scores[:, :, 1:, 1:].float().masked_fill(~keep, -math.inf).softmax(dim=-1)[:, :, query].mean(dim=1)
+            )
+            light = weights / weights.amax(dim=1, keepdim=True)  # (G, N)
+
+        def enlarge(x):  # one value a patch (G, N) -> one a pixel (G, 1, H, W)
+            return repeat(x, "g (h w) -> g 1 (h p) (w q)", h=rows, p=side, q=side)
+
+        frame = torch.ones(side, side, dtype=torch.bool, device=mixture.device)
+        edge = max(1, side // 8)
+        frame[edge:-edge, edge:-edge] = False
+        frame = frame.repeat(rows, columns)
+        relatives = same_image(assignment)[:, query]
+        white = (enlarge(relatives) & frame).expand_as(mixture)
+        out = torch.where(white, torch.ones_like(mixture), mixture * (0.15 + 0.85 * enlarge(light)))
+        red = torch.tensor([1.0, 0.1, 0.1], device=mixture.device)[:, None, None]
+        itself = torch.arange(rows * columns, device=mixture.device) == query
+        return torch.where(enlarge(itself.expand_as(assignment)) & frame, red, out)

@@ -1,0 +1,489 @@
+"""MixedAE: mixing, homologous attention and contrast, the theorem on mutual information, and the method."""
+
+import itertools
+import math
+
+import processes
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import common
+import mixedae
+from common import UserError
+from mixedae import Config, MixedAE
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def tiny(**fields):
+    defaults = {"model": "vit_micro", "image_size": 16, "patch": 4, "decoder_dim": 16, "decoder_depth": 1}
+    defaults |= {"decoder_heads": 2, "batch_size": 8, "images_per_group": 2}
+    torch.manual_seed(0)
+    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
+    return MixedAE(Config(**defaults | fields), data)
+
+
+def images_of(count, size=16, seed=0):
+    return torch.rand(count, 3, size, size, generator=generator(seed))
+
+
+# --- mixing ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(2, 5), seeds)
+def test_assignments_partition_the_positions_in_balance_and_in_cells(groups, rows, columns, cell, k, seed):
+    """Eq. 1: each position comes from exactly one image, and all images get the same share, but for one cell."""
+    grid = (rows * cell, columns * cell)
+    patches = grid[0] * grid[1]
+    found = mixedae.mixing_assignment(groups, patches, k, generator(seed), cell, grid)
+    assert found.dtype == torch.long
+    assert found.shape == (groups, patches)
+    assert 0 <= found.min() <= found.max() < k
+    counts = torch.stack([torch.bincount(row, minlength=k) for row in found])
+    assert (counts % cell**2 == 0).all()
+    assert (counts.amax(dim=1) - counts.amin(dim=1) <= cell**2).all()
+    cells = found.view(groups, rows, cell, columns, cell)
+    assert (cells == cells[:, :, :1, :, :1]).all()  # a cell comes from one image
+
+
+def test_the_image_with_one_more_cell_is_drawn():
+    counts = [
+        torch.bincount(mixedae.mixing_assignment(1, 49, 4, generator(seed))[0], minlength=4) for seed in range(400)
+    ]
+    larger = torch.stack(counts).argmax(dim=1)
+    assert torch.stack(counts).amax() == 13
+    assert torch.bincount(larger, minlength=4).min() > 70
+
+
+def test_mixing_assignment_refuses_cells_that_do_not_fit():
+    for patches, cell, grid in ((16, 3, None), (12, 2, None), (12, 2, (3, 4))):
+        with pytest.raises(ValueError, match="cannot be cut into cells"):
+            mixedae.mixing_assignment(1, patches, 2, cell=cell, grid=grid)
+
+
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(4, 9), st.integers(1, 5), seeds)
+def test_unmix_keeps_own_patches_and_fills_the_others(groups, k, patches, width, seed):
+    tokens = randn(groups, k, patches, width, seed=seed)
+    assignment = mixedae.mixing_assignment(groups, patches, k, generator(seed))
+    mixed = mixedae.mix(tokens, assignment)
+    fill = randn(width, seed=seed + 1)
+    for filling in (fill, 7.0):
+        apart = mixedae.unmix(mixed, assignment, filling, k)
+        for g, i, n in itertools.product(range(groups), range(k), range(patches)):
+            if assignment[g, n] == i:
+                assert torch.equal(mixed[g, n], tokens[g, i, n])
+                assert torch.equal(apart[g, i, n], tokens[g, i, n])
+            else:
+                assert (apart[g, i, n] == filling).all()
+    assert torch.equal(mixedae.unmix(mixed, assignment, 0), mixedae.unmix(mixed, assignment, 0, k))
+    assert torch.equal(mixedae.unmix(mixed, assignment, 0).sum(dim=1), mixed)  # Eq. A1
+
+
+def test_mixing_patches_is_mixing_pixels():
+    images, patch = images_of(4), 4
+    assignment = mixedae.mixing_assignment(2, 16, 2, generator(0), cell=2)
+    mixed = mixedae.mix(common.patchify(images, patch).unflatten(0, (2, 2)), assignment)
+    own = F.interpolate(assignment.view(2, 1, 4, 4).float(), scale_factor=patch)
+    expected = torch.where(own == 0, images[::2], images[1::2])
+    assert torch.equal(common.unpatchify(mixed, patch, 16, 16), expected)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_full_mode_sees_every_patch_of_every_image_once(k):
+    method = tiny(mode="full", images_per_group=k)
+    assignment = method.draw(3).view(3, k, 16)  # the mixtures of each group
+    for image in range(k):
+        assert torch.equal((assignment == image).sum(dim=1), torch.ones(3, 16, dtype=torch.long))
+
+
+@given(st.integers(1, 2), st.integers(2, 3), st.booleans(), seeds)
+def test_mixing_never_lowers_mutual_information(patches, k, independent, seed):
+    """Eq. 5, A3 and A4: I(mixture; X1) >= I(MAE input; X1), with equality where the other images are independent.
+
+    By exact enumeration of small images of two values, any joint distribution, and any M.
+    """
+    draw = generator(seed)
+    assignment = torch.randint(k, (1, patches), generator=draw)
+    image = list(itertools.product((1, 2), repeat=patches))  # 0 is what MAE sees of a hidden patch
+    weights = torch.rand([len(image)] * k, generator=draw, dtype=torch.float64) ** 3
+    if independent:
+        first = torch.rand(len(image), generator=draw, dtype=torch.float64)
+        weights = first.view(-1, *[1] * (k - 1)) * weights[0]
+    weights /= weights.sum()
+    mixture, alone = {}, {}
+    for chosen in itertools.product(range(len(image)), repeat=k):
+        tokens = torch.tensor([image[i] for i in chosen])[None, :, :, None]  # (1, K, N, 1)
+        others_hidden = torch.cat([tokens[:, :1], torch.zeros_like(tokens[:, 1:])], dim=1)  # Eq. A2
+        probability = float(weights[chosen])
+        for found, group in ((mixture, tokens), (alone, others_hidden)):
+            seen = tuple(mixedae.mix(group, assignment).flatten().tolist())
+            key = (seen, image[chosen[0]])
+            found[key] = found.get(key, 0.0) + probability
+    mixed, masked = (reference.mutual_information(joint) for joint in (mixture, alone))
+    assert mixed >= masked - 1e-12
+    if independent:
+        assert mixed == pytest.approx(masked, abs=1e-9)
+
+
+def test_mixing_raises_mutual_information_where_images_are_related():
+    """The inequality of Eq. 5 is strict for images that tell about each other: X2 a copy of X1."""
+    joint = {}
+    for value in itertools.product((1, 2), repeat=2):
+        tokens = torch.tensor([value, value])[None, :, :, None]
+        joint[(tuple(mixedae.mix(tokens, torch.tensor([[0, 1]])).flatten().tolist()), value)] = 0.25
+    assert reference.mutual_information(joint) == pytest.approx(2 * math.log(2))  # all of it; MAE sees half
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 2), st.integers(1, 2), st.integers(2, 6), st.integers(1, 4), st.integers(1, 6), seeds)
+def test_topk_attention_matches_naive_loop(batch, heads, patches, width, topk, seed):
+    q, k, v = (randn(batch, heads, patches, width, seed=seed + i) for i in range(3))
+    expected = reference.topk_attention(q, k, v, min(topk, patches))
+    torch.testing.assert_close(mixedae.topk_attention(q, k, v, topk), expected)
+
+
+@given(st.integers(2, 6), seeds)
+def test_topk_attention_with_all_keys_is_plain_attention(patches, seed):
+    qkv = [randn(2, 3, patches, 4, seed=seed + i) for i in range(3)]
+    torch.testing.assert_close(mixedae.topk_attention(*qkv, patches), F.scaled_dot_product_attention(*qkv))
+
+
+@given(st.integers(2, 6), st.integers(1, 6), seeds)
+def test_topk_attention_ignores_the_order_of_keys(patches, topk, seed):
+    q, k, v = (randn(1, 2, patches, 4, seed=seed + i) for i in range(3))
+    order = torch.randperm(patches, generator=generator(seed))
+    torch.testing.assert_close(
+        mixedae.topk_attention(q, k[:, :, order], v[:, :, order], topk), mixedae.topk_attention(q, k, v, topk)
+    )
+
+
+def test_topk_attention_has_the_right_gradient():
+    """Through the kept scores only: keys that nobody keeps get none."""
+    q, k, v = (randn(1, 1, 5, 3, seed=i).requires_grad_() for i in range(3))
+    assert torch.autograd.gradcheck(lambda *x: mixedae.topk_attention(*x, 2), (q, k, v))
+    with torch.no_grad():
+        k[..., 4, :] = -100 * q.mean(dim=2)
+        q += q.mean(dim=2) * 100
+    mixedae.topk_attention(q, k, v, 2).square().sum().backward()
+    assert (k.grad[..., 4, :] == 0).all()
+    assert (v.grad[..., 4, :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_topk_attention_survives_ties_and_overflow(dtype):
+    """bf16 has many equal scores, fp16 overflows beyond 65504."""
+    scores = torch.zeros(2, 1, 8, 8, dtype=dtype)
+    assert (mixedae.kept_keys(scores, 3).sum(dim=-1) == 3).all()
+    scores[0, 0, 1], scores[0, 0, 2], scores[0, 0, 3, 4] = -math.inf, math.inf, math.inf
+    scores.requires_grad_()
+    v = torch.randn(2, 1, 8, 4).to(dtype)
+    out = mixedae.attend_to(scores, mixedae.kept_keys(scores, 3), v)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[0, 0, 3], v[0, 0, 4])  # one score beyond all others
+    out.float().sum().backward()
+    assert scores.grad.isfinite().all()
+    huge = torch.full((1, 1, 8, 64), 200.0, dtype=dtype)
+    assert mixedae.topk_attention(huge, huge, huge, 3).isfinite().all()
+
+
+def test_homologous_accuracy_counts_relatives_among_kept_keys():
+    """Fig. 6."""
+    assignment = torch.tensor([[0, 0, 1, 1]])
+    keep = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    for query, keys in enumerate(([0, 1], [1, 2], [0, 1], [2, 3])):
+        keep[0, 0, query, keys] = True
+    assert mixedae.homologous_accuracy(keep, assignment) == (1 + 0.5 + 0 + 1) / 4
+    assert mixedae.homologous_accuracy(torch.ones_like(keep), assignment) == 0.5  # chance
+    assert mixedae.homologous_accuracy(mixedae.same_image(assignment)[:, None], assignment) == 1
+
+
+def encode_patches(vit, tokens, attention):
+    """The blocks and the final norm on patches alone, without a CLS token."""
+    for block in vit.blocks:
+        tokens = block(tokens, attention)
+    return vit.norm(tokens)
+
+
+def test_oracle_attention_equals_separate_encodes_of_the_visible_patches():
+    """The control of Table A4a: attention within the same image is MAE's encoder on each image's own patches."""
+    method = tiny(attention="oracle", segment="off").double()
+    vit, k = method.encoder, 2
+    assignment = method.draw(3)
+    embedded = vit.embed(images_of(6).double()).unflatten(0, (3, k))
+    mixed = mixedae.mix(embedded, assignment)
+    keep = mixedae.same_image(assignment)[:, None]
+    oracle = encode_patches(
+        vit, mixed, lambda q, k, v: mixedae.attend_to(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), keep, v)
+    )
+    for g, i in itertools.product(range(3), range(k)):
+        own = assignment[g] == i
+        alone = encode_patches(vit, embedded[g, i, own][None], common.attend)
+        torch.testing.assert_close(oracle[g, own], alone[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_cls_token_sees_every_patch_and_is_seen_by_all():
+    """A choice of ours: with one key a query, patches still get the CLS token besides."""
+    method = tiny(topk=1, segment="off")
+    assignment = method.draw(1)
+    seen = []
+    attend_to = mixedae.attend_to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixedae, "attend_to", lambda s, keep, v: seen.append(keep) or attend_to(s, keep, v))
+        method.encode(mixedae.mix(method.encoder.embed(images_of(2))[None], assignment), assignment)
+    assert len(seen) == 6
+    assert (seen[0].sum(dim=-1)[:, :, 1:] == 2).all()
+    assert seen[0][:, :, 0].all()
+    assert seen[0][..., 0].all()
+
+
+def test_attention_blocks_choose_where_it_acts(monkeypatch):
+    calls = []
+    kept = mixedae.kept_keys
+    monkeypatch.setattr(mixedae, "kept_keys", lambda scores, topk: calls.append(topk) or kept(scores, topk))
+    tiny(attention_blocks=(0, -1))(images_of(4))
+    assert calls == [8, 8]  # round(16 patches / 2 images), in two of six blocks
+    tiny(topk=3)(images_of(4))
+    assert calls[2:] == [3] * 6
+    tiny(attention="global")(images_of(4))
+    tiny(attention="oracle")(images_of(4))
+    assert len(calls) == 8
+
+
+# --- contrast and segments -------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 2), st.integers(2, 7), st.integers(1, 5), st.floats(0.1, 2), seeds)
+def test_homologous_contrastive_matches_naive_loop(groups, patches, width, temperature, seed):
+    """Eq. 7, also where a patch has no relatives."""
+    z = randn(groups, patches, width, seed=seed)
+    assignment = torch.randint(3, (groups, patches), generator=generator(seed))
+    expected = reference.homologous_contrastive(z, assignment, temperature)
+    found = mixedae.homologous_contrastive(z, assignment, temperature)
+    torch.testing.assert_close(float(found), float(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_homologous_contrastive_is_lowest_where_relatives_coincide():
+    assignment = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    apart = F.one_hot(assignment, 2).double()
+    best = mixedae.homologous_contrastive(apart * torch.tensor([1.0, -1.0]), assignment)
+    opposite = torch.stack([apart[..., 0] - apart[..., 1], torch.zeros_like(apart[..., 0])], dim=-1)
+    lowest = mixedae.homologous_contrastive(opposite, assignment)
+    assert lowest < best
+    for seed in range(20):
+        assert mixedae.homologous_contrastive(randn(1, 6, 2, seed=seed), assignment) > lowest
+
+
+def test_homologous_contrastive_has_the_right_gradient_and_keeps_float32_under_autocast():
+    assignment = torch.tensor([[0, 1, 0, 1, 2]])
+    z = randn(1, 5, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: mixedae.homologous_contrastive(x, assignment), z)
+    plain = mixedae.homologous_contrastive(z.detach().float(), assignment)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mixedae.homologous_contrastive(z.detach().float(), assignment), plain)
+
+
+def test_segment_code_is_a_sine_cosine_code_of_the_slot():
+    code = mixedae.segment_code(4, 6)
+    for slot, i in itertools.product(range(4), range(3)):
+        angle = slot / 10000 ** (i / 3)
+        assert code[slot, i] == pytest.approx(math.sin(angle), abs=1e-6)
+        assert code[slot, 3 + i] == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize(("segment", "blocks"), [("off", []), ("first", [0]), ("every", [0, 1, 2, 3, 4, 5])])
+def test_segments_are_added_to_the_patches_at_the_input_of_blocks(segment, blocks):
+    method = tiny(segment=segment, attention="global")
+    vit, assignment = method.encoder, method.draw(2)
+    mixed = mixedae.mix(vit.embed(images_of(4)).unflatten(0, (2, 2)), assignment)
+    x = torch.cat([vit.cls_token.expand(2, -1, -1), mixed], dim=1)
+    for i, block in enumerate(vit.blocks):
+        if i in blocks:
+            x = torch.cat([x[:, :1], x[:, 1:] + method.segments[assignment]], dim=1)
+        x = block(x)
+    torch.testing.assert_close(method.encode(mixed, assignment)[0], vit.norm(x))
+
+
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+def test_contrast_off_global_attention_and_no_segments_is_naive_mixing():
+    """The naive baseline written out: mix, encode, unmix, decode, loss on what came from others."""
+    method = tiny(attention="global", segment="off", contrast=0.0)
+    images, assignment = images_of(4), method.draw(2)
+    out = method(images, assignment=assignment)
+    autoencoder, vit = method.autoencoder, method.encoder
+    mixed = mixedae.mix(vit.embed(images).unflatten(0, (2, 2)), assignment)
+    encoded = vit.encode(mixed)
+    errors = []
+    for g, i in itertools.product(range(2), range(2)):
+        visible = torch.nonzero(assignment[g] == i)[:, 0][None]
+        tokens = torch.cat([encoded[g : g + 1, :1], common.take(encoded[g : g + 1, 1:], visible)], dim=1)
+        prediction = autoencoder.decode(tokens, visible)[0]
+        target = autoencoder.target(images[2 * g + i][None])[0]
+        errors.append((prediction - target).square().mean(dim=-1)[assignment[g] != i])
+    expected = torch.cat(errors).mean()
+    torch.testing.assert_close(out["loss"], expected)
+    assert torch.equal(out["loss"], out["reconstruction"])
+
+
+def test_loss_is_eq_8():
+    for reconstruction, contrast in ((1.0, 0.1), (0.0, 1.0), (2.0, 0.0)):
+        out = tiny(reconstruction=reconstruction, contrast=contrast)(images_of(4))
+        expected = reconstruction * out["reconstruction"] + contrast * out["contrast"]
+        torch.testing.assert_close(out["loss"], expected)
+
+
+def test_full_mode_is_the_mean_over_its_mixtures():
+    full, compose = tiny(mode="full"), tiny(mode="compose")
+    images, assignment = images_of(4), full.draw(2)
+    parts = [compose(images, assignment=assignment[s::2]) for s in range(2)]  # the first and the second of each group
+    out = full(images, assignment=assignment)
+    for name in ("reconstruction", "contrast"):
+        torch.testing.assert_close(out[name], (parts[0][name] + parts[1][name]) / 2)
+
+
+def test_mae_mode_is_mae_with_the_contrast_across_the_images_of_a_group():
+    """Table A4: MAE, and Eq. 7 across different unmixed images."""
+    method = tiny(mode="mae", images_per_group=4)
+    images = images_of(8)
+    torch.manual_seed(3)
+    out = method(images)
+    torch.manual_seed(3)
+    plain = method.autoencoder(images)
+    assert plain.mask.sum() == 8 * 12  # three quarters
+    expected = common.reconstruction_loss(plain.prediction, plain.target, plain.mask)
+    torch.testing.assert_close(out["reconstruction"], expected)
+    tokens = plain.encoded[:, 1:].unflatten(0, (2, 4)).flatten(1, 2)  # four patches of four images
+    contrast = reference.homologous_contrastive(
+        tokens.detach().double(), torch.arange(4).repeat_interleave(4).expand(2, -1), 0.25
+    )
+    assert out["contrast"].item() == pytest.approx(contrast, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"mode": "full"},
+        {"mode": "mae"},
+        {"attention": "oracle"},
+        {"attention": "global", "segment": "off"},
+        {"reconstruction": 0.0},
+    ],
+)
+def test_every_parameter_gets_a_gradient(fields):
+    method = tiny(**fields)
+    method(images_of(4))["loss"].backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+
+
+def test_homologous_accuracy_of_oracle_and_global_attention_are_one_and_chance():
+    assert tiny(attention="oracle")(images_of(4))["homologous"] == 1
+    assert tiny(attention="global")(images_of(4))["homologous"] == 0.5
+    assert 0 < tiny()(images_of(4))["homologous"] < 1
+
+
+def test_mixtures_do_not_depend_on_hidden_patches():
+    """What an image loses to the others must not reach its prediction."""
+    method, images = tiny(), images_of(2)
+    assignment = method.draw(1)
+    hidden = F.interpolate((assignment != 0).view(1, 1, 4, 4).float(), scale_factor=4)
+    changed = images.clone()
+    changed[:1] = torch.where(hidden == 1, 1 - images[:1], images[:1])
+    mixtures = [mixedae.mix(method.encoder.embed(x)[None], assignment) for x in (images, changed)]
+    assert torch.equal(*mixtures)
+    one, other = (method(x, assignment=assignment)["loss"] for x in (images, changed))
+    assert one != other  # only as the target
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"images_per_group": 1}, "--images-per-group 1: a mixture needs two images or more"),
+        ({"images_per_group": 3}, "8 images a process and part do not make groups of 3"),
+        ({"accumulate": 8}, "1 images a process and part do not make groups of 2"),
+        ({"cell": 3}, "--cell 3 does not divide the 4 x 4 patches"),
+        ({"cell": 4}, "--cell 4 leaves fewer cells than the 2 images"),
+        ({"mode": "mix"}, "unknown --mode 'mix'"),
+        ({"attention": "local"}, "unknown --attention 'local'"),
+        ({"segment": "last"}, "unknown --segment 'last'"),
+        ({"model": "vit_huge"}, "unknown --model 'vit_huge'"),
+        ({"attention_blocks": (6,)}, "--attention-blocks (6,): give blocks from -6 to 5"),
+        ({"temperature": 0.0}, "--topk 0 or --temperature 0.0 makes no sense"),
+    ],
+)
+def test_mixedae_refuses_what_makes_no_sense(fields, message):
+    with pytest.raises(UserError) as error:
+        tiny(**fields)
+    assert str(error.value).startswith(message)
+    with pytest.raises(ValueError, match="3 images do not make groups of 2"):
+        tiny()(images_of(3))
+
+
+def test_recipes_are_table_a1():
+    def config_of(*argv):
+        return common.read_flags(Config, mixedae.RECIPES, ["--data", "imagenet", *argv])
+
+    base, large = config_of(), config_of("--model", "vit_large")
+    for config, model, batch in ((base, "vit_base", 4096), (large, "vit_large", 2048)):
+        assert (config.model, config.batch_size, config.base_lr) == (model, batch, 7.5e-5)
+        assert (config.epochs, config.warmup_epochs, config.weight_decay) == (1600, 40, 0.05)
+        assert (config.betas, config.norm_pixels, config.mode) == ((0.9, 0.95), True, "compose")
+        assert (config.images_per_group, config.cell, config.patch, config.image_size) == (4, 2, 16, 224)
+        assert (config.contrast, config.temperature, config.segment, config.attention) == (0.1, 0.25, "every", "topk")
+    for data in ("shapes", "cifar10"):
+        config = common.read_flags(Config, mixedae.RECIPES, ["--data", data])
+        assert (config.patch, config.cell, config.image_size, config.model) == (4, 2, 32, "vit_micro")
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"mode": "full"}, {"attention": "oracle"}, {"attention": "global"}, {"mode": "mae"}]
+)
+def test_pictures_show_the_group_the_mixture_and_what_it_becomes(fields):
+    method, images = tiny(**fields), images_of(5)
+    rows = method.pictures(images)
+    assert rows.shape[1] == len(method.captions)
+    assert 0 <= rows.min() <= rows.max() <= 1
+    if method.config.mode == "mae":
+        assert rows.shape == (5, 3, 3, 16, 16)
+        return
+    assert rows.shape == (2, 6, 3, 128, 128)
+    torch.testing.assert_close(rows[:, :2, :, ::8, ::8].flatten(0, 1), images[:4])
+    mixture, left = rows[:, 2], rows[:, 3]
+    from_left = (mixture - rows[:, 0]).abs().amax(dim=1) < 1e-5
+    from_right = (mixture - rows[:, 1]).abs().amax(dim=1) < 1e-5
+    assert (from_left ^ from_right).float().mean() > 0.99
+    torch.testing.assert_close(left[from_left[:, None].expand_as(left)], mixture[from_left[:, None].expand_as(left)])
+    attention = rows[:, 5]
+    red = (attention - torch.tensor([1.0, 0.1, 0.1])[:, None, None]).abs().amax(dim=1) < 1e-6
+    assert (red.sum(dim=(1, 2)) == 32**2 - 24**2).all()  # the frame of one patch
+
+
+def test_pictures_of_fewer_images_than_a_group_repeat_them():
+    assert tiny(images_per_group=4).pictures(images_of(3)).shape == (1, 10, 3, 128, 128)
+
+
+def test_mixtures_in_two_processes_are_those_of_one():
+    """Split one global batch over two ranks: the averaged gradient is that of one process."""
+    images = images_of(8, seed=5)
+    method = tiny()
+    assignment = method.draw(4)
+    method(images, assignment=assignment)["loss"].backward()
+    whole = {name: p.grad for name, p in method.named_parameters()}
+    for part in processes.start(processes.gradients_of_mixedae, images, assignment):
+        for name, gradient in part.items():
+            torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-6)
