@@ -62,6 +62,10 @@ class UserError(ValueError):
     """A mistake that the user can mend. Its text is one line: what was given, what was expected, what to do."""
 
 
+class OtherProcessFailed(RuntimeError):
+    """Process 0 failed at what the others were waiting for, and says why."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Patches and positions
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,8 +406,8 @@ def start_distributed(device: str = "auto") -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
     if several and not dist.is_initialized():
-        # One hour, since rank 0 probes while the others wait.
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+        # One day, since the others wait while rank 0 downloads, checks images or probes.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return chosen
 
 
@@ -424,7 +428,7 @@ def on_rank_zero(function):
     if failure:
         raise failure
     if shared[2]:
-        raise RuntimeError(f"process 0 failed: {shared[2]}")
+        raise OtherProcessFailed(f"process 0 failed: {shared[2]}")
     if shared[1]:
         raise UserError(shared[1])
     return shared[0]
@@ -645,10 +649,10 @@ def find_home(name: str, root: Path, download: bool = False) -> Path:
     """The folder of a named data set in `root`, or `root` itself; fetched into place where it is missing."""
     folder, url, md5 = ARCHIVES[name]
     home = root if root.name == folder else root / folder
+    if download:  # asked on every process alike: what one of them sees may differ
+        on_rank_zero(lambda: home.is_dir() or fetch(url, md5, home))
     if not home.is_dir():
-        if not download:
-            raise UserError(f"no {name} at {home}; add --download to fetch it, or give --root (its source is {url})")
-        on_rank_zero(lambda: fetch(url, md5, home))
+        raise UserError(f"no {name} at {home}; add --download to fetch it, or give --root (its source is {url})")
     return home
 
 
@@ -818,18 +822,19 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, expected 64 x 64")
             images[i] = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
-    bad = attempt_all(read, len(files), "reading")
+    bad = attempt_all(read, range(len(files)), "reading")
     good = keep_good([path for path, _ in files], bad, skip_bad_images)
     words = home / "words.txt"
-    names = dict(line.split("\t", 1) for line in words.read_text().splitlines()) if words.exists() else {}
+    lines = words.read_text().splitlines() if words.exists() else []
+    names = dict(line.split("\t", 1) for line in lines if "\t" in line)
     classes = [names.get(wnid, wnid).split(",")[0] for wnid in wnids]
     labels = torch.tensor([files[i][1] for i in good])
     images = images if len(good) == len(images) else images[torch.tensor(good)]
     return MemoryImages(images.to(device), labels.to(device), classes, **STATISTICS["tinyimagenet"])
 
 
-def attempt_all(read, count: int, verb: str) -> dict:
-    """read(i) for i in range(count), in threads: {i: reason} of those that failed."""
+def attempt_all(read, indices, verb: str) -> dict:
+    """read(i) for some indices, in threads: {i: reason} of those that failed."""
     bad = {}
 
     def attempt(i):
@@ -838,10 +843,10 @@ def attempt_all(read, count: int, verb: str) -> dict:
         except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
             bad[i] = " ".join(str(error).split()) or type(error).__name__
 
-    bar = tqdm(total=count, desc=f"{verb} {count} images", unit="img", leave=False, disable=None)
+    bar = tqdm(total=len(indices), desc=f"{verb} {len(indices)} images", unit="img", leave=False, disable=None)
     with concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool, bar:
-        for start in range(0, count, 4096):  # a queue of a million tasks would need a gigabyte
-            some = range(start, min(start + 4096, count))
+        for start in range(0, len(indices), 4096):  # a queue of a million tasks would need a gigabyte
+            some = indices[start : start + 4096]
             list(pool.map(attempt, some))
             bar.update(len(some))
     return dict(sorted(bad.items()))
@@ -863,27 +868,31 @@ def keep_good(paths: list, bad: dict, skip: bool) -> list:
 def check_images(paths: list) -> dict:
     """Decode every image file once: {index: reason} of those that cannot be read.
 
-    The answer is remembered in the user's cache folder for as long as no file changes its name, size or date, so that a
-    large data set is checked by the first run alone.
+    Which ones are good is remembered in the user's cache folder for as long as no file changes its name, size or date, so
+    that a large data set is checked by the first run alone. Bad ones are looked at again: a disk may have failed only once.
     """
     key = hashlib.sha256()
     for path in paths:
-        status = os.stat(path)
-        key.update(f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = home / "checked-images" / f"{key.hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError):
-        return {int(i): reason for i, reason in json.loads(cache.read_text()).items()}
+        try:
+            status = os.stat(path)
+            seen = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            seen = "missing"
+        key.update(f"{os.path.abspath(path)}\0{seen}\n".encode())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    cache, indices = home / "checked-images" / f"{key.hexdigest()[:32]}.json", range(len(paths))
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        indices = [int(i) for i in json.loads(cache.read_text()) if 0 <= int(i) < len(paths)]
 
     def read(i):
         with Image.open(paths[i]) as image:
             image.draft("RGB", (1, 1))  # a JPEG at an eighth of its resolution: faster, and shows the same damage
             to_rgb(ImageOps.exif_transpose(image))
 
-    bad = attempt_all(read, len(paths), "checking")
+    bad = attempt_all(read, indices, "checking")
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, lambda file: file.write_text(json.dumps(bad)))
+        write_atomically(cache, lambda file: file.write_text(json.dumps(list(bad))))
     return bad
 
 
@@ -1397,6 +1406,10 @@ def check_config(config: TrainConfig):
         raise UserError(f"--flip {config.flip} is not a probability; give 0 to 1")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise UserError(f"--betas {config.betas} must both be at least 0 and less than 1")
+
+
+def check_batch(config: TrainConfig):
+    """Raise UserError where a batch does not divide by the processes and the accumulated parts."""
     parts = world_size() * config.accumulate
     if config.batch_size % parts:
         raise UserError(
@@ -1473,6 +1486,7 @@ class Method(nn.Module):
     encoder: nn.Module
     views = 1
     captions = ()  # what the columns of `pictures` show
+    origin = ""  # a digest of the weights that it starts from, where the settings do not determine them
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
         """{"loss": scalar to minimise, other scalars to log}, all 0-d tensors; images are in [0, 1]."""
@@ -1576,6 +1590,7 @@ def identity_of(method: Method, train, config: TrainConfig, stepper: Stepper) ->
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
     return {
         "method": method.name,
+        "origin": method.origin,
         "images": len(train),
         "processes": world_size(),
         "precision": str(stepper.dtype),
@@ -1680,6 +1695,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     Raises UserError for a configuration that cannot run, NonFiniteLoss.
     """
     check_config(config)
+    check_batch(config)
     if config.batch_size > len(train):
         raise UserError(
             f"a batch of {config.batch_size} is larger than the data set of {len(train)}; lower --batch-size"
@@ -1829,7 +1845,7 @@ def run_command(command, argv: list) -> int:
     """
     try:
         command(argv)
-    except (UserError, NonFiniteLoss, OSError) as error:
+    except (UserError, NonFiniteLoss, OtherProcessFailed, OSError) as error:
         number = os.environ.get("RANK", "0")
         print(f"error{f' of process {number}' if number != '0' else ''}: {error}", file=sys.stderr, flush=True)
         code = 2 if isinstance(error, UserError) else 1

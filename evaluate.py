@@ -39,8 +39,9 @@ The recipes are the papers' (RECIPES names the tables); what they leave open, or
 * A network from random weights is trained with the same recipe, but without layer-wise decay, which would all but freeze
   its lowest layers.
 * mixup and cutmix draw their weight for each image, timm for each batch; RandAugment moves pixels bilinearly.
-* The linear accuracy of raw pixels is that of ridge regression in closed form, whatever the recipe: gradient descent at
-  an encoder's learning rate can fall ten points short of it.
+* Raw pixels are taken of at most 20,000 images of each split: all of ImageNet's would need 100 GB. Their linear accuracy
+  is that of ridge regression in closed form, whatever the recipe: gradient descent at an encoder's learning rate can
+  fall ten points short of it.
 * With `--epochs`, a recipe's warm-up and milestones move in proportion.
 * Images of another data set are resized to the encoder's own size and normalised by its own statistics. For another
   `--image-size` the position code counts on; MAE's code stretches it.
@@ -50,6 +51,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -168,8 +170,9 @@ def warp(images: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
 
 
 def affine(a=1.0, b=0.0, c=0.0, d=0.0, e=1.0, f=0.0) -> Tensor:
-    """Rows (a, b, c) and (d, e, f) as matrices (B, 2, 3); entries are numbers or (B,)."""
-    entries = torch.broadcast_tensors(*[torch.as_tensor(v) for v in (a, b, c, d, e, f)])
+    """Rows (a, b, c) and (d, e, f) as matrices (B, 2, 3); entries are numbers or (B,), one of these at least."""
+    like = next(v for v in (a, b, c, d, e, f) if torch.is_tensor(v))
+    entries = torch.broadcast_tensors(*[torch.as_tensor(v, device=like.device) for v in (a, b, c, d, e, f)])
     return torch.stack(entries, dim=-1).unflatten(-1, (2, 3))
 
 
@@ -421,7 +424,7 @@ def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weigh
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
-PROTOCOLS = ("knn", "linear", "tran1", "tran4", "finetune", "clusters", "pictures")
+PROTOCOLS = ("knn", "linear", "clusters", "pictures", "tran1", "tran4", "finetune")
 
 
 @dataclass
@@ -528,14 +531,20 @@ def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> 
     """
     recipe = recipe_of(protocol, given, method, dim)
     config = Config(**recipe | given | {"recipe": recipe["recipe"]})
+    trained = protocol in RECIPES and not (protocol == "linear" and config.cache)  # in `common.fit`
+    parts = common.world_size() * config.accumulate if trained else 1
     if config.batch_size > images:
-        size = images - images % common.world_size()
+        size = images - images % parts
         if protocol in RECIPES and rank() == 0:
             print(f"note: {protocol}: a batch of {config.batch_size} exceeds the {images} images, one of {size} it is")
         config.batch_size = size
     if protocol != "linear":
         config.base_lrs = ()
     common.check_config(config)
+    if trained:
+        common.check_batch(config)
+    if config.batchnorm and config.batch_size < 2 * parts:
+        raise UserError(f"--batchnorm needs two images in each part of a batch, {config.batch_size} are too few")
     choices = {"metric": ("euclidean", "cosine"), "optimizer": ("sgd", "lars", "adamw"), "pool": ("", "cls", "mean")}
     for field, allowed in (choices | {"head": ("linear", "tran1", "tran4")}).items():
         if getattr(config, field) not in allowed:
@@ -559,6 +568,14 @@ def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> 
 # ---------------------------------------------------------------------------------------------------------------------
 # Probes and fine-tuning
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def digest(module: nn.Module) -> str:
+    """Ten characters that tell one set of weights from another."""
+    found = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        found.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:10]
 
 
 def autocast(config: Config, device: torch.device):
@@ -645,6 +662,7 @@ class Classifier(common.Method):
         super().__init__()
         self.name, self.config, self.classes = protocol, config, classes
         self.encoder, self.head, self.frozen = encoder, head, protocol != "finetune"
+        self.origin = digest(encoder) if self.frozen else digest(encoder) + digest(head)
         self.features = pooled_features if isinstance(head, LinearHeads) else token_features
         encoder.requires_grad_(not self.frozen)
         if not self.frozen and config.drop_path:
@@ -757,7 +775,8 @@ class Row:
                 return pooled_features(self.encoder, images)
 
         if key not in self.kept:
-            chosen = common.labelled(data, config.probe_images)
+            limit = config.probe_images or (20_000 if self.encoder is None else 0)
+            chosen = common.labelled(data, limit)
             self.kept[key] = common.features_of(encode, data, chosen, config.image_size, **self.loading(config))
         return self.kept[key]
 
@@ -786,8 +805,6 @@ def run_clusters(row: Row, config: Config) -> dict:
 
 def run_linear(row: Row, config: Config) -> dict:
     classes, names = len(row.train.classes), columns("linear", config)
-    if not config.cache and row.encoder is not None:
-        return train_classifier("linear", row, config)
 
     def probe():
         (features, labels), (queries, truth) = row.features("train", config), row.features("test", config)
@@ -795,11 +812,19 @@ def run_linear(row: Row, config: Config) -> dict:
             return [common.ridge_accuracy(features, labels, queries, truth, classes)] * len(names)
         torch.manual_seed(config.seed)
         head = make_head("linear", features.shape[1], classes, config).to(row.device)
-        fit_on_features(head, features, labels, classes, config)
+        few = dataclasses.replace(config, batch_size=min(config.batch_size, len(labels)))
+        fit_on_features(head, features, labels, classes, few)
         with torch.no_grad():
             return accuracies(head.eval()(queries), truth)
 
     return dict(zip(names, common.on_rank_zero(probe), strict=True))
+
+
+def folder_of(protocol: str, row: Row, config: Config) -> Path:
+    """The run folder of a protocol that trains on images."""
+    return Path(config.out) / (
+        f"{protocol}-{Path(config.data).name}" + ("" if row.name == "trained" else f"-{row.name}")
+    )
 
 
 def train_classifier(protocol: str, row: Row, config: Config) -> dict:
@@ -808,20 +833,24 @@ def train_classifier(protocol: str, row: Row, config: Config) -> dict:
     Each is a run of its own, in a folder <protocol>-<data> of the run's: with a log, checkpoints, and --resume.
     """
     row.use_pool(config)
+    row.kept.clear()  # features that are kept would take memory from the training
     classes, kind = len(row.train.classes), config.head if protocol == "finetune" else protocol
-    end = f"-{Path(config.data).name}" + ("" if row.name == "trained" else f"-{row.name}")
     torch.manual_seed(config.seed)
     head = make_head(kind, row.encoder.dim, classes, config, std=2e-5 if protocol == "finetune" else 0.01)
     if protocol == "finetune" and kind != "linear":  # FINOLA: from where the probe of the same decoder ended
-        probed = Path(config.out) / (kind + end) / "last.pt"
-        if probed.exists():
-            weights = common.load_checkpoint(probed)["weights"]
+        probed = folder_of(kind, row, config) / "last.pt"
+        state = common.load_checkpoint(probed) if probed.exists() else {"identity": {}}
+        found, last = state["identity"], 0
+        if found:
+            last = found["images"] // found["batch_size"] * found["epochs"]
+        if (found.get("origin"), found.get("data"), state.get("step")) == (digest(row.encoder), config.data, last):
+            weights = state["weights"]
             head.load_state_dict({name[5:]: value for name, value in weights.items() if name.startswith("head.")})
         elif rank() == 0:
-            print(f"note: no {probed}, the decoder starts from random weights; --protocol {kind} trains it first")
+            print(f"note: {probed} holds no finished probe of this encoder; --protocol {kind} makes one to start from")
     method = Classifier(protocol, copy.deepcopy(row.encoder), head, classes, config).to(row.device)
     # What the training does not depend on must not keep it from being resumed.
-    fields = {name: getattr(Config, name) for name in OUTSIDE} | {"out": str(Path(config.out) / (protocol + end))}
+    fields = {name: getattr(Config, name) for name in OUTSIDE} | {"out": str(folder_of(protocol, row, config))}
     config = dataclasses.replace(config, **fields)
     common.fit(method, row.train, row.test, config)
     method.eval()
@@ -829,13 +858,25 @@ def train_classifier(protocol: str, row: Row, config: Config) -> dict:
     return {name.replace("accuracy", protocol): value for name, value in result.items()}
 
 
+def trains_on_images(protocol: str, row: Row, config: Config) -> bool:
+    """Whether a protocol encodes images anew in each epoch, as a run of its own."""
+    return row.encoder is not None and (
+        protocol in ("tran1", "tran4", "finetune") or (protocol == "linear" and not config.cache)
+    )
+
+
+def applies(protocol: str, row: Row, config: Config) -> bool:
+    """Whether a protocol has a meaning for a row."""
+    if row.encoder is None:
+        return protocol in ("knn", "linear", "clusters")
+    if row.name == "untrained" and not config.untrained:
+        return protocol == "finetune"  # the row is there for --scratch alone
+    return not (protocol == "finetune" and config.scratch and row.name == "trained")
+
+
 def run(protocol: str, row: Row, config: Config) -> dict:
-    """One protocol on one row; {} where it has no meaning there."""
-    if row.name == "untrained" and not config.untrained and protocol != "finetune":
-        return {}  # the row is there for --scratch alone
-    if protocol in ("tran1", "tran4", "finetune"):
-        if row.encoder is None or (protocol == "finetune" and config.scratch and row.name == "trained"):
-            return {}
+    """One protocol on one row -> {column: value}."""
+    if trains_on_images(protocol, row, config):
         if protocol == "finetune" and row.name == "untrained":
             config = dataclasses.replace(config, layer_decay=1.0)  # it would all but freeze random lower layers
         return train_classifier(protocol, row, config)
@@ -1058,9 +1099,16 @@ def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> list:
     name = settings.get("method", "encoder")
     title, trained_on = f"{name} on {Path(config.data).name}", f"{name} on {Path(settings.get('data', '')).name}"
 
+    method = None
     if settings.get("method") in METHODS and (run / "last.pt").exists():
         data = dataclasses.replace(row.test, mean=encoder.fields["mean"], std=encoder.fields["std"])
-        method = load_method(run, settings, data).to(row.device)
+        try:
+            method = load_method(run, settings, data).to(row.device)
+        except (UserError, KeyError, TypeError, RuntimeError) as error:
+            notes.append(f"no reconstructions, last.pt and config.json do not fit ({str(error).splitlines()[0]})")
+    else:
+        notes.append("no reconstructions, these need the config.json and last.pt of a method's run")
+    if method is not None:
         if method.config.image_size == config.image_size:
             torch.manual_seed(config.seed)
             with autocast(config, row.device):
@@ -1069,8 +1117,6 @@ def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> list:
             write_sheet(written[-1], f"{title}: reconstructions", method.captions, rows)
         else:
             notes.append(f"reconstructions are drawn at the run's own size, {method.config.image_size}, alone")
-    else:
-        notes.append("no config.json and last.pt, so no reconstructions")
     if isinstance(encoder, ViT):
         height, width = encoder.grid
         attention, keys = look_inside(encoder, images)
@@ -1145,11 +1191,14 @@ def format_table(results: dict) -> str:
 def read_settings(run: Path) -> dict:
     """What config.json says of a run; {} where there is none."""
     try:
-        return json.loads((run / "config.json").read_text())
+        found = json.loads((run / "config.json").read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{run / 'config.json'} cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{run / 'config.json'} holds no settings")
+    return found
 
 
 def evaluate(argv: list):
@@ -1170,8 +1219,9 @@ def evaluate(argv: list):
         if protocol not in PROTOCOLS:
             raise UserError(unknown("protocol", protocol, PROTOCOLS))
     protocols = sorted(set(protocols), key=PROTOCOLS.index)  # a decoder is probed before it is fine-tuned
-    if "recipe" in given and not any(given["recipe"] in RECIPES.get(protocol, ()) for protocol in protocols):
-        raise UserError(unknown("recipe", given["recipe"], sorted({r for p in protocols for r in RECIPES.get(p, ())})))
+    recipes = sorted({name for protocol in protocols for name in RECIPES.get(protocol, ())})
+    if given.get("recipe") and given["recipe"] not in recipes:
+        raise UserError(unknown(f"recipe of {' '.join(protocols)}", given["recipe"], recipes or ["none"]))
     known = read_settings(run_folder)
     if "data" not in given:
         if "data" not in known:
@@ -1187,10 +1237,7 @@ def evaluate(argv: list):
     given = {"out": str(run_folder)} | given
     options = {name: given[name] for name in ("root", "image_size", "download", "skip_bad_images") if name in given}
     train, test = (common.load_data(given["data"], split=s, device=device, **options) for s in ("labelled", "test"))
-    counts = {"linear": len(common.labelled(train, given.get("probe_images", 0)))}
-    configs = {
-        p: settings(p, given, known.get("method", ""), encoder.dim, counts.get(p, len(train))) for p in protocols
-    }
+    configs = {p: settings(p, given, known.get("method", ""), encoder.dim, len(train)) for p in protocols}
     config = configs[protocols[0]]
     rows = [Row("trained", encoder, train, test, device)]
     if config.untrained or (config.scratch and "finetune" in protocols):
@@ -1199,7 +1246,37 @@ def evaluate(argv: list):
     if config.pixels:
         rows.append(Row("pixels", None, train, test, device))
 
+    for protocol, config in configs.items():
+        for row in rows:
+            out = folder_of(protocol, row, config)
+            if not (applies(protocol, row, config) and trains_on_images(protocol, row, config)):
+                continue
+            if not config.resume and common.on_rank_zero(out.exists):  # before hours are spent on what comes first
+                raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
     table = {row.name: {} for row in rows}
+    try:
+        run_all(configs, rows, table, run_folder, known)
+    finally:
+        if rank() == 0 and any(table.values()):
+            print(format_table({name: values for name, values in table.items() if values}))
+            for note in notes_on(table):
+                print(note)
+
+
+def notes_on(table: dict) -> list:
+    """What one should know when reading the table."""
+    notes = []
+    if "davies_bouldin" in table["trained"]:
+        notes.append("Davies-Bouldin: lower is better")
+    if any(column.startswith("linear") for column in table.get("pixels", ())):
+        notes.append("linear of raw pixels: by ridge regression, whatever the recipe")
+    if table["trained"] and len(table) < 3:
+        notes.append("--untrained --pixels add what the encoder knew before, and what pixels say")
+    return notes
+
+
+def run_all(configs: dict, rows: list, table: dict, run_folder: Path, known: dict):
+    """Every protocol on every row: fills the table and eval.jsonl."""
     for protocol, config in configs.items():
         started, results = time.perf_counter(), {}
         if protocol == "pictures":
@@ -1209,25 +1286,22 @@ def evaluate(argv: list):
                     print(f"wrote {path}")
             continue
         for row in rows:
-            if found := run(protocol, row, config):
+            if applies(protocol, row, config):
+                found = run(protocol, row, config)
                 # JSON knows no nan: a head that diverged, a ratio over zero.
                 results[row.name] = {name: value if math.isfinite(value) else None for name, value in found.items()}
                 table[row.name] |= results[row.name]
         if rank() == 0:
             versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-            line = {"protocol": protocol, "data": config.data, "train_images": len(train), "test_images": len(test)}
+            limit = 0 if trains_on_images(protocol, rows[0], config) else config.probe_images
+            line = {"protocol": protocol, "data": config.data}
+            line |= {
+                f"{split}_images": len(common.labelled(getattr(rows[0], split), limit)) for split in ("train", "test")
+            }
             line |= {"results": results, "seconds": round(time.perf_counter() - started, 1), "versions": versions}
             line |= {"command": " ".join(sys.argv), "settings": dataclasses.asdict(config)}
             with open(run_folder / "eval.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-    if rank() == 0 and any(table.values()):
-        print(format_table({name: values for name, values in table.items() if values}))
-        if "davies_bouldin" in table["trained"]:
-            print("Davies-Bouldin: lower is better")
-        if any(column.startswith("linear") for column in table.get("pixels", ())):
-            print("linear of raw pixels: by ridge regression, whatever the recipe")
-        if not (config.untrained and config.pixels) and table["trained"]:
-            print("--untrained --pixels add what the encoder knew before, and what pixels say")
 
 
 def main(argv: list) -> int:

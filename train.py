@@ -36,6 +36,7 @@ def train(argv: list):
     config = common.read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
     device = common.start_distributed(config.device)
     common.check_config(config)
+    common.check_batch(config)
     options = {"root": config.root, "image_size": config.image_size, "device": device}
     options |= {"download": config.download, "skip_bad_images": config.skip_bad_images}
     data, test = (common.load_data(config.data, split=split, **options) for split in ("train", "test"))

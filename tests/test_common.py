@@ -579,12 +579,15 @@ def test_folders_are_checked_once_and_name_every_bad_image(tmp_path, monkeypatch
     assert data.labels.tolist() == [0, 0, 0, 1]
     assert "note: 2 of 6 images are left out" in capsys.readouterr().out
 
-    opened = []
-    monkeypatch.setattr(common.Image, "open", lambda path: opened.append(path))
-    assert len(common.load_data(str(root), skip_bad_images=True)) == 4  # remembered
-    assert not opened
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    opened, really_open = [], common.Image.open
+    monkeypatch.setattr(common.Image, "open", lambda path: opened.append(path) or really_open(path))
+    assert len(common.load_data(str(root), skip_bad_images=True)) == 4
+    assert sorted(opened) == [str(first), str(second)]  # good ones are remembered, bad ones may have been mended
+    monkeypatch.setattr(common.Image, "open", really_open)
+    for damage in ("[]", "{", '["x"]', "3"):
+        for file in (tmp_path / "cache").rglob("*.json"):
+            file.write_text(damage if damage != "[]" else "[0, 99]")
+        assert len(common.load_data(str(root), skip_bad_images=True)) == (6 if damage == "[]" else 4)
     first.write_bytes(third.read_bytes())  # mended: looked at again
     assert len(common.load_data(str(root), skip_bad_images=True)) == 5
     for path in (first, third):
@@ -593,6 +596,14 @@ def test_folders_are_checked_once_and_name_every_bad_image(tmp_path, monkeypatch
         path.write_bytes(b"")
     with pytest.raises(UserError, match=r"6 of 6 images cannot be read: .*; \.\.\.; mend or remove them$"):
         common.load_data(str(root), skip_bad_images=True)
+
+
+def test_folders_name_a_link_that_leads_nowhere(tmp_path):
+    root = write_folders(tmp_path / "set")
+    (root / "train" / "ant" / "lost.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=r"1 of 7 images cannot be read: .*lost\.png \(.*No such file"):
+        common.load_data(str(root))
+    assert len(common.load_data(str(root), skip_bad_images=True)) == 6
 
 
 def test_folders_are_checked_without_a_cache_folder_too(tmp_path, monkeypatch):
@@ -779,8 +790,9 @@ def test_help_shows_comment_and_default_of_every_field():
     ],
 )
 def test_check_config_refuses_what_makes_no_sense(change, message):
+    config = TrainConfig(**change)
     with pytest.raises(UserError, match=message):
-        common.check_config(TrainConfig(**change))
+        (common.check_batch if "accumulate" in change else common.check_config)(config)
 
 
 # --- the loop's parts ------------------------------------------------------------------------------------------------

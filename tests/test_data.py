@@ -81,7 +81,7 @@ def write_tinyimagenet(root, wnids=("n02", "n01"), train=3, val=2):
         Image.new("RGB", (64, 64), (50 * label, 30, 30)).save(home / "val" / "images" / file, quality=95)
     lines = [f"{file}\t{wnid}\t0\t32\t44\t62\n" for file, wnid, _ in sorted(rows)]
     (home / "val" / "val_annotations.txt").write_text("".join(lines))
-    (home / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\ttabby, tabby cat\n")
+    (home / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\ttabby, tabby cat\n\n")
     return home
 
 

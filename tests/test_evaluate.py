@@ -240,6 +240,12 @@ def test_rand_augment_draws_every_operation_for_some_images_at_its_magnitude(mon
     assert abs((levels > 0).float().mean() - 0.5) < 0.03
 
 
+@pytest.mark.parametrize("operation", evaluate.OPERATIONS, ids=lambda operation: operation.__name__)
+def test_operations_stay_on_the_device_of_the_images(operation):
+    images, level, fill = (torch.zeros(*shape, device="meta") for shape in ((2, 3, 4, 4), (2,), (3, 1, 1)))
+    assert operation(images, level, fill).device.type == "meta"
+
+
 def test_rand_augment_leaves_its_input_alone_and_depends_on_the_seed_alone():
     images = rand(40, 3, 8, 8)
     kept, outs = images.clone(), []
@@ -627,7 +633,8 @@ def test_pixels_are_probed_without_an_encoder(tmp_path):
     several = evaluate.run("linear", row, small("linear", tmp_path, base_lrs=(0.1, 0.2)))
     assert several.keys() == {"linear 0.1", "linear 0.2"}
     assert min(several.values()) > 90
-    assert evaluate.run("tran1", row, small("tran1", tmp_path)) == {}
+    assert not evaluate.applies("tran1", row, small("tran1", tmp_path))
+    assert not evaluate.applies("finetune", row, small("finetune", tmp_path))
 
 
 def test_classifier_freezes_the_encoder_and_trains_the_head(tmp_path):
@@ -662,10 +669,15 @@ def test_a_network_from_random_weights_has_no_layer_decay(tmp_path, monkeypatch)
         evaluate, "train_classifier", lambda protocol, row, config: decays.append(config.layer_decay) or {}
     )
     config = small("finetune", tmp_path, scratch=True)
-    for name in ("trained", "untrained"):
-        evaluate.run("finetune", row_of(tiny_vit(), name), config)
-        evaluate.run("finetune", row_of(tiny_vit(), name), dataclasses.replace(config, scratch=False))
-    assert decays == [0.75, 1.0, 1.0]  # with --scratch, the trained row stays empty
+    rows = [row_of(tiny_vit(), name) for name in ("trained", "untrained")]
+    for row in rows:
+        evaluate.run("finetune", row, config)
+    assert decays == [0.75, 1.0]
+    assert [evaluate.applies("finetune", row, config) for row in rows] == [False, True]
+    assert [evaluate.applies("knn", row, config) for row in rows] == [
+        True,
+        False,
+    ]  # the second row is for --scratch alone
 
 
 def test_finetuning_reaches_every_parameter_and_uses_every_augmentation(tmp_path, monkeypatch):
@@ -688,13 +700,21 @@ def test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended(tmp_path,
     fit = common.fit
     monkeypatch.setattr(common, "fit", lambda m, *a: started.append(copy.deepcopy(m.head.state_dict())) or fit(m, *a))
     evaluate.run("finetune", row, small("finetune", tmp_path / "a", head="tran1", **QUICK))
-    assert "starts from random weights; --protocol tran1 trains it first" in capsys.readouterr().out
+    assert "holds no finished probe of this encoder; --protocol tran1 makes one" in capsys.readouterr().out
     evaluate.run("tran1", row, small("tran1", tmp_path / "b", **QUICK))
     evaluate.run("finetune", row, small("finetune", tmp_path / "b", head="tran1", **QUICK))
     probed = common.load_checkpoint(tmp_path / "b" / "tran1-stripes" / "last.pt")["weights"]
     for name, value in started[2].items():
         assert torch.equal(value, probed["head." + name])
     assert not torch.equal(started[0]["classify.weight"], started[2]["classify.weight"])
+
+    with torch.no_grad():
+        row.encoder.norm.bias += 1  # another encoder: neither its old decoder nor an old run of its own is taken
+    config = small("finetune", tmp_path / "b", head="tran1", **QUICK)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"finetune-stripes was trained otherwise \(origin \w+ -> \w+\)"):
+        evaluate.run("finetune", row, dataclasses.replace(config, resume=True))
+    assert "holds no finished probe of this encoder" in capsys.readouterr().out
 
 
 def test_finetuning_learns_and_logs_its_test_accuracy(tmp_path):
@@ -820,8 +840,10 @@ def test_evaluate_finetunes_beside_scratch_and_resumes(run_folder, capsys):
         ("--protocol knn", "give the run folder first: python evaluate.py RUN --protocol knn"),
         ("{run} --protocol knm", "unknown protocol 'knm'; did you mean 'knn'"),
         ("{run} --protocols knn", "unknown flag '--protocols'; did you mean --protocol?"),
-        ("{run} --recipe finolla", "unknown recipe 'finolla'; did you mean 'finola'"),
-        ("{run} --protocol finetune --recipe magma", "unknown recipe 'magma'; choose from"),
+        ("{run} --recipe finolla", "unknown recipe of knn linear 'finolla'; did you mean 'finola'"),
+        ("{run} --protocol finetune --recipe magma", "unknown recipe of finetune 'magma'; choose from"),
+        ("{run} --protocol knn --recipe mae", "unknown recipe of knn 'mae'; choose from none"),
+        ("{run} --protocol linear --recipe mae --batch-size 1", "--batchnorm needs two images in each part"),
         ("{run} --data cifar11", "unknown dataset 'cifar11'"),
         ("{run} --data stl10", "no stl10 at data/stl10_binary; add --download"),
         ("{run} --image-size 30", "image size 30 x 30 is not a multiple of the patch size 4"),
@@ -840,6 +862,40 @@ def test_evaluate_names_a_damaged_encoder(run_folder, capsys):
     (run_folder / "encoder.pt").write_bytes(b"nothing")
     assert evaluate.main([str(run_folder)]) == 2
     assert f"{run_folder}/encoder.pt is not a checkpoint" in capsys.readouterr().err
+
+
+def test_evaluate_looks_for_old_folders_before_it_starts(run_folder, capsys):
+    (run_folder / "finetune-cifar10").mkdir()
+    assert evaluate.main([str(run_folder), "--protocol", "knn", "finetune"]) == 2
+    assert "finetune-cifar10 exists" in capsys.readouterr().err
+    assert not (run_folder / "eval.jsonl").exists()
+
+
+def test_evaluate_prints_what_it_has_when_a_protocol_fails(run_folder, capsys):
+    assert evaluate.main([str(run_folder), "--protocol", "knn", "linear", "--base-lr", "1e38"]) == 1
+    assert "trained encoder" in capsys.readouterr().out
+    assert [line["protocol"] for line in lines_of(run_folder)] == ["knn"]
+
+
+def test_evaluate_counts_the_images_that_it_used(run_folder):
+    assert evaluate.main([str(run_folder), "--protocol", "knn", "--probe-images", "33"]) == 0
+    assert (lines_of(run_folder)[0]["train_images"], lines_of(run_folder)[0]["test_images"]) == (33, 33)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}"])
+def test_evaluate_survives_a_damaged_config(run_folder, text, capsys):
+    (run_folder / "config.json").write_text(text)
+    assert evaluate.main([str(run_folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_pictures_go_on_without_reconstructions_that_do_not_fit(run_folder, capsys):
+    settings = json.loads((run_folder / "config.json").read_text())
+    (run_folder / "config.json").write_text(json.dumps(settings | {"decoder_dim": 32}))
+    assert evaluate.main([str(run_folder), "--protocol", "pictures"]) == 0
+    out = capsys.readouterr().out
+    assert "no reconstructions, last.pt and config.json do not fit" in out
+    assert "curves.png" in out
 
 
 def test_evaluate_stops_at_a_loss_that_is_not_finite(run_folder, capsys):
