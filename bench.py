@@ -248,7 +248,7 @@ def mixed(device):
             ", MAE with the contrast": {"mode": "mae"},
         }
         mae, *times = seconds(
-            step(mode="mae", contrast=0.0), *(step(**fields) for fields in versions.values()), rounds=7
+            step(mode="mae", contrast=0.0), *(step(**fields) for fields in versions.values()), rounds=3
         )
         for label, spent in zip(versions, times, strict=True):
             row(f"  {name}, batch {batch}{label}", f"{spent * 1e3:.0f} ms", f"{mae * 1e3:.0f} ms", f"{spent / mae:.2f}")

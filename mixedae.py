@@ -13,7 +13,7 @@ Eq. 1, A1, A4   mixing                                        mixing_assignment,
 Eq. A2          MAE's input, the special case                 mix, with images of zeros
 Eq. 5, A3       mixing raises mutual information              tests: test_mixing_never_lowers_mutual_information
 Sec. 3          unmixing, reconstruction                      unmix, MixedAE.reconstruct
-Sec. 3          homologous attention, TopK                    topk_attention, kept_keys
+Sec. 3          homologous attention, TopK                    topk_attention, top_keys
 Fig. 6          TopK sampling accuracy                        homologous_accuracy
 Eq. 7           homologous contrastive loss                   homologous_contrastive
 App. B          segment embeddings                            segment_code
@@ -112,22 +112,28 @@ def unmix(mixed: Tensor, assignment: Tensor, fill, images_per_group: int = 0) ->
     return torch.where(own, mixed[:, None], torch.as_tensor(fill, dtype=mixed.dtype, device=mixed.device))
 
 
-def kept_keys(scores: Tensor, topk: int) -> Tensor:
-    """The `topk` largest scores of each query: (..., N, N) -> bool of the same shape, exactly `topk` True a row.
+def top_keys(scores: Tensor, topk: int) -> Tensor:
+    """The `topk` largest scores of each query: (..., N, N) -> long (..., N, topk), in any order.
 
-    Exactly, also among equal scores, of which bf16 has many; a threshold would keep more.
+    Exactly that many, also among equal scores, of which bf16 has many; a threshold would keep more.
     """
-    index = scores.detach().topk(min(topk, scores.shape[-1]), dim=-1, sorted=False).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, index, True)
+    bits = scores.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()])
+    # Read as integers, positive floats keep their order and negative ones reverse it, which flipping all bits but the sign
+    # mends. On CPUs integers are ranked half again as fast.
+    ordered = bits ^ (bits >> (8 * scores.element_size() - 1) & torch.iinfo(bits.dtype).max)
+    return ordered.topk(min(topk, scores.shape[-1]), dim=-1, sorted=False).indices
 
 
-def attend_to(scores: Tensor, keep: Tensor, v: Tensor) -> Tensor:
-    """Softmax over the kept scores, times v: (B, heads, N, N), bool of the same shape, (B, heads, N, d).
+def sparse_softmax(scores: Tensor, keys: Tensor) -> Tensor:
+    """Softmax over the scores of the given keys (..., N, K), zero elsewhere: (..., N, N) -> the same.
 
-    Gradients reach the kept scores alone. Scores that overflowed fp16 count as the largest number, so no row is nan.
+    Gradients reach these scores alone. One that overflowed fp16 counts as the largest number, so no row is nan.
     """
-    limit = torch.finfo(scores.dtype).max
-    return scores.clamp(-limit, limit).masked_fill(~keep, -math.inf).softmax(dim=-1) @ v
+    kept = scores.gather(-1, keys)
+    if kept.dtype == torch.float16:
+        kept = kept.clamp(-65504, 65504)
+    weights = kept.softmax(dim=-1)
+    return torch.zeros_like(scores, dtype=weights.dtype).scatter_(-1, keys, weights)
 
 
 def topk_attention(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
@@ -136,7 +142,7 @@ def topk_attention(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
     With topk = N it is plain attention.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-    return attend_to(scores, kept_keys(scores, topk), v)
+    return sparse_softmax(scores, top_keys(scores, topk)) @ v
 
 
 def same_image(assignment: Tensor) -> Tensor:
@@ -144,13 +150,13 @@ def same_image(assignment: Tensor) -> Tensor:
     return assignment[:, :, None] == assignment[:, None]
 
 
-def homologous_accuracy(keep: Tensor, assignment: Tensor) -> Tensor:
-    """Fig. 6, TopK sampling accuracy: the share of kept keys that are homologous; bool (G, heads, N, N), M (G, N) -> scalar.
+def homologous_accuracy(keys: Tensor, assignment: Tensor) -> Tensor:
+    """Fig. 6, TopK sampling accuracy: the share of kept keys (G, heads, N, K) that are homologous, M (G, N) -> scalar.
 
     Averaged over queries and heads. Chance is the share of an image in its mixture, 1 / K.
     """
-    right = (keep & same_image(assignment)[:, None]).sum(dim=-1)  # (G, heads, N)
-    return (right / keep.sum(dim=-1)).mean()
+    of_key = assignment[:, None, None].expand(*keys.shape[:3], -1).gather(-1, keys)  # (G, heads, N, K)
+    return (of_key == assignment[:, None, :, None]).float().mean()
 
 
 def homologous_contrastive(z: Tensor, assignment: Tensor, temperature: float = 0.25) -> Tensor:
@@ -283,33 +289,45 @@ class MixedAE(Method):
             assignment = ((assignment[:, None] + shifts) % k).flatten(0, 1)
         return assignment
 
-    def encode(self, mixed: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixtures (G, N, D), M (G, N) -> encoded (G, 1 + N, D), homologous accuracy, the last block's attention scores.
+    def attention(self, assignment: Tensor, accuracies: list, seen: list | None = None):
+        """The attention function of one pass over mixtures with M (G, N): (q, k, v), each (G, heads, 1 + N, d) -> the same.
 
-        The CLS token is kept by every query, and keeps every key.
+        The CLS token is kept by every query, and keeps every key. Appends each block's homologous accuracy to `accuracies`,
+        and its attention weights (G, heads, 1 + N, 1 + N) to `seen`.
         """
-        config, vit, accuracies = self.config, self.encoder, []
-        scores = None
 
         def attention(q, k, v):
-            nonlocal scores
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (G, heads, 1 + N, 1 + N)
-            if config.attention == "oracle":
-                keep = same_image(assignment)[:, None].expand(-1, scores.shape[1], -1, -1)
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+            if self.config.attention == "topk":
+                of_patches = scores[:, :, 1:]  # (G, heads, N, 1 + N)
+                keys = top_keys(of_patches[..., 1:], self.topk)  # (G, heads, N, K)
+                accuracies.append(homologous_accuracy(keys, assignment))
+                weights = sparse_softmax(of_patches, F.pad(keys + 1, (1, 0)))
+                weights = torch.cat([scores[:, :, :1].softmax(dim=-1), weights], dim=2)
             else:
-                keep = kept_keys(scores[:, :, 1:, 1:], self.topk)
-            accuracies.append(homologous_accuracy(keep, assignment))
-            return attend_to(scores, F.pad(keep, (1, 0, 1, 0), value=True), v)
+                if self.config.attention == "oracle":
+                    keep = F.pad(same_image(assignment), (1, 0, 1, 0), value=True)[:, None]
+                    scores = scores.masked_fill(~keep, -math.inf)
+                chance = 1 / self.config.images_per_group
+                accuracies.append(scores.new_tensor(1.0 if self.config.attention == "oracle" else chance))
+                weights = scores.softmax(dim=-1)
+            if seen is not None:
+                seen.append(weights)
+            return weights @ v
 
+        return attention
+
+    def encode(self, mixed: Tensor, assignment: Tensor, seen: list | None = None) -> tuple[Tensor, Tensor]:
+        """Mixtures (G, N, D), M (G, N) -> encoded (G, 1 + N, D), homologous accuracy over the blocks that have one."""
+        config, vit, accuracies = self.config, self.encoder, []
+        attention = self.attention(assignment, accuracies, seen)
         segment = F.pad(self.segments[assignment], (0, 0, 1, 0)).to(mixed.dtype)  # (G, 1 + N, D), 0 for the CLS token
         x = torch.cat([vit.cls_token.expand(len(mixed), -1, -1).to(mixed.dtype), mixed], dim=1)
         for i, block in enumerate(vit.blocks):
             if config.segment == "every" or (config.segment == "first" and i == 0):
                 x = x + segment
-            special = config.attention != "global" and i in self.special_blocks
-            x = block(x, attention if special else attend)  # (G, 1 + N, D)
-        share = torch.stack(accuracies).mean() if accuracies else x.new_tensor(1 / config.images_per_group)
-        return vit.norm(x), share, scores
+            x = block(x, attention if i in self.special_blocks else attend)  # (G, 1 + N, D)
+        return vit.norm(x), torch.stack(accuracies).float().mean()
 
     def reconstruct(self, encoded: Tensor, assignment: Tensor) -> Tensor:
         """Unmix in the decoder: encoded mixtures (G, 1 + N, D), M (G, N) -> predicted patches (G * K, N, P)."""
@@ -335,7 +353,7 @@ class MixedAE(Method):
             target = rearrange(self.autoencoder.target(images), "(g k) n p -> g k n p", k=k)
             times = len(assignment) // len(embedded)  # K in full mode, where each group is mixed K times
             embedded, target = (x.repeat_interleave(times, dim=0) for x in (embedded, target))
-            encoded, share, _ = self.encode(mix(embedded, assignment), assignment)
+            encoded, share = self.encode(mix(embedded, assignment), assignment)
             mask = ~own_patches(assignment, k)  # what came from others is to be predicted
             prediction = self.reconstruct(encoded, assignment)
             loss = reconstruction_loss(prediction, target.flatten(0, 1), mask.flatten(0, 1))
@@ -349,8 +367,8 @@ class MixedAE(Method):
     def pictures(self, images: Tensor) -> Tensor:
         """A row a group: the K images, the mixture, the K reconstructions, and the attention of one query.
 
-        Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last block
-        that has scores, lights up the mixture; relatives of the query are framed in white, the query itself in red.
+        Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last of the
+        blocks that `attention` acts in, lights up the mixture; relatives of the query are framed in white, the query in red.
         """
         config, k, vit = self.config, self.config.images_per_group, self.encoder
         if config.mode == "mae":
@@ -359,7 +377,8 @@ class MixedAE(Method):
         height, width = images.shape[-2:]
         assignment = self.draw(len(images) // k)[:: k if config.mode == "full" else 1]
         embedded = rearrange(vit.embed(images), "(g k) n d -> g k n d", k=k)
-        encoded, _, scores = self.encode(mix(embedded, assignment), assignment)
+        seen = []
+        encoded, _ = self.encode(mix(embedded, assignment), assignment, seen)
         patches = patchify(vit.normalize(images), vit.patch)  # (B, N, P)
         prediction = self.reconstruct(encoded, assignment).float()
         if config.norm_pixels:
@@ -377,21 +396,17 @@ class MixedAE(Method):
         )
         zoom = max(1, 128 // height)  # room for frames
         sheet = sheet.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
-        return torch.cat([sheet, self.attention_picture(sheet[:, k], scores, assignment)[:, None]], dim=1)
+        return torch.cat([sheet, self.attention_picture(sheet[:, k], seen[-1], assignment)[:, None]], dim=1)
 
-    def attention_picture(self, mixture: Tensor, scores: Tensor | None, assignment: Tensor) -> Tensor:
-        """The mixture (G, 3, H, W) lit by the attention of the central patch, with frames around its relatives."""
+    def attention_picture(self, mixture: Tensor, weights: Tensor, assignment: Tensor) -> Tensor:
+        """The mixture (G, 3, H, W) lit by the attention of the central patch, with frames around its relatives.
+
+        `weights` (G, heads, 1 + N, 1 + N) are those of one block.
+        """
         rows, columns = self.encoder.grid
         query, side = rows // 2 * columns + columns // 2, mixture.shape[-2] // rows
-        light = torch.ones_like(assignment, dtype=torch.float32)
-        if scores is not None:
-            keep = kept_keys(scores[:, :, 1:, 1:], self.topk)
-            if self.config.attention == "oracle":
-                keep = same_image(assignment)[:, None].expand_as(keep)
-            weights = (
-                scores[:, :, 1:, 1:].float().masked_fill(~keep, -math.inf).softmax(dim=-1)[:, :, query].mean(dim=1)
-            )
-            light = weights / weights.amax(dim=1, keepdim=True)  # (G, N)
+        light = weights[:, :, 1 + query, 1:].float().mean(dim=1)  # (G, N)
+        light = light / light.amax(dim=1, keepdim=True)
 
         def enlarge(x):  # one value a patch (G, N) -> one a pixel (G, 1, H, W)
             return repeat(x, "g (h w) -> g 1 (h p) (w q)", h=rows, p=side, q=side)

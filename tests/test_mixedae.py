@@ -187,28 +187,41 @@ def test_topk_attention_has_the_right_gradient():
 def test_topk_attention_survives_ties_and_overflow(dtype):
     """bf16 has many equal scores, fp16 overflows beyond 65504."""
     scores = torch.zeros(2, 1, 8, 8, dtype=dtype)
-    assert (mixedae.kept_keys(scores, 3).sum(dim=-1) == 3).all()
-    scores[0, 0, 1], scores[0, 0, 2], scores[0, 0, 3, 4] = -math.inf, math.inf, math.inf
+    keys = mixedae.top_keys(scores, 3)
+    assert (keys.sort(dim=-1).values.diff(dim=-1) > 0).all()  # three different ones
+    if dtype == torch.float16:
+        scores[0, 0, 1], scores[0, 0, 2], scores[0, 0, 3, 4] = -math.inf, math.inf, math.inf
+    else:
+        scores[0, 0, 1, 1:], scores[0, 0, 3, 4] = -math.inf, 1e5
     scores.requires_grad_()
-    v = torch.randn(2, 1, 8, 4).to(dtype)
-    out = mixedae.attend_to(scores, mixedae.kept_keys(scores, 3), v)
-    assert out.isfinite().all()
-    torch.testing.assert_close(out[0, 0, 3], v[0, 0, 4])  # one score beyond all others
-    out.float().sum().backward()
+    weights = mixedae.sparse_softmax(scores, mixedae.top_keys(scores, 3))
+    assert weights.isfinite().all()
+    assert (weights > 0).sum(dim=-1)[1].eq(3).all()
+    assert weights[0, 0, 3, 4] == 1  # one score beyond all others
+    (weights.float() ** 2).sum().backward()
     assert scores.grad.isfinite().all()
     huge = torch.full((1, 1, 8, 64), 200.0, dtype=dtype)
     assert mixedae.topk_attention(huge, huge, huge, 3).isfinite().all()
 
 
+@given(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]), st.integers(1, 9), seeds)
+def test_top_keys_are_the_largest_scores_of_any_sign(dtype, topk, seed):
+    scores = (randn(3, 5, 9, seed=seed) * torch.tensor([1e-7, 1.0, 1e4])[:, None, None]).to(dtype)
+    scores[0, 0] = 0.0
+    scores[0, 1] = -scores[0, 1].abs()
+    scores[1, 0, :3] = torch.tensor([math.inf, -math.inf, -0.0], dtype=dtype)
+    keys = mixedae.top_keys(scores, topk)
+    found = scores.gather(-1, keys).sort(dim=-1).values
+    assert torch.equal(found, scores.sort(dim=-1).values[..., 9 - topk :])
+
+
 def test_homologous_accuracy_counts_relatives_among_kept_keys():
     """Fig. 6."""
     assignment = torch.tensor([[0, 0, 1, 1]])
-    keep = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    for query, keys in enumerate(([0, 1], [1, 2], [0, 1], [2, 3])):
-        keep[0, 0, query, keys] = True
-    assert mixedae.homologous_accuracy(keep, assignment) == (1 + 0.5 + 0 + 1) / 4
-    assert mixedae.homologous_accuracy(torch.ones_like(keep), assignment) == 0.5  # chance
-    assert mixedae.homologous_accuracy(mixedae.same_image(assignment)[:, None], assignment) == 1
+    keys = torch.tensor([[0, 1], [1, 2], [0, 1], [2, 3]])[None, None]
+    assert mixedae.homologous_accuracy(keys, assignment) == (1 + 0.5 + 0 + 1) / 4
+    everything = torch.arange(4).expand(1, 1, 4, 4)
+    assert mixedae.homologous_accuracy(everything, assignment) == 0.5  # chance
 
 
 def encode_patches(vit, tokens, attention):
@@ -225,10 +238,17 @@ def test_oracle_attention_equals_separate_encodes_of_the_visible_patches():
     assignment = method.draw(3)
     embedded = vit.embed(images_of(6).double()).unflatten(0, (3, k))
     mixed = mixedae.mix(embedded, assignment)
-    keep = mixedae.same_image(assignment)[:, None]
-    oracle = encode_patches(
-        vit, mixed, lambda q, k, v: mixedae.attend_to(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), keep, v)
-    )
+    attention = method.attention(assignment, [])
+
+    def without_cls(q, k, v):  # a CLS token in front that nobody can see
+        q, k, v = (F.pad(x, (0, 0, 1, 0)) for x in (q, k, v))
+        seen = []
+        method.attention(assignment, [], seen)(q, k, v)
+        weights = seen[0][:, :, 1:, 1:]
+        return weights / weights.sum(dim=-1, keepdim=True) @ v[:, :, 1:]
+
+    assert attention(*[randn(3, 3, 17, 4)] * 3).shape == (3, 3, 17, 4)
+    oracle = encode_patches(vit, mixed, without_cls)
     for g, i in itertools.product(range(3), range(k)):
         own = assignment[g] == i
         alone = encode_patches(vit, embedded[g, i, own][None], common.attend)
@@ -238,22 +258,21 @@ def test_oracle_attention_equals_separate_encodes_of_the_visible_patches():
 def test_the_cls_token_sees_every_patch_and_is_seen_by_all():
     """A choice of ours: with one key a query, patches still get the CLS token besides."""
     method = tiny(topk=1, segment="off")
-    assignment = method.draw(1)
-    seen = []
-    attend_to = mixedae.attend_to
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixedae, "attend_to", lambda s, keep, v: seen.append(keep) or attend_to(s, keep, v))
-        method.encode(mixedae.mix(method.encoder.embed(images_of(2))[None], assignment), assignment)
+    assignment, seen = method.draw(1), []
+    method.encode(mixedae.mix(method.encoder.embed(images_of(2))[None], assignment), assignment, seen)
     assert len(seen) == 6
-    assert (seen[0].sum(dim=-1)[:, :, 1:] == 2).all()
-    assert seen[0][:, :, 0].all()
-    assert seen[0][..., 0].all()
+    for weights in seen:
+        kept = weights > 0
+        assert (kept[:, :, 1:].sum(dim=-1) == 2).all()
+        assert kept[:, :, 0].all()
+        assert kept[..., 0].all()
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
 
 
 def test_attention_blocks_choose_where_it_acts(monkeypatch):
     calls = []
-    kept = mixedae.kept_keys
-    monkeypatch.setattr(mixedae, "kept_keys", lambda scores, topk: calls.append(topk) or kept(scores, topk))
+    top_keys = mixedae.top_keys
+    monkeypatch.setattr(mixedae, "top_keys", lambda scores, topk: calls.append(topk) or top_keys(scores, topk))
     tiny(attention_blocks=(0, -1))(images_of(4))
     assert calls == [8, 8]  # round(16 patches / 2 images), in two of six blocks
     tiny(topk=3)(images_of(4))
