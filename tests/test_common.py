@@ -814,6 +814,12 @@ def test_learning_rate_rises_linearly_and_falls_as_a_cosine(steps, warmup, rest)
         assert rates[0] == 0.01
 
 
+def test_learning_rate_falls_tenfold_at_each_milestone():
+    config = TrainConfig(epochs=10, base_lr=1.0, batch_size=256, warmup_epochs=1, milestones=(6, 8))
+    rates = [common.learning_rate(step, 2, config) for step in range(20)]
+    assert rates == pytest.approx([0, 0.5] + [1.0] * 10 + [0.1] * 4 + [0.01] * 4)
+
+
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5), seeds)
 def test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes(ranks, share, first, seed):
     config = TrainConfig(batch_size=ranks * share, epochs=3, seed=seed)

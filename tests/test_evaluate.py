@@ -109,6 +109,9 @@ def test_mix_labels_draws_its_weights_from_beta_and_its_windows_anywhere():
     assert (other.mean(dim=0) > 0.1).all()  # no pixel is safe
     spans = [(other.amax(dim=d) > 0).sum(dim=1) for d in (1, 2)]
     assert torch.equal(spans[0] * spans[1], other.sum(dim=(1, 2)).long())  # a rectangle
+    half, _ = evaluate.mix_labels(images, targets, 0, 1e6)  # a window of half the area, cut off at the rims
+    seen = torch.where(images == 1, 1 - half, half).mean()
+    assert abs(seen - (0.5**0.5 - 0.5 / 4) ** 2) < 0.02
     both, _ = evaluate.mix_labels(images, targets, 1.0, 1.0)
     cut = ((both == 0) | (both == 1)).flatten(1).all(dim=1).float().mean()
     assert abs(cut - 0.5) < 0.05  # a coin decides
