@@ -354,8 +354,12 @@ class MaskedAutoencoder(nn.Module):
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
         """Rows of (image, masked image, reconstruction): (B, 3, H, W) -> (B, 3, 3, H, W), values in [0, 1]."""
-        height, width = images.shape[-2:]
         prediction, _, mask, _, _ = self(images)
+        return self.draw(images, prediction, mask)
+
+    def draw(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+        """`pictures` for predicted patches (B, N, P) and a mask (B, N)."""
+        height, width = images.shape[-2:]
         patches = patchify(self.encoder.normalize(images), self.encoder.patch)  # (B, N, P)
         if self.normalize_target:  # give each predicted patch the brightness and contrast of the true one
             _, mean, std = normalize_patches(patches)

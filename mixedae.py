@@ -12,34 +12,41 @@ Equation                                                      function
 Eq. 1, A1, A4   mixing                                        mixing_assignment, mix
 Eq. A2          MAE's input, the special case                 mix, with images of zeros
 Eq. 5, A3       mixing raises mutual information              tests: test_mixing_never_lowers_mutual_information
-Sec. 3          unmixing, reconstruction                      unmix, MixedAE.reconstruct
-Sec. 3          homologous attention, TopK                    topk_attention, top_keys
+unmixing        reconstruction of each image                  unmix, MixedAE.reconstruct
+TopK            homologous attention                          topk_attention, top_keys
 Fig. 6          TopK sampling accuracy                        homologous_accuracy
 Eq. 7           homologous contrastive loss                   homologous_contrastive
 App. B          segment embeddings                            segment_code
 
 Train it:  python train.py mixedae                                      on built-in pictures, on a laptop
-           python train.py mixedae --mode mae --contrast 0              the MAE baseline
+           python train.py mixedae --mode mae --contrast 0 --segment off             the MAE baseline
            python train.py mixedae --attention global --segment off --contrast 0     naive mixing
            python train.py mixedae --data imagenet --root DIR           the paper's experiment; --model vit_large
 
 No code was released, and this was written with the supplement and the abstract alone at hand. What the supplement states
 is followed: the ratio r = 1/4 (here 1 / --images-per-group), compose mode, cells of 32 x 32 pixels, sine-cosine segment
-codes at the input of every block, normalised pixels, Tables A1 and A2. The rest are choices of ours, or of the main paper
-as others report it, each a setting:
+codes at the input of every block, normalised pixels, Tables A1 and A2. The rest are settings of ours.
+
+Believed to be in the main paper, but not checked against it:
+* TopK keeps as many keys as an image has patches, round(N / K) (`--topk`). Gradients flow through the kept scores alone.
+* The form of Eq. 7, the mean over all positives of an anchor outside the logarithm, with temperature 0.25; its weight of
+  0.1 in the sum of both losses (Eq. 8). `full` mode mixes each group K times, so that each patch is seen once.
+* The loss counts the patches of each image that came from others, over all images of a group alike.
+
+Choices of ours:
 * 49 cells do not divide by 4: the counts of a group's images differ by one cell, and which image gets it is drawn.
-* Groups are consecutive images of a batch. Cells stay in their places, so positions are those of the own image.
-* TopK keeps as many keys as an image has patches, round(N / K), in every block (`--topk`, `--attention-blocks`). A patch
-  always sees the CLS token besides, and the CLS token sees everything. Gradients flow through the kept scores alone.
-* The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, temperature 0.25,
-  the mean over all positives of an anchor outside the logarithm, negatives from the same mixed sample; weight 0.1.
-* The loss counts the patches of each image that came from others, over all images of a group alike. The decoder is
-  MAE's; all images of a group get the CLS token of their mixture.
-* Segment codes are added to patches, not to the CLS token. Downstream, the encoder is a plain ViT: global attention, no
-  segments. Flips and the smallest crop of 0.2 are MAE's; the table lists crops alone. `full` mode mixes each group K
-  times, so that each patch is seen once.
-* The table of the supplement that switches the contrastive loss off has the figures of naive mixing; we keep the
-  attention there, and only set `--contrast 0`.
+* Groups are consecutive images of a batch; cells stay in their places. The learning rate scales with clean images.
+* TopK acts in every block (`--attention-blocks`). A patch keeps the CLS token besides, and the CLS token keeps everything.
+* The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, within a mixture.
+* Segment codes are added to patches, not to the CLS token, at their full size (`--segment-scale`). They tell relatives
+  apart by themselves, so the contrastive loss and the accuracy of TopK owe a part to them.
+* The decoder is MAE's; all images of a group get the CLS token of their mixture. Masked self-attention (`--attention
+  oracle`) hides the CLS token from the patches; what it knows of other images still reaches the decoder.
+* `--mode mae` hides single patches, as MAE does, and gives each image of a group the code of its slot, so that the
+  contrastive loss across unmixed images has what it has in a mixture; the MAE baseline is that with `--segment off`.
+* Downstream, the encoder is a plain ViT: global attention, no segments. Flips and the smallest crop of 0.2 are MAE's; the
+  table lists crops alone. The table that switches the contrastive loss off prints the figures of naive mixing; we keep
+  the attention there.
 """
 
 import math
@@ -60,7 +67,9 @@ from common import (
     attend,
     normalize_patches,
     patchify,
+    random_mask,
     reconstruction_loss,
+    take,
     unknown,
     unpatchify,
     world_size,
@@ -124,25 +133,41 @@ def top_keys(scores: Tensor, topk: int) -> Tensor:
     return ordered.topk(min(topk, scores.shape[-1]), dim=-1, sorted=False).indices
 
 
+def attention_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T / sqrt(d) on (B, heads, N, d) -> (B, heads, N, N); what overflows fp16 becomes its largest number."""
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+    return scores.clamp(-65504, 65504) if scores.dtype == torch.float16 else scores
+
+
 def sparse_softmax(scores: Tensor, keys: Tensor) -> Tensor:
     """Softmax over the scores of the given keys (..., N, K), zero elsewhere: (..., N, N) -> the same.
 
-    Gradients reach these scores alone. One that overflowed fp16 counts as the largest number, so no row is nan.
+    Gradients reach these scores alone.
     """
-    kept = scores.gather(-1, keys)
-    if kept.dtype == torch.float16:
-        kept = kept.clamp(-65504, 65504)
-    weights = kept.softmax(dim=-1)
+    weights = scores.gather(-1, keys).softmax(dim=-1)
     return torch.zeros_like(scores, dtype=weights.dtype).scatter_(-1, keys, weights)
 
 
-def topk_attention(q: Tensor, k: Tensor, v: Tensor, topk: int) -> Tensor:
+def topk_weights(scores: Tensor, topk: int, exempt: int = 0) -> tuple[Tensor, Tensor]:
+    """Attention weights (B, heads, N, N) that are zero but for each query's `topk` largest scores, and these keys.
+
+    The first `exempt` tokens, such as a CLS token, are kept by every query besides, and keep every key themselves. The
+    keys (B, heads, N - exempt, topk) are counted without them.
+    """
+    keys = top_keys(scores[..., exempt:, exempt:], topk)
+    if not exempt:
+        return sparse_softmax(scores, keys), keys
+    always = torch.arange(exempt, device=keys.device).expand(*keys.shape[:-1], -1)
+    weights = sparse_softmax(scores[..., exempt:, :], torch.cat([always, keys + exempt], dim=-1))
+    return torch.cat([scores[..., :exempt, :].softmax(dim=-1), weights], dim=-2), keys
+
+
+def topk_attention(q: Tensor, k: Tensor, v: Tensor, topk: int, exempt: int = 0) -> Tensor:
     """Homologous attention: each query attends to the `topk` keys that it finds most similar; (B, heads, N, d).
 
-    With topk = N it is plain attention.
+    With topk = N it is plain attention. `exempt` as in `topk_weights`.
     """
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-    return sparse_softmax(scores, top_keys(scores, topk)) @ v
+    return topk_weights(attention_scores(q, k), topk, exempt)[0] @ v
 
 
 def same_image(assignment: Tensor) -> Tensor:
@@ -153,7 +178,8 @@ def same_image(assignment: Tensor) -> Tensor:
 def homologous_accuracy(keys: Tensor, assignment: Tensor) -> Tensor:
     """Fig. 6, TopK sampling accuracy: the share of kept keys (G, heads, N, K) that are homologous, M (G, N) -> scalar.
 
-    Averaged over queries and heads. Chance is the share of an image in its mixture, 1 / K.
+    Averaged over queries and heads; a query that keeps itself is right. Chance is about 1 / K, the share of an image in
+    its mixture; the most is 1, or less where more keys are kept than an image has patches.
     """
     of_key = assignment[:, None, None].expand(*keys.shape[:3], -1).gather(-1, keys)  # (G, heads, N, K)
     return (of_key == assignment[:, None, :, None]).float().mean()
@@ -172,7 +198,7 @@ def homologous_contrastive(z: Tensor, assignment: Tensor, temperature: float = 0
         log_share = similarity - similarity.masked_fill(itself, -math.inf).logsumexp(dim=-1, keepdim=True)
         positive = same_image(assignment) & ~itself
         count = positive.sum(dim=-1)  # (G, N)
-        of_anchor = -(log_share * positive).sum(dim=-1) / count.clamp_min(1)
+        of_anchor = -torch.where(positive, log_share, 0).sum(dim=-1) / count.clamp_min(1)
         return (of_anchor * (count > 0)).sum() / (count > 0).sum().clamp_min(1)
 
 
@@ -204,10 +230,11 @@ class Config(TrainConfig):
     decoder_depth: int = 8  # blocks of the decoder
     decoder_heads: int = 16  # attention heads of the decoder
     norm_pixels: bool = True  # normalise the pixels to predict patch by patch
-    mode: str = "compose"  # compose: one mixture a group; full: K mixtures; mae: no mixing, mask ratio 1 - 1 / K
+    mode: str = "compose"  # compose: one mixture a group; full: K mixtures; mae: no mixing, global attention
     images_per_group: int = 4  # K = 1 / r
     cell: int = 2  # side of the cells that are mixed, in patches
     segment: str = "every"  # blocks whose input gets the segment code: every, first or off
+    segment_scale: float = 1.0  # factor of the segment code, whose entries lie in [-1, 1]
     attention: str = "topk"  # topk (homologous), global, or oracle (within the same image)
     attention_blocks: tuple[int, ...] = ()  # blocks with that attention, counted as in Python; all without any
     topk: int = 0  # keys that a query keeps, 0 for round(patches / K)
@@ -247,17 +274,20 @@ class MixedAE(Method):
         size, k = VIT_SIZES[config.model], config.images_per_group
         vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
         rows, columns = vit.grid
-        share = config.batch_size // (world_size() * config.accumulate)
         if k < 2:
             raise UserError(f"--images-per-group {k}: a mixture needs two images or more")
-        if share % k:
-            raise UserError(f"{share} images a process and part do not make groups of {k}; change --batch-size")
         if config.cell < 1 or rows % config.cell or columns % config.cell:
             raise UserError(f"--cell {config.cell} does not divide the {rows} x {columns} patches of an image")
         if rows * columns // config.cell**2 < k:
             raise UserError(f"--cell {config.cell} leaves fewer cells than the {k} images that share them")
-        if config.topk < 0 or config.temperature <= 0:
-            raise UserError(f"--topk {config.topk} or --temperature {config.temperature} makes no sense")
+        weights = {"reconstruction": config.reconstruction, "contrast": config.contrast, "topk": config.topk}
+        for field, value in weights.items():
+            if not 0 <= value < math.inf:
+                raise UserError(f"--{field} {value} makes no sense; give 0 or more")
+        if not 0 < config.temperature < math.inf:
+            raise UserError(f"--temperature {config.temperature} makes no sense; give more than 0")
+        if config.topk > rows * columns:
+            raise UserError(f"--topk {config.topk} keeps more than the {rows * columns} patches of an image")
         depth = size["depth"]
         if not all(-depth <= block < depth for block in config.attention_blocks):
             raise UserError(f"--attention-blocks {config.attention_blocks}: give blocks from {-depth} to {depth - 1}")
@@ -266,11 +296,18 @@ class MixedAE(Method):
         self.special_blocks = {block % depth for block in config.attention_blocks or range(depth)}
         decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
         self.autoencoder = MaskedAutoencoder(vit, *decoder, 1 - 1 / k, config.norm_pixels)
-        self.register_buffer("segments", segment_code(k, vit.dim), persistent=False)
+        self.register_buffer("segments", config.segment_scale * segment_code(k, vit.dim), persistent=False)
 
     @property
     def encoder(self) -> ViT:
         return self.autoencoder.encoder
+
+    def optimizer(self, config: Config) -> torch.optim.Optimizer:
+        share = config.batch_size // (world_size() * config.accumulate)
+        if share % config.images_per_group:  # noticed before the first step
+            advice = f"groups of {config.images_per_group}; change --batch-size"
+            raise UserError(f"{share} images a process and part do not make {advice}")
+        return super().optimizer(config)
 
     @property
     def captions(self) -> tuple:
@@ -292,24 +329,22 @@ class MixedAE(Method):
     def attention(self, assignment: Tensor, accuracies: list, seen: list | None = None):
         """The attention function of one pass over mixtures with M (G, N): (q, k, v), each (G, heads, 1 + N, d) -> the same.
 
-        The CLS token is kept by every query, and keeps every key. Appends each block's homologous accuracy to `accuracies`,
-        and its attention weights (G, heads, 1 + N, 1 + N) to `seen`.
+        Appends each block's homologous accuracy to `accuracies`, where there is top-k attention, and its attention weights
+        (G, heads, 1 + N, 1 + N) to `seen`.
         """
 
         def attention(q, k, v):
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+            if self.config.attention == "global" and seen is None:
+                return attend(q, k, v)
+            scores = attention_scores(q, k)
             if self.config.attention == "topk":
-                of_patches = scores[:, :, 1:]  # (G, heads, N, 1 + N)
-                keys = top_keys(of_patches[..., 1:], self.topk)  # (G, heads, N, K)
+                weights, keys = topk_weights(scores, self.topk, exempt=1)
                 accuracies.append(homologous_accuracy(keys, assignment))
-                weights = sparse_softmax(of_patches, F.pad(keys + 1, (1, 0)))
-                weights = torch.cat([scores[:, :, :1].softmax(dim=-1), weights], dim=2)
             else:
-                if self.config.attention == "oracle":
-                    keep = F.pad(same_image(assignment), (1, 0, 1, 0), value=True)[:, None]
+                if self.config.attention == "oracle":  # the CLS token sees everything, and is seen by itself alone
+                    keep = F.pad(same_image(assignment), (1, 0, 0, 0), value=False)
+                    keep = F.pad(keep, (0, 0, 1, 0), value=True)[:, None]  # (G, 1, 1 + N, 1 + N)
                     scores = scores.masked_fill(~keep, -math.inf)
-                chance = 1 / self.config.images_per_group
-                accuracies.append(scores.new_tensor(1.0 if self.config.attention == "oracle" else chance))
                 weights = scores.softmax(dim=-1)
             if seen is not None:
                 seen.append(weights)
@@ -317,17 +352,19 @@ class MixedAE(Method):
 
         return attention
 
-    def encode(self, mixed: Tensor, assignment: Tensor, seen: list | None = None) -> tuple[Tensor, Tensor]:
-        """Mixtures (G, N, D), M (G, N) -> encoded (G, 1 + N, D), homologous accuracy over the blocks that have one."""
-        config, vit, accuracies = self.config, self.encoder, []
-        attention = self.attention(assignment, accuracies, seen)
-        segment = F.pad(self.segments[assignment], (0, 0, 1, 0)).to(mixed.dtype)  # (G, 1 + N, D), 0 for the CLS token
-        x = torch.cat([vit.cls_token.expand(len(mixed), -1, -1).to(mixed.dtype), mixed], dim=1)
+    def encode(self, tokens: Tensor, slots: Tensor, attention) -> Tensor:
+        """Run the encoder on tokens (B, M, D) of images in the slots (B, M) of their groups -> (B, 1 + M, D).
+
+        `attention` is used in `special_blocks`, plain attention elsewhere.
+        """
+        config, vit = self.config, self.encoder
+        segment = F.pad(self.segments[slots], (0, 0, 1, 0)).to(tokens.dtype)  # (B, 1 + M, D), 0 for the CLS token
+        x = torch.cat([vit.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         for i, block in enumerate(vit.blocks):
             if config.segment == "every" or (config.segment == "first" and i == 0):
                 x = x + segment
-            x = block(x, attention if i in self.special_blocks else attend)  # (G, 1 + N, D)
-        return vit.norm(x), torch.stack(accuracies).float().mean()
+            x = block(x, attention if i in self.special_blocks else attend)  # (B, 1 + M, D)
+        return vit.norm(x)
 
     def reconstruct(self, encoded: Tensor, assignment: Tensor) -> Tensor:
         """Unmix in the decoder: encoded mixtures (G, 1 + N, D), M (G, N) -> predicted patches (G * K, N, P)."""
@@ -338,30 +375,46 @@ class MixedAE(Method):
 
     def forward(self, images: Tensor, labels: Tensor | None = None, assignment: Tensor | None = None) -> dict:
         """The losses for images (B, 3, H, W), B a multiple of K, with M as `draw` makes it, or a random one."""
-        config, k = self.config, self.config.images_per_group
+        config, k, accuracies = self.config, self.config.images_per_group, []
         if len(images) % k:
             raise ValueError(f"{len(images)} images do not make groups of {k}")
         if config.mode == "mae":
-            out = self.autoencoder(images)
-            loss = reconstruction_loss(out.prediction, out.target, out.mask)
-            tokens = rearrange(out.encoded[:, 1:], "(g k) n d -> g (k n) d", k=k)
-            assignment = torch.arange(k, device=images.device).repeat_interleave(out.encoded.shape[1] - 1)
-            assignment, share = assignment.expand(len(tokens), -1), loss.new_tensor(1.0)
+            prediction, mask, tokens, assignment = self.without_mixing(images)
+            loss = reconstruction_loss(prediction, self.autoencoder.target(images), mask)
         else:
-            assignment = self.draw(len(images) // k) if assignment is None else assignment
+            groups = len(images) // k
+            assignment = self.draw(groups) if assignment is None else assignment
+            times = k if config.mode == "full" else 1  # mixtures of a group
+            if len(assignment) != groups * times:
+                raise ValueError(f"{len(assignment)} assignments for {groups} groups, mixed {times} times each")
             embedded = rearrange(self.encoder.embed(images), "(g k) n d -> g k n d", k=k)
             target = rearrange(self.autoencoder.target(images), "(g k) n p -> g k n p", k=k)
-            times = len(assignment) // len(embedded)  # K in full mode, where each group is mixed K times
             embedded, target = (x.repeat_interleave(times, dim=0) for x in (embedded, target))
-            encoded, share = self.encode(mix(embedded, assignment), assignment)
+            mixture = mix(embedded, assignment)  # (G, N, D)
+            encoded = self.encode(mixture, assignment, self.attention(assignment, accuracies))
             mask = ~own_patches(assignment, k)  # what came from others is to be predicted
             prediction = self.reconstruct(encoded, assignment)
             loss = reconstruction_loss(prediction, target.flatten(0, 1), mask.flatten(0, 1))
             tokens = encoded[:, 1:]
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.contrast != 0):
             contrast = homologous_contrastive(tokens, assignment, config.temperature)
-        terms = {"reconstruction": loss, "contrast": contrast, "homologous": share}
+        terms = {"reconstruction": loss, "contrast": contrast}
+        if accuracies:
+            terms["homologous"] = torch.stack(accuracies).float().mean()
         return {"loss": config.reconstruction * loss + config.contrast * contrast} | terms
+
+    def without_mixing(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """MAE on each image alone: (B, 3, H, W) -> predicted patches (B, N, P), mask (B, N), and the visible tokens of each
+        group (G, K * M, D) with the number of the image that they come from (G, K * M).
+        """
+        k, autoencoder, vit = self.config.images_per_group, self.autoencoder, self.encoder
+        batch, patches = len(images), vit.grid[0] * vit.grid[1]
+        mask = random_mask(batch, patches, autoencoder.mask_ratio, device=images.device)
+        visible = mask.int().argsort(dim=1, stable=True)[:, : patches - round(autoencoder.mask_ratio * patches)]
+        slots = torch.arange(batch, device=images.device)[:, None].expand_as(visible) % k  # (B, M)
+        encoded = self.encode(take(vit.embed(images), visible), slots, attend)
+        tokens, slots = (rearrange(x, "(g k) m ... -> g (k m) ...", k=k) for x in (encoded[:, 1:], slots))
+        return autoencoder.decode(encoded, visible), mask, tokens, slots
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
@@ -371,14 +424,14 @@ class MixedAE(Method):
         blocks that `attention` acts in, lights up the mixture; relatives of the query are framed in white, the query in red.
         """
         config, k, vit = self.config, self.config.images_per_group, self.encoder
-        if config.mode == "mae":
-            return self.autoencoder.pictures(images)
         images = images[torch.arange(max(k, len(images) // k * k)) % len(images)]  # whole groups
+        if config.mode == "mae":
+            return self.autoencoder.draw(images, *self.without_mixing(images)[:2])
         height, width = images.shape[-2:]
         assignment = self.draw(len(images) // k)[:: k if config.mode == "full" else 1]
         embedded = rearrange(vit.embed(images), "(g k) n d -> g k n d", k=k)
         seen = []
-        encoded, _ = self.encode(mix(embedded, assignment), assignment, seen)
+        encoded = self.encode(mix(embedded, assignment), assignment, self.attention(assignment, [], seen))
         patches = patchify(vit.normalize(images), vit.patch)  # (B, N, P)
         prediction = self.reconstruct(encoded, assignment).float()
         if config.norm_pixels:
@@ -406,7 +459,7 @@ class MixedAE(Method):
         rows, columns = self.encoder.grid
         query, side = rows // 2 * columns + columns // 2, mixture.shape[-2] // rows
         light = weights[:, :, 1 + query, 1:].float().mean(dim=1)  # (G, N)
-        light = light / light.amax(dim=1, keepdim=True)
+        light = light / light.amax(dim=1, keepdim=True).clamp_min(1e-12)
 
         def enlarge(x):  # one value a patch (G, N) -> one a pixel (G, 1, H, W)
             return repeat(x, "g (h w) -> g 1 (h p) (w q)", h=rows, p=side, q=side)
