@@ -1221,7 +1221,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
     centre = bank.mean(dim=0)  # the Gram form of a distance loses its digits where the mean is large
     bank, queries = bank - centre, queries - centre
     norms, right = bank.square().sum(dim=1), 0
-    chunk = chunk or max(1, 2**25 // len(bank))  # at most 128 MB of distances at a time
+    chunk = chunk or max(1, 2**24 // len(bank))  # at most 64 MB of distances at a time
     for part, truth in zip(queries.split(chunk), labels.split(chunk), strict=True):
         distance = torch.addmm(norms, part, bank.T, alpha=-2)  # (chunk, N), up to a constant a row
         nearest = bank_labels[distance.topk(min(k, len(bank)), largest=False).indices]  # (chunk, k)

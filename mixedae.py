@@ -244,7 +244,7 @@ class Config(TrainConfig):
 
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
-LAPTOP |= {"warmup_epochs": 2}
+LAPTOP |= {"warmup_epochs": 2, "segment_scale": 0.3}
 
 RECIPES = {
     "imagenet": {},  # Table A1, the defaults of Config
