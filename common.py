@@ -25,6 +25,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import gc
 import hashlib
 import http.client
 import inspect
@@ -1860,5 +1861,6 @@ def run_command(command, argv: list) -> int:
         print("\nstopped; go on with the same command and --resume", file=sys.stderr)
         return 130
     if dist.is_initialized():
+        gc.collect()  # what still holds the group, before the group goes
         dist.destroy_process_group()
     return 0
