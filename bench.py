@@ -223,9 +223,6 @@ def augment(device):
     row("  mae recipe with erasing", f"{whole * 1e3:.0f} ms", f"{part * 1e3:.1f} ms", f"{100 * part / whole:.1f} %")
 
 
-BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
-
-
 def mixed(device):
     """MixedAE's compose step against MAE's, the same clean images, and what homologous attention adds."""
     data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
@@ -276,6 +273,7 @@ def mixed(device):
                 row(name_of, f"{ours * 1e3:.2f} ms", f"{theirs * 1e3:.2f} ms", f"{ours / theirs:.2f}")
 
 
+BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
 BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed}
 
 

@@ -452,7 +452,7 @@ class Config(common.TrainConfig):
     dropout: float = 0.0  # of the head of tran1 and tran4
     layer_decay: float = 1.0  # finetune: factor of the learning rate from a layer to the one below
     drop_path: float = 0.0  # finetune: rate of stochastic depth in the last block
-    smoothing: float = 0.0  # tran1, tran4, finetune: label smoothing
+    smoothing: float = 0.0  # all that train: label smoothing
     mixup: float = 0.0  # tran1, tran4, finetune: alpha of mixup, 0 for off
     cutmix: float = 0.0  # tran1, tran4, finetune: alpha of cutmix, 0 for off
     randaugment: float = 0.0  # tran1, tran4, finetune: magnitude of RandAugment, of 10; 0 for off
@@ -647,7 +647,7 @@ def fit_on_features(head: LinearHeads, features: Tensor, labels: Tensor, classes
                 group["lr"] = rate * group["lr_scale"]
             logits = head(features[index])
             optimizer.zero_grad(set_to_none=True)
-            soft_loss(logits, one_hot(labels[index], classes)).backward()
+            soft_loss(logits, one_hot(labels[index], classes, config.smoothing)).backward()
             optimizer.step()
         if not logits.isfinite().flatten(1).all(dim=1).any():
             raise common.NonFiniteLoss(f"linear, epoch {epoch + 1}: the loss is not finite; lower --base-lr")

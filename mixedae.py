@@ -38,8 +38,8 @@ Choices of ours:
 * Groups are consecutive images of a batch; cells stay in their places. The learning rate scales with clean images.
 * TopK acts in every block (`--attention-blocks`). A patch keeps the CLS token besides, and the CLS token keeps everything.
 * The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, within a mixture.
-* Segment codes are added to patches, not to the CLS token, at their full size (`--segment-scale`). They tell relatives
-  apart by themselves, so the contrastive loss and the accuracy of TopK owe a part to them.
+* Segment codes are added to patches, not to the CLS token, at their full size (`--segment-scale`; the laptop recipes have
+  0.3). They tell relatives apart by themselves, so the contrastive loss and the accuracy of TopK owe a part to them.
 * The decoder is MAE's; all images of a group get the CLS token of their mixture. Masked self-attention (`--attention
   oracle`) hides the CLS token from the patches; what it knows of other images still reaches the decoder.
 * `--mode mae` hides single patches, as MAE does, and gives each image of a group the code of its slot, so that the

@@ -585,7 +585,8 @@ def test_knn_has_two_metrics():
 
 
 def test_cached_linear_probe_equals_one_that_encodes_in_every_epoch(tmp_path, monkeypatch):
-    fields = {"epochs": 3, "batch_size": 32, "crop_min": 1.0, "flip": 0.0}  # nothing random about the images
+    fields = {"epochs": 3, "batch_size": 32, "smoothing": 0.3}
+    fields |= {"crop_min": 1.0, "flip": 0.0}  # nothing random about the images
     make, heads, out = evaluate.make_head, [], []
     monkeypatch.setattr(evaluate, "make_head", lambda *args, **more: heads.append(make(*args, **more)) or heads[-1])
     for cache in (True, False):
