@@ -6,13 +6,14 @@ Axis letters, used in every shape comment of the project:
 Read it in sections, each stands alone:
     1. Patches and positions      patchify, unpatchify, sincos_positions, random_mask
     2. Vision transformer         attend, ViT, VIT_SIZES
-    3. Masked autoencoder         MaskedAutoencoder (He et al. 2022), the baseline of three papers
-    4. Several processes          start_distributed, gather
-    5. Augmentation               crop_boxes, resize_matrix, random_resized_crop
-    6. Data                       load_data -> MemoryImages or FolderImages, render_shapes
-    7. Probes                     knn_accuracy, ridge_accuracy, probe
-    8. Configuration              TrainConfig, read_flags
-    9. The loop                   Method, Stepper, fit
+    3. Mobile-Former              MobileFormer, MOBILE_FORMERS
+    4. Masked autoencoder         MaskedAutoencoder (He et al. 2022), the baseline of three papers
+    5. Several processes          start_distributed, gather
+    6. Augmentation               crop_boxes, resize_matrix, random_resized_crop
+    7. Data                       load_data -> MemoryImages or FolderImages, render_shapes
+    8. Probes                     knn_accuracy, ridge_accuracy, probe
+    9. Configuration              TrainConfig, read_flags
+    10. The loop                  Method, Stepper, fit
 
 Images are float tensors in [0, 1] everywhere. The encoder normalises them itself, with the mean and standard deviation
 that it carries, so that nobody who lifts it out can forget to.
@@ -253,7 +254,216 @@ class ViT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Masked autoencoder
+# 3. Mobile-Former
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table_9(factor: float) -> list:
+    """Rows (block, #exp, #out) of MF-W2880 (FINOLA, Table 9), their widths times `factor`; stem and stage 1 to 4."""
+    rows = [("stem", 0, 64), ("lite", 128, 64), ("down", 384, 112), ("same", 336, 112)]
+    rows += [("down", 672, 192), ("same", 576, 192), ("same", 576, 192)]
+    rows += [("down", 1152, 352), ("same", 1408, 352), ("same", 1408, 352)]
+    rows += [("same", 2112, 480), ("same", 2880, 480), ("same", 2880, 480)]
+    return [(kind, int(expanded * factor), int(out * factor)) for kind, expanded, out in rows]
+
+
+MOBILE_FORMERS = {
+    # For laptops, not in the paper: half the blocks, an eighth of the width.
+    "micro": {"token_dim": 64, "head": 256}
+    | {
+        "rows": [("stem", 0, 16), ("lite", 32, 16), ("down", 64, 32), ("down", 128, 48), ("same", 144, 48)]
+        + [("down", 192, 64), ("same", 192, 64)]
+    },
+    "720": {"token_dim": 192, "head": 720, "rows": table_9(1 / 4)},
+    "1440": {"token_dim": 256, "head": 1440, "rows": table_9(1 / 2)},
+    "2880": {"token_dim": 256, "head": 2880, "rows": table_9(1)},
+    "4320": {"token_dim": 256, "head": 2880, "rows": table_9(3 / 2)},  # wider heads would miss the published counts
+    "5760": {"token_dim": 256, "head": 2880, "rows": table_9(2)},
+}
+MOBILE_FORMERS["720"]["rows"][7:10] = [("down", 240, 80), ("same", 320, 88), ("same", 480, 88)]  # as printed
+"""Mobile-Former by width. W1440's first row of stage 4 is printed as 288, 96. That network misses the published counts by
+far (11.4 of 11.7 M parameters, 19.3 of 20.4 G multiply-adds), half of W2880's row meets both. So we have 576, 176."""
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Multi-head attention of queries (B, M, D) to keys and values (B, N, D) -> (B, M, D), without projections.
+
+    In plain steps, which can be differentiated twice: one side has a few tokens only, so a fused kernel gains nothing.
+    """
+    q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
+    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, M, N)
+    return rearrange(weights @ v, "b h m d -> b m (h d)")
+
+
+def conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """A convolution without bias and its batch norm."""
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs))
+
+
+class DynamicReLU(nn.Module):
+    """max(a x, b x), the slopes of each channel given by a token: a in [0, 2], b in [-1, 1]; at first they are 1 and 0."""
+
+    def __init__(self, token_dim: int, channels: int):
+        super().__init__()
+        self.hidden, self.slopes = nn.Linear(token_dim, token_dim // 4), nn.Linear(token_dim // 4, 2 * channels)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:  # (B, C, H, W), (B, d)
+        slopes = F.hardsigmoid(self.slopes(F.relu(self.hidden(token))))[..., None, None]  # (B, 2C, 1, 1)
+        a, b = slopes.chunk(2, dim=1)
+        return torch.maximum(2 * a * x, (2 * b - 1) * x)
+
+
+class Mobile(nn.Module):
+    """The convolutions of a Mobile-Former block: widen, 3 x 3 a channel, narrow, with dynamic ReLUs between.
+
+    "same" keeps the size and adds the input where the widths agree. "down" halves it: a depthwise convolution of stride 2
+    widens, and a second pair of convolutions (four times wider within) is added to the result.
+    """
+
+    def __init__(self, kind: str, inputs: int, expanded: int, outputs: int, token_dim: int):
+        super().__init__()
+        self.down = kind == "down"
+        self.skip = not self.down and inputs == outputs
+        if self.down:
+            self.widen = conv(inputs, expanded, 3, stride=2, groups=inputs)
+            self.narrow = conv(expanded, outputs)
+            self.widen2, self.narrow2 = conv(outputs, 4 * outputs, 3, groups=outputs), conv(4 * outputs, outputs)
+        else:
+            self.widen, self.depthwise = conv(inputs, expanded), conv(expanded, expanded, 3, groups=expanded)
+            self.narrow = conv(expanded, outputs)
+        self.relu1 = DynamicReLU(token_dim, expanded)
+        self.relu2 = DynamicReLU(token_dim, 4 * outputs if self.down else expanded)
+
+    def forward(self, x: Tensor, token: Tensor) -> Tensor:  # (B, C, H, W), (B, d)
+        wide = self.relu1(self.widen(x), token)
+        if self.down:
+            x = self.narrow(wide)  # (B, C', H/2, W/2)
+            return x + self.narrow2(self.relu2(self.widen2(x), token))
+        out = self.narrow(self.relu2(self.depthwise(wide), token))
+        return x + out if self.skip else out
+
+
+class LiteBottleneck(nn.Module):
+    """bneck-lite: a depthwise 3 x 3 convolution that widens, ReLU6, and a 1 x 1 convolution that narrows."""
+
+    def __init__(self, inputs: int, expanded: int, outputs: int):
+        super().__init__()
+        self.skip = inputs == outputs
+        self.widen, self.narrow = conv(inputs, expanded, 3, groups=inputs), conv(expanded, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.narrow(F.relu6(self.widen(x)))
+        return x + out if self.skip else out
+
+
+class MobileToFormer(nn.Module):
+    """Tokens look at the map: cross attention with two heads, a gate, post-norm. The map is keys and values as it is."""
+
+    def __init__(self, channels: int, token_dim: int):
+        super().__init__()
+        self.query, self.gate = nn.Linear(token_dim, channels), nn.Linear(token_dim, channels)
+        self.out, self.norm = nn.Linear(channels, token_dim), nn.LayerNorm(token_dim)
+
+    def forward(self, tokens: Tensor, x: Tensor) -> Tensor:  # (B, T, d), (B, C, H, W) -> (B, T, d)
+        x = rearrange(x, "b c h w -> b (h w) c")
+        seen = cross_attention(self.query(tokens), x, x, heads=2)  # (B, T, C)
+        return self.norm(tokens + self.out(seen * 2 * F.hardsigmoid(self.gate(tokens))))
+
+
+class Former(nn.Module):
+    """Tokens look at each other: self-attention with four heads where only queries are projected, then an FFN; post-norm."""
+
+    def __init__(self, token_dim: int):
+        super().__init__()
+        self.query, self.out = nn.Linear(token_dim, token_dim), nn.Linear(token_dim, token_dim)
+        self.norm1, self.norm2 = nn.LayerNorm(token_dim), nn.LayerNorm(token_dim)
+        self.ffn = nn.Sequential(nn.Linear(token_dim, 2 * token_dim), nn.GELU(), nn.Linear(2 * token_dim, token_dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, T, d)
+        tokens = self.norm1(tokens + self.out(cross_attention(self.query(tokens), tokens, tokens, heads=4)))
+        return self.norm2(tokens + self.ffn(tokens))
+
+
+class FormerToMobile(nn.Module):
+    """The map looks at the tokens: cross attention with two heads, the map itself being the queries."""
+
+    def __init__(self, token_dim: int, channels: int):
+        super().__init__()
+        self.key, self.value = nn.Linear(token_dim, channels), nn.Linear(token_dim, channels)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:  # (B, C, H, W), (B, T, d) -> (B, C, H, W)
+        queries = rearrange(x, "b c h w -> b (h w) c")
+        seen = cross_attention(queries, self.key(tokens), self.value(tokens), heads=2)  # (B, H * W, C)
+        return x + rearrange(seen, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class MobileFormerBlock(nn.Module):
+    """Mobile to Former, Former, Mobile, Former to Mobile: a map (B, C, H, W) and tokens (B, T, d) -> the same."""
+
+    def __init__(self, kind: str, inputs: int, expanded: int, outputs: int, token_dim: int):
+        super().__init__()
+        self.to_former, self.former = MobileToFormer(inputs, token_dim), Former(token_dim)
+        self.mobile = Mobile(kind, inputs, expanded, outputs, token_dim)
+        self.to_mobile = FormerToMobile(token_dim, outputs)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.former(self.to_former(tokens, x))
+        return self.to_mobile(self.mobile(x, tokens[:, 0]), tokens), tokens
+
+
+class MobileFormer(nn.Module):
+    """Mobile-Former (Chen et al. 2022), a MobileNet with six tokens beside it, as FINOLA uses it (Table 9).
+
+    `width` is "micro", 720, 1440, 2880, 4320 or 5760. Images (B, 3, H, W) in [0, 1], sides a multiple of 16, ->
+    (B, head, H / 16, W / 16); `head` is the width of the last 1 x 1 convolution, 0 for that of the table.
+    The block is that of the released Mobile-Former. What FINOLA's text leaves open there follows it; without an activation
+    after the last convolution, which is a choice. Parameters lie within 1.2 % of the published 4.9 to 67.6 M.
+    """
+
+    def __init__(
+        self, width: int | str = 2880, head: int = 0, mean: tuple = (0.0, 0.0, 0.0), std: tuple = (1.0, 1.0, 1.0)
+    ):
+        super().__init__()
+        if str(width) not in MOBILE_FORMERS:
+            raise UserError(unknown("Mobile-Former", str(width), MOBILE_FORMERS))
+        size = MOBILE_FORMERS[str(width)]
+        token_dim, (stem, lite, *rows) = size["token_dim"], size["rows"]
+        self.fields = {"width": width, "head": head, "mean": tuple(mean), "std": tuple(std)}
+        self.dim, channels = head or size["head"], stem[2]
+        self.tokens = nn.Parameter(torch.empty(6, token_dim))
+        self.stem, self.lite = conv(3, channels, 3, stride=2), LiteBottleneck(channels, *lite[1:])
+        channels, self.blocks = lite[2], nn.ModuleList()
+        for kind, expanded, out in rows:
+            self.blocks.append(MobileFormerBlock(kind, channels, expanded, out, token_dim))
+            channels = out
+        self.head = conv(channels, self.dim)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        nn.init.normal_(self.tokens)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=(2 / (module.kernel_size[0] ** 2 * module.out_channels)) ** 0.5)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] -> zero mean and unit variance a channel over the data set."""
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Tensor, hidden: bool = False):
+        """Images (B, 3, H, W) -> (B, head, H/16, W/16); with `hidden`, also the list of every block's map."""
+        x = self.lite(F.relu6(self.stem(self.normalize(images))))  # (B, C, H/2, W/2)
+        tokens, maps = self.tokens.expand(len(x), -1, -1), []  # (B, T, d)
+        for block in self.blocks:
+            x, tokens = block(x, tokens)
+            maps.append(x)
+        return (self.head(x), maps) if hidden else self.head(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Masked autoencoder
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +582,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Several processes
+# 5. Several processes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -465,7 +675,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Augmentation
+# 6. Augmentation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -548,7 +758,7 @@ def random_resized_crop(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Data
+# 7. Data
 # ---------------------------------------------------------------------------------------------------------------------
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -1210,7 +1420,7 @@ def save_pictures(rows: Tensor, path, side: int = 128):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Probes
+# 8. Probes
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1256,6 +1466,12 @@ def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
     return 100 * float(((test @ best_weight + offset).argmax(dim=1) == test_labels).float().mean())
 
 
+def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
+    """One vector an image (B, D): what the encoder returns, or the mean over positions where that is a map."""
+    out = encoder(images)
+    return out.mean(dim=(2, 3)) if out.ndim == 4 else out
+
+
 @torch.no_grad()
 def features_of(encode, data, indices, size: int, **loading) -> tuple[Tensor, Tensor]:
     """encode(images) -> (B, D) over whole images of a data set: float32 features (N, D) and labels (N,)."""
@@ -1288,7 +1504,7 @@ def probe(encode, train, test, size: int, limit: int = 0, **loading) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Configuration
+# 9. Configuration
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1424,7 +1640,7 @@ def check_batch(config: TrainConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. The loop
+# 10. The loop
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1505,7 +1721,7 @@ class Method(nn.Module):
         decay, plain = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (plain if parameter.ndim < 2 or name.endswith("token") else decay).append(parameter)
+                (plain if parameter.ndim < 2 or name.endswith(("token", "tokens")) else decay).append(parameter)
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 
@@ -1660,16 +1876,17 @@ def save_encoder(encoder: nn.Module, path):
     torch.save({"kind": type(encoder).__name__, "fields": encoder.fields, "weights": encoder.state_dict()}, path)
 
 
-def load_encoder(path, **changes) -> nn.Module:
-    """The encoder of an encoder.pt file, in eval mode; `changes` are fields to build it with instead of its own.
+def load_encoder(path, image_size: int = 0) -> nn.Module:
+    """The encoder of an encoder.pt file, in eval mode; a transformer for another size of images where one is given.
 
     Raises UserError where the file is not one.
     """
     state = load_checkpoint(Path(path))
-    kinds = {"ViT": ViT}
+    kinds = {"ViT": ViT, "MobileFormer": MobileFormer}
     if not isinstance(state, dict) or state.get("kind") not in kinds:
         raise UserError(f"{path} is not an encoder file; expected the encoder.pt of a run")
     try:
+        changes = {"image_size": image_size} if image_size and "image_size" in state["fields"] else {}
         encoder = kinds[state["kind"]](**state["fields"] | changes)
         encoder.load_state_dict(state["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
@@ -1745,7 +1962,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
 
     def encode(images: Tensor) -> Tensor:
         with stepper.autocast():
-            return method.encoder(images)
+            return pooled_features(method.encoder, images)
 
     def finish_epoch(epoch: int, **extra):
         """Probe, draw and log an epoch that is over; epoch 0 is the untrained encoder."""

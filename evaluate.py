@@ -69,7 +69,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import common
-from common import Block, UserError, ViT, rank, unknown
+import finola
+from common import Block, UserError, ViT, pooled_features, rank, unknown
 from train import METHODS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +413,7 @@ def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weigh
             above = 0
         layers.append((above, name, parameter))
     for above, name, parameter in layers:
-        plain = parameter.ndim < 2 or name.endswith("token")
+        plain = parameter.ndim < 2 or name.endswith(("token", "tokens"))
         groups.setdefault((above, plain), []).append(parameter)
     return [
         {"params": group, "lr_scale": decay**above, "weight_decay": 0.0 if plain else weight_decay}
@@ -424,19 +425,19 @@ def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weigh
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
-PROTOCOLS = ("knn", "linear", "clusters", "pictures", "tran1", "tran4", "finetune")
+PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "tran1", "tran4", "finetune")
 
 
 @dataclass
 class Config(common.TrainConfig):
     """The settings of all protocols; a recipe of RECIPES fills them, and flags have the last word."""
 
-    protocol: tuple[str, ...] = ("knn", "linear")  # any of knn linear tran1 tran4 finetune clusters pictures
+    protocol: tuple[str, ...] = ("knn", "linear")  # any of knn linear tran1 tran4 finetune clusters pictures finola
     recipe: str = ""  # linear: magma finola mae; tran1, tran4: finola; finetune: mae mae_code finola ebm mixedae
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
-    probe_images: int = 0  # knn, linear, clusters: most images of each split to take, 0 for all
+    probe_images: int = 0  # knn, linear, clusters, finola: most images of each split to take, 0 for all
     untrained: bool = False  # also evaluate the same architecture with random weights
     pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters)
     scratch: bool = False  # finetune: start from random weights alone
@@ -581,12 +582,6 @@ def digest(module: nn.Module) -> str:
 def autocast(config: Config, device: torch.device):
     dtype = common.pick_precision(config.amp, device)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
-def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """One vector an image (B, D): what the encoder returns, or the mean over positions where that is a map."""
-    out = encoder(images)
-    return out.mean(dim=(2, 3)) if out.ndim == 4 else out
 
 
 def token_features(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -1087,15 +1082,20 @@ def load_method(run: Path, settings: dict, data) -> common.Method:
     return method.eval()
 
 
-def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> list:
-    """Write all that there is to see of a run into its folder `pictures`; returns the paths."""
+def one_a_class(row: Row, config: Config) -> Tensor:
+    """The first test image of each of at most eight classes (B, 3, H, W)."""
+    labels = row.test.labels.cpu()
+    first = [int(torch.nonzero(labels == label)[0]) for label in labels[labels >= 0].unique()[:8]]
+    return next(iter(row.test.plain_batches(first, config.image_size, **row.loading(config))))[0]
+
+
+def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> tuple[list, dict]:
+    """Write all that there is to see of a run into its folder `pictures`; returns the paths, and no figures."""
     out = Path(config.out) / "pictures"
     out.mkdir(parents=True, exist_ok=True)
     encoder, written, notes = row.encoder, [], []
     row.use_pool(config)
-    labels = row.test.labels.cpu()
-    first = [int(torch.nonzero(labels == label)[0]) for label in labels[labels >= 0].unique()[:8]]  # one a class
-    images, _ = next(iter(row.test.plain_batches(first, config.image_size, **row.loading(config))))
+    images = one_a_class(row, config)
     name = settings.get("method", "encoder")
     title, trained_on = f"{name} on {Path(config.data).name}", f"{name} on {Path(settings.get('data', '')).name}"
 
@@ -1148,7 +1148,153 @@ def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> list:
         notes.append("log.jsonl has no two epochs, so no curves")
     for note in notes:
         print(f"note: {note}")
+    return written, {}
+
+
+# What FINOLA's own analysis looks at (its Fig. 5 and appendix E).
+
+COMPONENTS = (1, 4, 16, 64, 192, 768)  # of Fig. 15
+
+
+@torch.no_grad()
+def look_into_finola(method: finola.FinolaAutoencoder, row: Row, config: Config) -> dict:
+    """What the analysis of FINOLA needs of all test images: {name: tensor}, one row an image.
+
+    PSNR of the reconstruction and of the mean training image, both outside the visible block in masked variants, where it
+    lies in the middle; the residuals of Eq. 2 and 4; each image's peak curvatures, sorted, at most 256; the vectors q.
+    """
+    size, found = config.image_size, {}
+    loading = row.loading(config)
+
+    def batches(data):
+        chosen = common.labelled(data, config.probe_images)
+        return ((images, len(chosen)) for images, _ in data.plain_batches(chosen, size, **loading))
+
+    mean = sum(images.double().sum(dim=0) / count for images, count in batches(row.train)).float()  # (3, H, W)
+    right, down = method.finola.right, method.finola.down
+    row_0, column_0 = method.start
+    for images, _ in batches(row.test):
+        corner = method.middle(images)
+        with autocast(config, row.device):
+            z = method.feature_map(images, corner)
+            others = method.decode(z)
+        mask, z = method.scored(images, corner), z.float()
+        part = {"psnr": finola.psnr(images, others, mask)}
+        part["psnr of mean"] = finola.psnr(images, mean.expand_as(images), mask)
+        if method.config.variant != "masked_b":
+            with autocast(config, row.device):
+                part["q"] = method.embed(images, corner).float()
+            part["dz/dx"], part["dz/dy"] = finola.pde_residuals(z, method.finola, method.start)
+            if min(method.size - row_0, method.size - column_0) >= 3:  # the quadrant that A and B unroll
+                part["laplacian"] = finola.laplacian_residual(z[:, :, row_0:, column_0:], right, down)
+        if method.size >= 3:
+            part["curvature"] = finola.peak_curvature(z).sort(dim=1, descending=True).values[:, :256]
+        for name, value in part.items():
+            found.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def draw_embeddings(method: finola.FinolaAutoencoder, q: Tensor, images: Tensor, title: str, out: Path) -> list:
+    """Appendix E: what the upsampler makes of embeddings that belong to no image; q (N, C) of all test images."""
+    device, corner, count = images.device, method.middle(images), len(images)
+    q, mean = q.to(device), q.mean(dim=0).to(device)
+    own = method.embed(images, corner).float()
+    written = []
+
+    def decode(vectors):  # (..., C) -> (..., 3, H, W), in [0, 1]
+        flat = vectors.flatten(0, -2)
+        places = None if corner is None else corner[:1].expand(len(flat), -1)
+        return method.decode(method.unroll(flat, places)).clamp(0, 1).unflatten(0, vectors.shape[:-1])
+
+    def sheet(name, heading, columns, rows):
+        written.append(out / f"{name}.png")
+        write_sheet(written[-1], f"{title}: {heading}", columns, rows)
+
+    def beside(vectors):  # (K, B, C) -> (B, 1 + K, 3, H, W)
+        return torch.cat([images[:, None], decode(vectors).transpose(0, 1)], dim=1)
+
+    line = finola.interpolate(own, finola.mirror(own, mean), 5)
+    sheet(
+        "mean", "from q over the mean embedding to its mirror", ["image", "q", "", "mean", "", "mirror"], beside(line)
+    )
+    other = own.roll(-1, dims=0)
+    steps = finola.interpolate(own, other, 5)
+    rows = torch.cat([beside(steps), images.roll(-1, dims=0)[:, None]], dim=1)
+    sheet("interpolations", "between two embeddings", ["first", *["" for _ in steps], "second"], rows)
+    samples = finola.gaussian_samples(q, 6 * count, torch.Generator().manual_seed(0)).unflatten(0, (6, count))
+    sheet("samples", "an image, and Gaussian samples", ["image", *["sample"] * 6], beside(samples))
+    counts = [k for k in COMPONENTS if k < q.shape[1]] + [q.shape[1]]
+    vectors = finola.principal_reconstructions(own, mean, torch.cov(q.T), counts)
+    sheet("components", "the top K principal components", ["image", *[f"K = {k}" for k in counts]], beside(vectors))
     return written
+
+
+def draw_finola(run: Path, settings: dict, row: Row, config: Config) -> tuple[list, dict]:
+    """FINOLA's analysis of a run, into its folder `finola`; returns the paths and the figures for the table."""
+    if settings.get("method") != "finola" or not (run / "last.pt").exists():
+        raise UserError(
+            f"--protocol finola looks into a run of finola with its config.json and last.pt, not into {run}"
+        )
+    data = dataclasses.replace(row.test, mean=row.encoder.fields["mean"], std=row.encoder.fields["std"])
+    method = load_method(run, settings, data).to(row.device)
+    if method.config.image_size != config.image_size:
+        raise UserError(f"--protocol finola needs the run's own --image-size {method.config.image_size}")
+    out = Path(config.out) / "finola"
+    out.mkdir(parents=True, exist_ok=True)
+    title, images, written = f"{method.config.variant} on {Path(config.data).name}", one_a_class(row, config), []
+    found = look_into_finola(method, row, config)
+    if "q" in found:
+        written += draw_embeddings(method, found["q"], images, title, out)
+    else:
+        print("note: masked_b has no vector q, so no embeddings and no residuals")
+    residuals = {name: found[name].sort().values for name in ("dz/dx", "dz/dy", "laplacian") if name in found}
+    if residuals:
+        top, last = max(float(values[-1]) for values in residuals.values()), len(found["psnr"])
+        chart = Chart(
+            f"{title}: residuals of Eq. 2 and 4", "test images, sorted", "relative residual", (1, last), (0, top)
+        )
+        lines = [(name, values, f"{name}: median {values.median():.2f}") for name, values in residuals.items()]
+        written.append(out / "residuals.png")
+        draw_lines(chart, lines, written[-1])
+    if "curvature" in found:
+        curvature = found["curvature"].quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)  # (3, K)
+        chart = Chart(
+            f"{title}: curvature",
+            "channels, sorted",
+            "peak curvature",
+            (1, curvature.shape[1]),
+            (0, float(curvature.max())),
+        )
+        names = ("lower quartile", "median of the images", "upper quartile")
+        written.append(out / "curvature.png")
+        draw_lines(chart, zip(names, curvature, names, strict=True), written[-1])
+        with torch.no_grad():
+            z = method.feature_map(images, method.middle(images)).float()
+        top = finola.peak_curvature(z).topk(min(6, z.shape[1]), dim=1).indices  # (B, K)
+        maps = stretch(z[torch.arange(len(z))[:, None], top], (2, 3)).cpu()  # (B, K, S, S)
+        maps = heat(F.interpolate(maps, images.shape[-1], mode="nearest"))
+        written.append(out / "surfaces.png")
+        columns = ["image", *[f"rank {i + 1}" for i in range(top.shape[1])]]
+        rows = torch.cat([images[:, None].cpu(), maps], dim=1)
+        write_sheet(written[-1], f"{title}: channels of the largest curvature", columns, rows)
+    else:
+        print(f"note: a map of {method.size} x {method.size} is too small for curvature; give a larger --image-size")
+    figures = {"psnr": float(found["psnr"].mean()), "psnr_of_mean": float(found["psnr of mean"].mean())}
+    figures |= {name: float(values.median()) for name, values in residuals.items()}
+    if "curvature" in found:
+        figures["curvature"] = float(found["curvature"][:, 0].median())
+    return written, figures
+
+
+def draw_lines(chart: Chart, lines, path: Path):
+    """Curves (key, values, legend) over 1, 2, 3, ... in one panel."""
+    legend = []
+    for (_, values, name), colour in zip(lines, COLOURS, strict=False):
+        chart.line(list(enumerate(values.tolist(), 1)), colour)
+        legend.append((name, colour))
+    chart.legend(legend)
+    save_charts(path, [chart])
 
 
 def read_log(path: Path) -> list:
@@ -1166,8 +1312,20 @@ def read_log(path: Path) -> list:
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-TITLES = {"knn": "kNN", "davies_bouldin": "Davies-Bouldin", "cosine_ratio": "cosine ratio", "cosine_gap": "cosine gap"}
-DIGITS = {"davies_bouldin": 2, "cosine_ratio": 3, "cosine_gap": 3}
+DRAWING = {"pictures": draw_pictures, "finola": draw_finola}
+TITLES = {
+    "psnr": "PSNR",
+    "psnr_of_mean": "mean image",
+    "knn": "kNN",
+    "davies_bouldin": "Davies-Bouldin",
+    "cosine_ratio": "cosine ratio",
+    "cosine_gap": "cosine gap",
+}
+DIGITS = {"dz/dx": 3, "dz/dy": 3, "laplacian": 3, "curvature": 3} | {
+    "davies_bouldin": 2,
+    "cosine_ratio": 3,
+    "cosine_gap": 3,
+}
 UNTITLED = ("same_class_cosine", "other_class_cosine")  # in eval.jsonl only
 
 
@@ -1228,9 +1386,10 @@ def evaluate(argv: list):
             raise UserError(f"{run_folder} has no config.json to tell the data set; give --data")
         given = {"data": known["data"], "root": given.get("root", known.get("root", "data"))} | given
     device = common.start_distributed(given.get("device", Config.device))
-    changes = {"image_size": given["image_size"]} if given.get("image_size") else {}
-    encoder = common.load_encoder(run_folder / "encoder.pt", **changes).to(device)
-    size = encoder.fields["image_size"]
+    encoder = common.load_encoder(run_folder / "encoder.pt", image_size=given.get("image_size", 0)).to(device)
+    size = encoder.fields.get("image_size", given.get("image_size") or known.get("image_size"))
+    if size is None:
+        raise UserError(f"{run_folder} has no config.json to tell the size of the images; give --image-size")
     if not isinstance(size, int):
         raise UserError(f"{run_folder} has an encoder of {size[0]} x {size[1]} images; give a square --image-size")
     given |= {"image_size": size}
@@ -1279,13 +1438,16 @@ def run_all(configs: dict, rows: list, table: dict, run_folder: Path, known: dic
     """Every protocol on every row: fills the table and eval.jsonl."""
     for protocol, config in configs.items():
         started, results = time.perf_counter(), {}
-        if protocol == "pictures":
-            draw = functools.partial(draw_pictures, run_folder, known, rows[0], config)
-            for path in common.on_rank_zero(draw):
-                if rank() == 0:
-                    print(f"wrote {path}")
-            continue
-        for row in rows:
+        if protocol in DRAWING:
+            draw = functools.partial(DRAWING[protocol], run_folder, known, rows[0], config)
+            written, found = common.on_rank_zero(draw)
+            for path in written if rank() == 0 else ():
+                print(f"wrote {path}")
+            if not found:
+                continue
+            results["trained"] = found
+            table["trained"] |= found
+        for row in rows if protocol not in DRAWING else ():
             if applies(protocol, row, config):
                 found = run(protocol, row, config)
                 # JSON knows no nan: a head that diverged, a ratio over zero.

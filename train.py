@@ -15,7 +15,7 @@ import torch
 
 import common
 
-METHODS = {"magma": "Magma", "mixedae": "MixedAE"}  # module: class
+METHODS = {"finola": "FinolaAutoencoder", "magma": "Magma", "mixedae": "MixedAE"}  # module: class
 
 
 def method_lines() -> str:
