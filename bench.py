@@ -13,6 +13,7 @@ probe         a linear probe on features that are kept against one that encodes 
 knn           exact nearest neighbours of 10,000 features among 50,000
 augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-tuning step
 mixed         MixedAE's step against MAE's, and top-k against plain attention
+finola        FINOLA's map in its parallel form against position by position
 """
 
 import argparse
@@ -33,6 +34,7 @@ from PIL import Image
 
 import common
 import evaluate
+import finola
 import magma
 import mixedae
 
@@ -273,8 +275,55 @@ def mixed(device):
                 row(name_of, f"{ours * 1e3:.2f} ms", f"{theirs * 1e3:.2f} ms", f"{ours / theirs:.2f}")
 
 
+def position_by_position(module: finola.Finola, q: torch.Tensor, size: int) -> torch.Tensor:
+    """The obvious version of Finola.forward: both walks cell after cell, each from the cell before it -> (B, C, S, S)."""
+    centre, maps = size // 2, []
+    for first, second in ((1, 0), (0, 1)):  # the axis that is walked first: columns, then rows
+        cells = {(centre, centre): q}
+        for axis, lines in ((first, [centre]), (second, range(size))):
+            for line in lines:
+                for sign, end in ((1, size - 1), (-1, 0)):
+                    for place in range(centre, end, sign):
+                        here, there = (
+                            ((line, place), (line, place + sign)) if axis else ((place, line), (place + sign, line))
+                        )
+                        name = (("down", "up"), ("right", "left"))[axis][sign < 0]
+                        cells[there] = finola.step(cells[here], getattr(module, name))
+        maps.append(torch.stack([cells[place] for place in sorted(cells)], dim=-1).unflatten(-1, (size, size)))
+    return sum(maps) / 2
+
+
+def autoregression(device):
+    """FINOLA's 16 x 16 map, batch 8, forward and backward."""
+    row("FINOLA map, 16 x 16, batch 8", "cell by cell", "parallel", "faster", "than in fp32")
+    for channels, rounds in ((256, 5), (3072, 1)):
+        module = finola.Finola(channels).to(device)
+        q = torch.randn(8, channels, device=device)
+        torch.testing.assert_close(position_by_position(module, q, 4), module(q, 4), rtol=1e-3, atol=1e-3)
+        exact = None
+        for name, precision, dtype in (
+            ("fp32", "highest", None),
+            ('fp32, "medium"', "medium", None),
+            ("bf16", "highest", torch.bfloat16),
+        ):
+
+            def run(unroll, module=module, q=q, dtype=dtype):
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    z = unroll(q)
+                z.square().mean().backward()
+                module.zero_grad()
+
+            torch.set_float32_matmul_precision(precision)
+            versions = (functools.partial(position_by_position, module, size=16), functools.partial(module, size=16))
+            slow, fast = seconds(*(functools.partial(run, f) for f in versions), rounds=rounds)
+            exact = exact or slow
+            label = f"  {channels} channels, {name}"
+            row(label, f"{slow * 1e3:.0f} ms", f"{fast * 1e3:.0f} ms", f"{slow / fast:.1f} x", f"{exact / fast:.1f} x")
+        torch.set_float32_matmul_precision("highest")
+
+
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
-BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed}
+BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression}
 
 
 def main():

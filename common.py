@@ -301,6 +301,11 @@ def conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: in
     return nn.Sequential(layer, nn.BatchNorm2d(outputs))
 
 
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """A sigmoid of three straight pieces, 0 to 1; unlike `F.hardsigmoid`, it can be differentiated twice."""
+    return (x / 6 + 0.5).clamp(0, 1)
+
+
 class DynamicReLU(nn.Module):
     """max(a x, b x), the slopes of each channel given by a token: a in [0, 2], b in [-1, 1]; at first they are 1 and 0."""
 
@@ -309,7 +314,7 @@ class DynamicReLU(nn.Module):
         self.hidden, self.slopes = nn.Linear(token_dim, token_dim // 4), nn.Linear(token_dim // 4, 2 * channels)
 
     def forward(self, x: Tensor, token: Tensor) -> Tensor:  # (B, C, H, W), (B, d)
-        slopes = F.hardsigmoid(self.slopes(F.relu(self.hidden(token))))[..., None, None]  # (B, 2C, 1, 1)
+        slopes = hard_sigmoid(self.slopes(F.relu(self.hidden(token))))[..., None, None]  # (B, 2C, 1, 1)
         a, b = slopes.chunk(2, dim=1)
         return torch.maximum(2 * a * x, (2 * b - 1) * x)
 
@@ -368,7 +373,7 @@ class MobileToFormer(nn.Module):
     def forward(self, tokens: Tensor, x: Tensor) -> Tensor:  # (B, T, d), (B, C, H, W) -> (B, T, d)
         x = rearrange(x, "b c h w -> b (h w) c")
         seen = cross_attention(self.query(tokens), x, x, heads=2)  # (B, T, C)
-        return self.norm(tokens + self.out(seen * 2 * F.hardsigmoid(self.gate(tokens))))
+        return self.norm(tokens + self.out(seen * 2 * hard_sigmoid(self.gate(tokens))))
 
 
 class Former(nn.Module):

@@ -204,3 +204,89 @@ def mutual_information(joint):
     for (a, b), p in joint.items():
         left[a], right[b] = left.get(a, 0.0) + p, right.get(b, 0.0) + p
     return sum(p * math.log(p / (left[a] * right[b])) for (a, b), p in joint.items() if p > 0)
+
+
+# --- Mobile-Former ---------------------------------------------------------------------------------------------------
+
+
+def cross_attention(q, k, v, heads):
+    """Attention one query and one head at a time."""
+    out, width = torch.zeros_like(q), q.shape[-1] // heads
+    for b, m, h in itertools.product(range(q.shape[0]), range(q.shape[1]), range(heads)):
+        part = slice(h * width, (h + 1) * width)
+        scores = torch.stack([(q[b, m, part] * k[b, n, part]).sum() / math.sqrt(width) for n in range(k.shape[1])])
+        weights = scores.exp() / scores.exp().sum()
+        out[b, m, part] = sum(weight * v[b, n, part] for n, weight in enumerate(weights))
+    return out
+
+
+# --- FINOLA ----------------------------------------------------------------------------------------------------------
+
+
+def norm_linear_step(z, matrix, eps=1e-5):
+    """Eq. 1 for one vector (C,)."""
+    mean = z.sum() / len(z)
+    deviation = (((z - mean) ** 2).sum() / len(z) + eps).sqrt()
+    return z + matrix @ ((z - mean) / deviation)
+
+
+def finola_walks(q, matrices, size, origin):
+    """Both walks to each cell, from q anew each time: columns first, rows first, each (B, C, H, W)."""
+    maps = torch.zeros(2, len(q), q.shape[1], *size, dtype=q.dtype)
+    for b, y, x in itertools.product(range(len(q)), range(size[0]), range(size[1])):
+        across = ["right"] * (x - origin[1]) + ["left"] * (origin[1] - x)
+        along = ["down"] * (y - origin[0]) + ["up"] * (origin[0] - y)
+        for i, path in enumerate((across + along, along + across)):
+            z = q[b]
+            for name in path:
+                z = norm_linear_step(z, matrices[name])
+            maps[i, b, :, y, x] = z
+    return maps
+
+
+def blockwise(z, matrices, row, column):
+    """Masked-FINOLA-B cell by cell: which cells a visible one predicts, and how; also how often each one was written."""
+    channels, block = z.shape[0], z.shape[1]
+    out, written = torch.zeros(channels, 2 * block, 2 * block, dtype=z.dtype), torch.zeros(2 * block, 2 * block)
+    for i, j in itertools.product(range(block), range(block)):
+        y, x = row + i, column + j  # where the visible cell is in the map
+        down, right = y >= 2 * row, x >= 2 * column
+        other_y = y - row + block if down else y - row
+        other_x = x - column + block if right else x - column
+        along, across = matrices["down" if down else "up"], matrices["right" if right else "left"]
+        cell = z[:, i, j]
+        beside, below = norm_linear_step(cell, across), norm_linear_step(cell, along)
+        both = (norm_linear_step(beside, along) + norm_linear_step(below, across)) / 2
+        for place, value in (((y, x), cell), ((y, other_x), beside), ((other_y, x), below), ((other_y, other_x), both)):
+            out[(slice(None), *place)] = value
+            written[place] += 1
+    return out, written
+
+
+def pde_residual(z, matrices, origin):
+    """Eq. 2 over all steps away from the origin, step by step, for one map (C, H, W): along x and along y."""
+    results = []
+    for axis, (before, after) in ((2, ("left", "right")), (1, ("up", "down"))):
+        wrong, moved = 0.0, 0.0
+        for y, x in itertools.product(range(z.shape[1]), range(z.shape[2])):
+            place = (y, x)[axis - 1]
+            for name, sign in ((after, 1), (before, -1)):
+                if (place - origin[axis - 1]) * sign < 0 or not 0 <= place + sign < z.shape[axis]:
+                    continue
+                other = (y, x + sign) if axis == 2 else (y + sign, x)
+                difference = z[(slice(None), *other)] - z[:, y, x]
+                wrong += ((z[(slice(None), *other)] - norm_linear_step(z[:, y, x], matrices[name])) ** 2).sum()
+                moved += (difference**2).sum()
+        results.append((wrong / moved).sqrt())
+    return results
+
+
+def gaussian_curvature(z):
+    """Eq. 9 at the interior cells of one surface (H, W), by loops."""
+    out = torch.zeros(z.shape[0] - 2, z.shape[1] - 2, dtype=z.dtype)
+    for y, x in itertools.product(range(1, z.shape[0] - 1), range(1, z.shape[1] - 1)):
+        z_x, z_y = (z[y, x + 1] - z[y, x - 1]) / 2, (z[y + 1, x] - z[y - 1, x]) / 2
+        z_xx, z_yy = z[y, x + 1] - 2 * z[y, x] + z[y, x - 1], z[y + 1, x] - 2 * z[y, x] + z[y - 1, x]
+        z_xy = ((z[y + 1, x + 1] - z[y + 1, x - 1]) / 2 - (z[y - 1, x + 1] - z[y - 1, x - 1]) / 2) / 2
+        out[y - 1, x - 1] = (z_xx * z_yy - z_xy**2) / (1 + z_x**2 + z_y**2) ** 2
+    return out

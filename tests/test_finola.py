@@ -1,0 +1,628 @@
+"""FINOLA: the recursion, its masked forms, curvature and differential equations, the embedding space, the method."""
+
+import itertools
+import json
+import math
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import common
+import evaluate
+import finola
+import train
+from common import UserError
+from finola import Config, Finola, FinolaAutoencoder, MFDecoder
+
+seeds = st.integers(0, 2**32 - 1)
+sides = st.integers(1, 5)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def make(dim, seed=0, scale=1.0, **options):
+    """A Finola in float64 with random matrices."""
+    module = Finola(dim, **options).double()
+    for i, name in enumerate(finola.DIRECTIONS):
+        getattr(module, name).data = scale * randn(dim, dim, seed=seed + i)
+    return module
+
+
+def matrices(module):
+    return {name: getattr(module, name).detach() for name in finola.DIRECTIONS}
+
+
+def tiny(**fields):
+    defaults = {"width": "micro", "image_size": 64, "channels": 16, "upsampler_width": 16, "upsampler_blocks": 1}
+    torch.manual_seed(0)
+    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
+    return FinolaAutoencoder(Config(**defaults | fields), data)
+
+
+def images_of(count, size=64, seed=0):
+    return torch.rand(count, 3, size, size, generator=generator(seed))
+
+
+# --- the recursion ---------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3), st.integers(2, 6), sides, sides, st.integers(0, 24), seeds)
+def test_the_parallel_map_is_the_mean_of_both_walks_to_each_cell(batch, dim, height, width, place, seed):
+    """Fig. 3 against walking to each cell anew, one vector at a time; on the axes through q both walks are one."""
+    module, q = make(dim, seed), randn(batch, dim, seed=seed)
+    origin = (place % height, place // 5 % width)
+    walks = reference.finola_walks(q, matrices(module), (height, width), origin)
+    found = module(q, (height, width), origin)
+    torch.testing.assert_close(found, walks.mean(dim=0))
+    torch.testing.assert_close(found[:, :, origin[0]], walks[0, :, :, origin[0]])
+    torch.testing.assert_close(found[..., origin[1]], walks[1, ..., origin[1]])
+    torch.testing.assert_close(found[:, :, origin[0], origin[1]], q)
+
+
+@pytest.mark.parametrize("size", [4, 5, (4, 7)])
+def test_the_origin_is_the_centre_unless_given(size):
+    module, q = make(3), randn(2, 3)
+    height, width = (size, size) if isinstance(size, int) else size
+    torch.testing.assert_close(module(q, size), module(q, size, (height // 2, width // 2)))
+    torch.testing.assert_close(module(q, size)[:, :, height // 2, width // 2], q)
+
+
+def swapped(module, pairs):
+    other = make(module.dim)
+    for name, source in pairs.items():
+        getattr(other, name).data = getattr(module, source).data
+    return other
+
+
+@given(st.integers(2, 5), sides, sides, seeds)
+def test_transposing_or_mirroring_the_map_swaps_the_matrices(dim, height, width, seed):
+    module, q, origin = make(dim, seed), randn(2, dim, seed=seed), (height // 2, width // 2)
+    found = module(q, (height, width), origin)
+    turned = swapped(module, {"right": "down", "left": "up", "down": "right", "up": "left"})
+    torch.testing.assert_close(turned(q, (width, height), origin[::-1]), found.transpose(2, 3))
+    mirrored = swapped(module, {"right": "left", "left": "right", "down": "down", "up": "up"})
+    torch.testing.assert_close(mirrored(q, (height, width), (origin[0], width - 1 - origin[1])), found.flip(3))
+    flipped = swapped(module, {"right": "right", "left": "left", "down": "up", "up": "down"})
+    torch.testing.assert_close(flipped(q, (height, width), (height - 1 - origin[0], origin[1])), found.flip(2))
+
+
+def test_zero_matrices_give_a_constant_map():
+    q = randn(2, 4)
+    torch.testing.assert_close(make(4, scale=0.0)(q, 5), q[:, :, None, None].expand(-1, -1, 5, 5))
+
+
+@given(st.integers(3, 6), st.floats(-5, 5), st.floats(0.5, 4), seeds)
+def test_shift_and_scale_of_q_pass_through_the_norm(dim, shift, scale, seed):
+    """Normalisation forgets a constant over channels and a factor: steps stay the same, so the map moves with q."""
+    module, q = make(dim, seed), 10 * randn(2, dim, seed=seed)
+    torch.testing.assert_close(module(q + shift, 4), module(q, 4) + shift)
+    wider = make(dim, seed, scale)
+    torch.testing.assert_close(wider(scale * q, 4), scale * module(q, 4), rtol=1e-3, atol=1e-3)  # but for eps
+
+
+@given(st.integers(2, 6), seeds)
+def test_channel_norm_has_mean_0_and_population_deviation_1_along_any_axis(dim, seed):
+    z = randn(2, dim, 3, seed=seed)
+    found = finola.channel_norm(z, dim=1)
+    expected = (z - z.mean(dim=1, keepdim=True)) / (z.var(dim=1, keepdim=True, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(finola.channel_norm(z.movedim(1, -1)), expected.movedim(1, -1))
+    assert finola.channel_norm(z.to(torch.bfloat16)).dtype == torch.float32
+
+
+def test_the_map_has_the_right_gradient():
+    module, q = make(3), randn(2, 3).requires_grad_()
+    parameters = [getattr(module, name) for name in finola.DIRECTIONS]
+    assert torch.autograd.gradcheck(lambda q, *_: module(q, (3, 4)), (q, *parameters))
+    block = randn(1, 3, 2, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, *_: module.blockwise(z, 4, 1, 1), (block, *parameters))
+
+
+def test_states_keep_float32_under_autocast():
+    module, q = Finola(8), torch.randn(2, 8, generator=generator(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(q.bfloat16(), 16)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, module(q.bfloat16().float(), 16), rtol=0.1, atol=0.3)
+
+
+def test_maps_and_places_that_do_not_exist_are_refused():
+    module = make(3)
+    for origin in ((4, 0), (0, -1)):
+        with pytest.raises(ValueError, match="not on a map of 4 x 4"):
+            module(randn(1, 3), 4, origin)
+    with pytest.raises(ValueError, match="not a quarter"):
+        module.blockwise(randn(1, 3, 2, 2), 5, 0, 0)
+    for place in ((-1, 0), (0, 3), (torch.tensor([3]), 0)):
+        with pytest.raises(ValueError, match="leaves the map"):
+            module.blockwise(randn(1, 3, 2, 2), 4, *place)
+    with pytest.raises(UserError, match="unknown --norm 'batch'"):
+        Finola(3, norm="batch")
+
+
+# --- block-wise ------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(2, 4), seeds)
+def test_blockwise_matches_the_cell_by_cell_version_at_every_offset(block, dim, seed):
+    """All offsets at once, one an image: visible cells stay, each masked cell is predicted exactly once (Fig. 4)."""
+    module, offsets = make(dim, seed), list(itertools.product(range(block + 1), repeat=2))
+    z = randn(len(offsets), dim, block, block, seed=seed)
+    rows, columns = torch.tensor(offsets).unbind(1)
+    found = module.blockwise(z, 2 * block, rows, columns)
+    for image, (row, column) in enumerate(offsets):
+        expected, written = reference.blockwise(z[image], matrices(module), row, column)
+        assert (written == 1).all()
+        torch.testing.assert_close(found[image], expected)
+        torch.testing.assert_close(found[image, :, row : row + block, column : column + block], z[image])
+    torch.testing.assert_close(
+        module.blockwise(z, 2 * block, 0, block),
+        module.blockwise(z, 2 * block, *[torch.full((len(z),), place) for place in (0, block)]),
+    )
+
+
+def test_blockwise_geometry_of_the_paper():
+    """On a 16 x 16 map, cell (3, 2) of an upper left block predicts (11, 2), (3, 10) and (11, 10)."""
+    module, z = make(2), torch.zeros(1, 2, 8, 8, dtype=torch.float64)
+    z[0, :, 3, 2] = torch.tensor([1.0, -1.0])
+    moved = module.blockwise(z, 16, 0, 0)[0].abs().sum(dim=0).nonzero().tolist()
+    assert moved == [[3, 2], [3, 10], [11, 2], [11, 10]]
+
+
+# --- differential equations and curvature ----------------------------------------------------------------------------
+
+
+@given(st.integers(2, 4), st.integers(2, 4), st.integers(2, 4), seeds)
+def test_pde_residuals_match_the_step_by_step_version(dim, height, width, seed):
+    module, z, origin = make(dim, seed), randn(2, dim, height, width, seed=seed), (height // 2, width - 1)
+    found = finola.pde_residuals(z, module, origin)
+    for image in range(2):
+        expected = reference.pde_residual(z[image], matrices(module), origin)
+        torch.testing.assert_close(torch.stack([x[image] for x in found]), torch.stack(expected))
+
+
+def commuting(dim, seed):
+    """Skew-symmetric A and B that commute, with zero row sums: rotations of the space orthogonal to (1, ..., 1)."""
+    ones = torch.full((dim, 1), dim**-0.5, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.cat([ones, randn(dim, dim - 1, seed=seed)], dim=1)).Q[:, 1:]  # (C, C - 1)
+    pairs, found = (dim - 1) // 2, []
+    for angles in torch.rand(2, pairs, generator=generator(seed), dtype=torch.float64) + 0.5:
+        blocks = torch.block_diag(*[angle * torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double() for angle in angles])
+        found.append(basis @ blocks @ basis.T + ones @ ones.T)  # the last part acts on nothing, but makes it invertible
+    return found
+
+
+@given(st.sampled_from((3, 5, 7)), seeds)
+@torch.no_grad()
+def test_eq_4_holds_where_its_proof_does(dim, seed):
+    """The proof needs Clairaut's theorem: z_xy = z_yx, that is A D B z_n = B D A z_n with D the Jacobian of the norm.
+
+    It is true where A and B commute, are skew-symmetric and have zero row sums (they rotate z_n and keep its length).
+    Then the residual of the map that small steps integrate goes to zero with the step, and both orders agree.
+    """
+    a, b = commuting(dim, seed)
+    q, residuals = randn(1, dim, seed=seed), []
+    for steps in (1, 2, 4, 8):
+        module = make(dim)
+        module.right.data, module.down.data = a / steps / 4, b / steps / 4
+        z = module(q, 2 * steps + 1, (0, 0))
+        residuals.append(float(finola.laplacian_residual(z, a, b)))
+    assert residuals[-1] < 0.25 * residuals[0] + 1e-9
+    assert all(later < 0.75 * former + 1e-9 for former, later in itertools.pairwise(residuals))
+
+
+@torch.no_grad()
+def test_eq_4_does_not_hold_for_any_matrices():
+    """For random matrices the orders disagree, Clairaut's theorem does not apply, and small steps do not help."""
+    values = []
+    for steps in (1, 4, 16):
+        module = make(6, seed=1)
+        a, b = module.right.data.clone(), module.down.data.clone()
+        module.right.data, module.down.data = a / steps / 4, b / steps / 4
+        values.append(float(finola.laplacian_residual(module(randn(1, 6), 2 * steps + 1, (0, 0)), a, b)))
+    assert min(values) > 0.5
+
+
+def test_laplacian_residual_is_eq_4():
+    z, a, b = randn(2, 3, 4, 5), randn(3, 3, seed=1), randn(3, 3, seed=2)
+    square = (a @ torch.linalg.inv(b)) @ (a @ torch.linalg.inv(b))
+    for image in range(2):
+        sums = torch.zeros(3, dtype=torch.float64)
+        for y, x in itertools.product(range(1, 3), range(1, 4)):
+            z_xx = z[image, :, y, x + 1] - 2 * z[image, :, y, x] + z[image, :, y, x - 1]
+            z_yy = square @ (z[image, :, y + 1, x] - 2 * z[image, :, y, x] + z[image, :, y - 1, x])
+            sums += torch.stack([((z_xx - z_yy) ** 2).sum(), (z_xx**2).sum(), (z_yy**2).sum()])
+        expected = sums[0].sqrt() / (sums[1].sqrt() + sums[2].sqrt())
+        torch.testing.assert_close(finola.laplacian_residual(z, a, b)[image], expected)
+
+
+@given(st.integers(3, 6), st.integers(3, 6), seeds)
+def test_gaussian_curvature_matches_eq_9_and_turns_with_the_surface(height, width, seed):
+    z = randn(2, 3, height, width, seed=seed)
+    found = finola.gaussian_curvature(z)
+    assert found.shape == z.shape
+    for i, j in itertools.product(range(2), range(3)):
+        torch.testing.assert_close(found[i, j, 1:-1, 1:-1], reference.gaussian_curvature(z[i, j]))
+    torch.testing.assert_close(finola.gaussian_curvature(z.rot90(1, (2, 3))), found.rot90(1, (2, 3)))
+    torch.testing.assert_close(finola.gaussian_curvature(z + 3), found)
+
+
+def surface(function, side=21, spacing=1.0):
+    y, x = torch.meshgrid(*[torch.arange(side, dtype=torch.float64) - side // 2] * 2, indexing="ij")
+    return function(x * spacing, y * spacing)
+
+
+def test_curvature_of_surfaces_that_one_knows():
+    for radius in (30.0, 60.0):
+        sphere = finola.gaussian_curvature(surface(lambda x, y, r=radius: (r**2 - x**2 - y**2).sqrt()))
+        torch.testing.assert_close(sphere, torch.full_like(sphere, 1 / radius**2), rtol=0.1, atol=0)
+        middle = slice(8, 13)  # second order: the error of the stencil is of the order of 1 / radius^2
+        flat = torch.full_like(sphere[middle, middle], 1 / radius**2)
+        torch.testing.assert_close(sphere[middle, middle], flat, rtol=3 / radius**2, atol=0)
+    assert (finola.gaussian_curvature(surface(lambda x, y: 0.01 * x * y)) < 0).all()
+    for flat in (lambda x, y: 2 * x - 3 * y + 1, lambda x, y: (400 - x**2).sqrt(), lambda x, y: (x + y).square() / 50):
+        torch.testing.assert_close(
+            finola.gaussian_curvature(surface(flat)), torch.zeros(21, 21, dtype=torch.float64), atol=1e-12, rtol=0
+        )
+    saddle = finola.gaussian_curvature(surface(lambda x, y: (x**2 - y**2) / 2))[10, 10]
+    assert float(saddle) == -1  # borders are exact for parabolas, too
+    bowl = finola.gaussian_curvature(surface(lambda x, y: (x**2 + y**2) / 2, side=3))
+    torch.testing.assert_close(bowl[0, 0], torch.tensor(1 / 9, dtype=torch.float64))
+
+
+def test_peak_curvature_is_the_root_mean_square_of_both_peaks():
+    z = randn(4, 5, 5)
+    curvature = finola.gaussian_curvature(z)
+    for i in range(4):
+        high, low = max(float(curvature[i].max()), 0), min(float(curvature[i].min()), 0)
+        assert float(finola.peak_curvature(z)[i]) == pytest.approx(math.sqrt((high**2 + low**2) / 2))
+    bowl = surface(lambda x, y: (x**2 + y**2) / 2, side=5)  # no negative peak
+    assert float(finola.peak_curvature(bowl)) == pytest.approx(math.sqrt(0.5))
+    with pytest.raises(ValueError, match="three cells a side"):
+        finola.gaussian_curvature(torch.zeros(2, 3))
+
+
+def test_psnr_is_that_of_the_pixels_that_count():
+    images = images_of(2, 4)
+    others, mask = images + 0.1, torch.zeros(2, 1, 4, 4)
+    others[:, :, 0, 0] += 10
+    mask[:, :, 1:] = 1
+    images = images * 0.5
+    others = images + 0.1
+    others[:, :, 0, 0] += 10
+    torch.testing.assert_close(finola.psnr(images, others, mask), torch.full((2,), 20.0), rtol=1e-4, atol=0)
+    assert (finola.psnr(images, others) < 20).all()
+    torch.testing.assert_close(
+        finola.psnr(torch.ones(1, 3, 2, 2), torch.full((1, 3, 2, 2), 9.0)), torch.tensor([100.0])
+    )
+
+
+# --- the embedding space ---------------------------------------------------------------------------------------------
+
+
+def test_mirrors_interpolations_and_components():
+    q = randn(50, 4)
+    mean, other = q.mean(dim=0), randn(50, 4, seed=1)
+    torch.testing.assert_close((finola.mirror(q, mean) + q) / 2, mean.expand_as(q))
+    line = finola.interpolate(q, other, 5)
+    torch.testing.assert_close(line[[0, 2, 4]], torch.stack([q, (q + other) / 2, other]))
+    none, two, full = finola.principal_reconstructions(q, mean, torch.cov(q.T), (0, 2, 4))
+    torch.testing.assert_close(none, mean.expand_as(q))
+    torch.testing.assert_close(full, q)
+    u, s, v = torch.linalg.svd(q - mean, full_matrices=False)
+    torch.testing.assert_close(two, mean + u[:, :2] * s[:2] @ v[:2])
+
+
+def test_gaussian_samples_have_the_mean_and_covariance():
+    q = randn(30, 3) @ randn(3, 3, seed=1) + 5
+    samples = finola.gaussian_samples(q, 40000, generator(0))
+    torch.testing.assert_close(samples.mean(dim=0), q.mean(dim=0), rtol=0, atol=0.1)
+    torch.testing.assert_close(torch.cov(samples.T), torch.cov(q.T), rtol=0.05, atol=0.05)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def test_attention_pooling_is_attention_of_one_query_without_projections():
+    pool, x = finola.AttentionPool(6, heads=2).double(), randn(3, 6, 2, 5)
+    pool.query_token.data = randn(6, seed=1)
+    tokens = x.flatten(2).transpose(1, 2)
+    expected = reference.cross_attention(pool.query_token.expand(3, 1, 6), tokens, tokens, 2)[:, 0]
+    torch.testing.assert_close(pool(x), expected)
+    with pytest.raises(UserError, match="do not divide"):
+        finola.AttentionPool(6, heads=4)
+
+
+def test_the_upsampler_is_that_of_table_10():
+    with torch.device("meta"):
+        upsampler = finola.ConvUpsampler(3072)
+        assert upsampler(torch.empty(1, 3072, 16, 16)).shape == (1, 3, 256, 256)
+    rows = []
+    for layer in upsampler.layers:
+        if isinstance(layer, finola.ResConv):
+            rows.append(("res", layer.layers[-1].out_channels))
+            kernels = [conv.kernel_size for conv in layer.layers if isinstance(conv, torch.nn.Conv2d)]
+            assert kernels == [(3, 3), (3, 3)]
+        elif isinstance(layer, torch.nn.Conv2d):
+            assert layer.kernel_size == (3, 3)
+            rows.append(("conv", layer.out_channels))
+    table = [("res", 512), ("conv", 512), ("res", 256), ("conv", 256), ("res", 256), ("conv", 256), ("res", 128)]
+    assert rows == [*table, ("conv", 128), ("res", 128), ("conv", 3)]
+
+
+def test_the_masked_upsampler_keeps_cells_in_their_places():
+    upsampler, z = finola.PatchUpsampler(4), torch.zeros(1, 4, 2, 3)
+    z[0, 0, 1, 2] = 1
+    changed = (upsampler(z) - upsampler(torch.zeros_like(z))).abs().sum(dim=(0, 1)) > 0
+    assert changed.shape == (32, 48)
+    assert changed[16:, 32:].all()
+    assert changed.sum() == 256
+    assert len(finola.PatchUpsampler(16, blocks=6).blocks) == 6
+    with torch.no_grad():  # the transformer lets cells talk, without positions: moving the map moves the picture
+        mixing = finola.PatchUpsampler(16, blocks=1)
+        z = torch.randn(1, 16, 2, 2, generator=generator(0))
+        torch.testing.assert_close(mixing(z.flip(2)).unflatten(2, (2, 16)), mixing(z).unflatten(2, (2, 16)).flip(2))
+
+
+@pytest.mark.parametrize(
+    ("width", "fine", "published"), [(2880, 192, (19.4, 9.2)), (1440, 96, (18.6, 8.4)), (720, 48, (18.2, 8.0))]
+)
+def test_the_decoders_have_the_published_number_of_parameters(width, fine, published):
+    for depths, millions in zip(((5, 2, 2), (2, 1, 1)), published, strict=True):
+        with torch.device("meta"):
+            decoder = MFDecoder(depths, width, fine)
+        assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+
+
+def test_the_decoder_goes_on_from_the_encoder():
+    torch.manual_seed(0)
+    encoder, decoder = common.MobileFormer("micro").eval(), MFDecoder((2, 1, 1), 256, 48, queries=7).eval()
+    coarse, hidden = encoder(images_of(2)[:, :, :48], hidden=True)  # an odd number of cells at 1/16
+    logits, boxes = decoder(coarse, hidden[2])
+    assert (logits.shape, boxes.shape) == ((4, 2, 7, 92), (4, 2, 7, 4))
+    assert 0 < boxes.min() < boxes.max() < 1
+    (logits.sum() + boxes.sum()).backward()
+    assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
+    swapped_images = decoder(coarse.flip(0), hidden[2].flip(0))[0]
+    torch.testing.assert_close(swapped_images, logits.flip(1), rtol=1e-4, atol=1e-4)
+    turned = decoder(coarse.flip(3), hidden[2].flip(3))[0]  # positions tell left from right
+    assert not torch.allclose(turned, logits, atol=1e-4)
+
+
+# --- normalisation by running statistics -----------------------------------------------------------------------------
+
+
+def test_running_statistics_are_those_of_each_step_of_each_walk():
+    module, q = Finola(4, norm="running").double(), randn(5, 4)
+    plain = Finola(4).double()
+    plain.load_state_dict({name: getattr(module, name) for name in finola.DIRECTIONS})
+    torch.testing.assert_close(module.train()(q, 6), plain(q, 6))  # training has the norm of each position
+    for _ in range(200):
+        module(q, 6)
+    mean, std = module.running.unflatten(1, (2, 4))[:, 0, :, 0]  # first stage, first step: q itself, in all directions
+    torch.testing.assert_close(mean, q.mean().expand(4))
+    torch.testing.assert_close(std, q.std(dim=1, correction=0).mean().expand(4))
+    row = plain(q, 6)[:, :, 3]  # the second stage downwards starts from the whole middle row
+    torch.testing.assert_close(module.running[0, 4 + 2, 0], row.mean())
+    before = module.running.clone()
+    moved = module.eval()(q, 6)
+    torch.testing.assert_close(module.running, before)
+    assert not torch.allclose(moved, plain(q, 6))
+    steps = []
+    for walk in (0, 4):  # to the right from q, in the first stage and in the second: the mean of both walks
+        mean, std = module.running[:, walk, 0]
+        steps.append(q + ((q - mean) / std) @ module.right.T)
+    torch.testing.assert_close(moved[:, :, 3, 4], sum(steps) / 2)
+    with pytest.raises(ValueError, match="kept for 64 cells"):
+        module(q, 65)
+
+
+def test_without_a_norm_the_recursion_is_linear():
+    module, q = make(3, scale=0.1, norm="none"), randn(2, 3)
+    eye = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(module(q, 3, (0, 0))[:, :, 0, 2], q @ ((eye + module.right) @ (eye + module.right)).T)
+
+
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", finola.VARIANTS)
+def test_every_parameter_gets_a_gradient(variant):
+    method = tiny(variant=variant)
+    method(images_of(4))["loss"].backward()
+    assert [name for name, p in method.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(("origin", "place"), [(n, p) for n, p in finola.ORIGINS.items()])
+def test_q_can_be_put_in_the_corners_and_matrices_without_use_are_frozen(origin, place):
+    method = tiny(origin=origin)
+    expected = (2, 2) if place is None else tuple(x % 4 for x in place)
+    q = torch.randn(2, 16, generator=generator(0))
+    torch.testing.assert_close(method.unroll(q)[:, :, expected[0], expected[1]], q)
+    method(images_of(2))["loss"].backward()
+    trained = [name for name in finola.DIRECTIONS if getattr(method.finola, name).requires_grad]
+    assert len(trained) == (4 if place is None else 2)
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("variant", ["masked_e", "masked_b"])
+def test_masked_variants_see_the_block_and_are_judged_by_the_rest(variant):
+    """Pixels outside the block change the loss but not the prediction; those inside change the prediction alone."""
+    method = tiny(variant=variant).eval()
+    images, corner = images_of(3), torch.tensor([[0, 0], [1, 2], [2, 1]])
+    hidden = method.scored(images, corner).bool()
+    assert (hidden.sum(dim=(1, 2, 3)) == 64 * 64 * 3 // 4).all()
+    assert not hidden[1, 0, 16:48, 32:].any()
+    with torch.no_grad():
+        prediction, loss = method.decode(method.feature_map(images, corner)), method(images, corner=corner)["loss"]
+        other = torch.where(hidden, images_of(3, seed=1), images)
+        torch.testing.assert_close(method.decode(method.feature_map(other, corner)), prediction)
+        assert float(method(other, corner=corner)["loss"]) != pytest.approx(float(loss))
+        normed, predicted = (method.encoder.normalize(x) for x in (images, prediction))
+        expected = (normed - predicted).square()[hidden.expand_as(images)].mean()
+        torch.testing.assert_close(method(images, corner=corner)["loss"], expected)
+        psnr = finola.psnr(images, prediction, hidden).mean()
+        torch.testing.assert_close(method(images, corner=corner)["psnr"], psnr)
+        seen = torch.where(hidden, images, images_of(3, seed=1))
+        assert not torch.allclose(method.decode(method.feature_map(seen, corner)), prediction)
+
+
+def test_the_loss_of_the_whole_image_is_the_mean_squared_error_of_normalised_pixels():
+    method, images = tiny().eval(), images_of(2)
+    out = method(images)
+    difference = (method.decode(method.feature_map(images)) - images) / 0.25
+    torch.testing.assert_close(out["loss"], difference.square().mean())
+
+
+def test_masked_e_puts_q_at_the_centre_of_each_images_block():
+    method = tiny(variant="masked_e")
+    q, corners = torch.randn(9, 16, generator=generator(0)), list(itertools.product(range(3), repeat=2))
+    found = method.unroll(q, torch.tensor(corners))
+    for i, (row, column) in enumerate(corners):
+        torch.testing.assert_close(found[i], method.finola(q[i : i + 1], 4, (row + 1, column + 1))[0])
+
+
+def test_blocks_float_over_the_whole_grid():
+    corners = tiny(variant="masked_b").draw(500, "cpu")
+    assert {tuple(corner) for corner in corners.tolist()} == set(itertools.product(range(3), repeat=2))
+
+
+@given(st.integers(1, 4), st.integers(1, 3), seeds)
+def test_cut_takes_a_window_of_each_image(count, side, seed):
+    maps = torch.rand(count, 2, 5, 6, generator=generator(seed))
+    corner = torch.stack([torch.randint(0, n - side + 1, (count,), generator=generator(seed)) for n in (5, 6)], dim=1)
+    for i, (row, column) in enumerate(corner.tolist()):
+        window = maps[i, :, row : row + side, column : column + side]
+        torch.testing.assert_close(finola.cut(maps, corner, side)[i], window)
+
+
+@pytest.mark.parametrize("variant", finola.VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_method_runs_under_autocast(variant, dtype):
+    method = tiny(variant=variant)
+    with torch.autocast("cpu", dtype):
+        out = method(images_of(2))
+    out["loss"].backward()
+    assert out["loss"].dtype == torch.float32
+    assert all(p.grad.isfinite().all() for p in method.parameters())
+
+
+@pytest.mark.parametrize("variant", finola.VARIANTS)
+def test_pictures_show_what_is_seen_and_what_becomes_of_it(variant):
+    method, images = tiny(variant=variant).eval(), images_of(3)
+    rows = method.pictures(images)
+    assert rows.shape == (3, len(method.captions), 3, 64, 64)
+    assert 0 <= rows.min() <= rows.max() <= 1
+    torch.testing.assert_close(rows[:, 0], images)
+    if variant != "finola":
+        hidden = (rows[:, 1] == 0.5).all(dim=1, keepdim=True)
+        assert (hidden.sum(dim=(1, 2, 3)) == 64 * 64 * 3 // 4).all()
+        torch.testing.assert_close(torch.where(hidden, 0, rows[:, 2]), torch.where(hidden, 0, images))
+        assert not torch.allclose(rows[:, 2], images)
+
+
+def test_the_settings_reach_the_parts():
+    method = tiny(variant="masked_b", upsampler_blocks=3, channels=24)
+    assert len(method.upsampler.blocks) == 3
+    assert method.encoder.dim == 256  # its own width, projected before FINOLA
+    assert method.project.out_channels == method.finola.dim == 24
+    method = tiny(channels=24, pool_heads=3, norm="running", upsampler_width=32)
+    assert (method.encoder.dim, method.pool.heads, method.finola.norm) == (24, 3, "running")
+    assert method.upsampler.layers[0].layers[-1].out_channels == 32
+
+
+def test_recipes_are_table_12():
+    def read(*flags):
+        return common.read_flags(Config, finola.RECIPES, ["--data", "imagenet", *flags])
+
+    plain = read()
+    assert (plain.epochs, plain.batch_size, plain.warmup_epochs) == (100, 128, 10)
+    assert (plain.base_lr, plain.weight_decay, plain.image_size) == (1.5e-4, 0.1, 256)
+    assert (plain.width, plain.channels, plain.variant) == ("2880", 3072, "finola")
+    for variant in ("masked_e", "masked_b"):
+        masked = read("--variant", variant)
+        assert (masked.epochs, masked.batch_size, masked.channels) == (1600, 1024, 512)
+        assert (masked.base_lr, masked.upsampler_blocks) == (1.5e-4, 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variant": "masked"}, "unknown --variant 'masked'"),
+        ({"width": "100"}, "unknown --width '100'"),
+        ({"origin": "left"}, "unknown --origin 'left'"),
+        ({"norm": "batch"}, "unknown --norm 'batch'"),
+        ({"image_size": 72}, "--image-size 72 is not a multiple of 16"),
+        ({"image_size": 48, "variant": "masked_e"}, "--image-size 48 is not a multiple of 32"),
+        ({"channels": 3}, "--channels 3 is too narrow"),
+        ({"upsampler_width": 2}, "--upsampler-width 2 is too narrow"),
+        ({"upsampler_blocks": -1, "variant": "masked_b"}, "--upsampler-blocks -1"),
+        ({"origin": "top_left", "variant": "masked_b"}, "--origin belongs to --variant finola"),
+        ({"norm": "running", "variant": "masked_b"}, "--norm running"),
+        ({"pool_heads": 5}, "do not divide into 5 heads"),
+    ],
+)
+def test_finola_refuses_what_makes_no_sense(fields, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**fields)
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """A folder of pictures in two classes, of one colour each."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("stripes")
+    for split, count in (("train", 12), ("val", 6)):
+        for label, colour in enumerate(((200, 40, 40), (40, 40, 200))):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (64, 64), tuple(c + 3 * i for c in colour)).save(folder / f"{i}.png")
+    return root
+
+
+FLAGS = ["--width", "micro", "--channels", "16", "--upsampler-width", "16", "--upsampler-blocks", "1"]
+FLAGS += ["--image-size", "64", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0", "--base-lr", "0.03"]
+
+
+@pytest.mark.parametrize("variant", finola.VARIANTS)
+def test_a_run_is_trained_resumed_and_looked_into(variant, stripes, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["finola", "--data", str(stripes), "--out", str(out), "--variant", variant, "--workers", "0", *FLAGS]
+    assert train.main(argv) == 0
+    log = evaluate.read_log(out / "log.jsonl")
+    assert log[-1]["loss"] < log[1]["loss"]
+    assert {"knn", "linear", "psnr"} <= set(log[-1])
+    command = [str(out), "--protocol", "knn", "finola", "pictures", "--untrained", "--workers", "0"]
+    assert evaluate.main(command) == 0, capsys.readouterr().err
+    files = {path.stem for path in (out / "finola").iterdir()}
+    embeddings = {"mean", "interpolations", "samples", "components", "residuals"} if variant != "masked_b" else set()
+    assert files == embeddings | {"curvature", "surfaces"}
+    lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    found = next(line["results"]["trained"] for line in lines if line["protocol"] == "finola")
+    assert set(found) - {"dz/dx", "dz/dy", "laplacian"} == {"psnr", "psnr_of_mean", "curvature"}
+    assert "untrained" in lines[0]["results"]
+    shown = capsys.readouterr().out
+    assert "PSNR" in shown
+    assert "mean image" in shown
+
+
+def test_the_analysis_wants_a_run_of_finola(stripes, tmp_path, capsys):
+    vit = ["--model", "vit_micro", "--image-size", "16", "--patch", "8", "--decoder-dim", "16", "--decoder-depth", "1"]
+    flags = ["--batch-size", "8", "--epochs", "1", "--workers", "0", "--data", str(stripes), "--decoder-heads", "2"]
+    assert train.main(["magma", "--out", str(tmp_path / "run"), *vit, *flags]) == 0
+    assert evaluate.main([str(tmp_path / "run"), "--protocol", "finola"]) == 2
+    assert "looks into a run of finola" in capsys.readouterr().err
