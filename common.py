@@ -268,7 +268,7 @@ def table_9(factor: float) -> list:
 
 
 MOBILE_FORMERS = {
-    # For laptops, not in the paper: half the blocks, an eighth of the width.
+    # For laptops, not in the paper: half the blocks, a quarter to an eighth of the width.
     "micro": {"token_dim": 64, "head": 256}
     | {
         "rows": [("stem", 0, 16), ("lite", 32, 16), ("down", 64, 32), ("down", 128, 48), ("same", 144, 48)]
@@ -422,8 +422,8 @@ class MobileFormer(nn.Module):
 
     `width` is "micro", 720, 1440, 2880, 4320 or 5760. Images (B, 3, H, W) in [0, 1], sides a multiple of 16, ->
     (B, head, H / 16, W / 16); `head` is the width of the last 1 x 1 convolution, 0 for that of the table.
-    The block is that of the released Mobile-Former. What FINOLA's text leaves open there follows it; without an activation
-    after the last convolution, which is a choice. Parameters lie within 1.2 % of the published 4.9 to 67.6 M.
+    The block is that of the released Mobile-Former. No activation follows the last convolution; that is a choice. Parameters
+    lie within 1.2 % of FINOLA's 4.9, 11.7, 25.0 (Table 4), 43.5 and 67.6 M (Table 2b).
     """
 
     def __init__(

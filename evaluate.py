@@ -526,7 +526,7 @@ def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
 
 
 def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> Config:
-    """Defaults, then the protocol's recipe, then the given flags. `dim` is the encoder's width, `images` how many train.
+    """Defaults, then the protocol's recipe, then the given flags. `dim` is the encoder's width (`width_of`), `images` how many train.
 
     A batch that is larger than the data set becomes all of it. Raises UserError for what makes no sense.
     """
@@ -591,11 +591,17 @@ def token_features(encoder: nn.Module, images: Tensor) -> Tensor:
     return rearrange(encoder(images), "b d h w -> b (h w) d")
 
 
-def make_head(kind: str, dim: int, classes: int, config: Config, std: float = 0.01) -> nn.Module:
-    """The head of a protocol: "linear", "tran1" or "tran4"."""
+def width_of(encoder: nn.Module) -> int:
+    """The width that FINOLA's tables go by: that in a Mobile-Former's name, or of an encoder's features."""
+    name = str(encoder.fields.get("width", ""))
+    return int(name) if name.isdigit() else encoder.dim
+
+
+def make_head(kind: str, dim: int, classes: int, config: Config, std: float = 0.01, width: int = 0) -> nn.Module:
+    """The head of a protocol, "linear", "tran1" or "tran4", on features of width `dim`; `width` is that of `width_of`."""
     if kind == "linear":
         return LinearHeads(dim, classes, len(columns("", config)), config.batchnorm, std)
-    return TransformerHead(dim, decoder_width(dim), int(kind[-1]), classes, config.dropout)
+    return TransformerHead(dim, decoder_width(width or dim), int(kind[-1]), classes, config.dropout)
 
 
 def make_optimizer(groups: list, config: Config) -> torch.optim.Optimizer:
@@ -831,7 +837,8 @@ def train_classifier(protocol: str, row: Row, config: Config) -> dict:
     row.kept.clear()  # features that are kept would take memory from the training
     classes, kind = len(row.train.classes), config.head if protocol == "finetune" else protocol
     torch.manual_seed(config.seed)
-    head = make_head(kind, row.encoder.dim, classes, config, std=2e-5 if protocol == "finetune" else 0.01)
+    std, width = 2e-5 if protocol == "finetune" else 0.01, width_of(row.encoder)
+    head = make_head(kind, row.encoder.dim, classes, config, std, width)
     if protocol == "finetune" and kind != "linear":  # FINOLA: from where the probe of the same decoder ended
         probed = folder_of(kind, row, config) / "last.pt"
         state = common.load_checkpoint(probed) if probed.exists() else {"identity": {}}
@@ -1161,7 +1168,8 @@ def look_into_finola(method: finola.FinolaAutoencoder, row: Row, config: Config)
     """What the analysis of FINOLA needs of all test images: {name: tensor}, one row an image.
 
     PSNR of the reconstruction and of the mean training image, both outside the visible block in masked variants, where it
-    lies in the middle; the residuals of Eq. 2 and 4; each image's peak curvatures, sorted, at most 256; the vectors q.
+    lies in the middle; the residuals of Eq. 2, and of Eq. 4 in the quadrant right of and below q where it has three cells a
+    side; each image's peak curvatures, sorted, at most 256; the vectors q.
     """
     size, found = config.image_size, {}
     loading = row.loading(config)
@@ -1184,6 +1192,7 @@ def look_into_finola(method: finola.FinolaAutoencoder, row: Row, config: Config)
         if method.config.variant != "masked_b":
             with autocast(config, row.device):
                 part["q"] = method.embed(images, corner).float()
+        if method.config.variant != "masked_b" and method.finola.norm == "channel":
             part["dz/dx"], part["dz/dy"] = finola.pde_residuals(z, method.finola, method.start)
             if min(method.size - row_0, method.size - column_0) >= 3:  # the quadrant that A and B unroll
                 part["laplacian"] = finola.laplacian_residual(z[:, :, row_0:, column_0:], right, down)
@@ -1195,12 +1204,15 @@ def look_into_finola(method: finola.FinolaAutoencoder, row: Row, config: Config)
 
 
 @torch.no_grad()
-def draw_embeddings(method: finola.FinolaAutoencoder, q: Tensor, images: Tensor, title: str, out: Path) -> list:
-    """Appendix E: what the upsampler makes of embeddings that belong to no image; q (N, C) of all test images."""
+def draw_embeddings(
+    method: finola.FinolaAutoencoder, q: Tensor, own: Tensor, images: Tensor, title: str, out: Path
+) -> list:
+    """Appendix E: what the upsampler makes of embeddings that belong to no image.
+
+    q (N, C) are those of all test images, `own` (B, C) those of `images`.
+    """
     device, corner, count = images.device, method.middle(images), len(images)
-    q, mean = q.to(device), q.mean(dim=0).to(device)
-    own = method.embed(images, corner).float()
-    written = []
+    q, mean, written = q.to(device), q.mean(dim=0).to(device), []
 
     def decode(vectors):  # (..., C) -> (..., 3, H, W), in [0, 1]
         flat = vectors.flatten(0, -2)
@@ -1245,9 +1257,13 @@ def draw_finola(run: Path, settings: dict, row: Row, config: Config) -> tuple[li
     title, images, written = f"{method.config.variant} on {Path(config.data).name}", one_a_class(row, config), []
     found = look_into_finola(method, row, config)
     if "q" in found:
-        written += draw_embeddings(method, found["q"], images, title, out)
+        with torch.no_grad(), autocast(config, row.device):
+            own = method.embed(images, method.middle(images)).float()
+        written += draw_embeddings(method, found["q"], own, images, title, out)
     else:
         print("note: masked_b has no vector q, so no embeddings and no residuals")
+    if method.finola.norm != "channel":
+        print("note: residuals are those of Eq. 2, which has the channel norm, so there are none")
     residuals = {name: found[name].sort().values for name in ("dz/dx", "dz/dy", "laplacian") if name in found}
     if residuals:
         top, last = max(float(values[-1]) for values in residuals.values()), len(found["psnr"])
@@ -1396,7 +1412,7 @@ def evaluate(argv: list):
     given = {"out": str(run_folder)} | given
     options = {name: given[name] for name in ("root", "image_size", "download", "skip_bad_images") if name in given}
     train, test = (common.load_data(given["data"], split=s, device=device, **options) for s in ("labelled", "test"))
-    configs = {p: settings(p, given, known.get("method", ""), encoder.dim, len(train)) for p in protocols}
+    configs = {p: settings(p, given, known.get("method", ""), width_of(encoder), len(train)) for p in protocols}
     config = configs[protocols[0]]
     rows = [Row("trained", encoder, train, test, device)]
     if config.untrained or (config.scratch and "finetune" in protocols):

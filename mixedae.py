@@ -55,6 +55,7 @@ Choices of ours:
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -129,11 +130,17 @@ def top_keys(scores: Tensor, topk: int) -> Tensor:
 
     Exactly that many, also among equal scores, of which bf16 has many; a threshold would keep more.
     """
-    bits = scores.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[scores.element_size()])
+    size, places = 8 * scores.element_size(), scores.shape[-1]
+    bits = scores.detach().view({16: torch.int16, 32: torch.int32, 64: torch.int64}[size])
     # Read as integers, positive floats keep their order and negative ones reverse it, which flipping all bits but the sign
-    # mends. On CPUs integers are ranked half again as fast.
-    ordered = bits ^ (bits >> (8 * scores.element_size() - 1) & torch.iinfo(bits.dtype).max)
-    return ordered.topk(min(topk, scores.shape[-1]), dim=-1, sorted=False).indices
+    # mends.
+    ordered, topk = bits ^ (bits >> (size - 1) & torch.iinfo(bits.dtype).max), min(topk, places)
+    if bits.device.type != "cpu" or size == 64:
+        return ordered.topk(topk, dim=-1, sorted=False).indices
+    # On CPUs NumPy selects five to ten times as fast, but values only: so each carries its place in the bits below it.
+    wide = ordered.to({16: torch.int32, 32: torch.int64}[size]) << size | torch.arange(places, dtype=torch.int32)
+    chosen = np.partition(wide.numpy(), places - topk, axis=-1)[..., places - topk :]
+    return (torch.from_numpy(chosen) & (2**size - 1)).long()
 
 
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:

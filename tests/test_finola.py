@@ -103,10 +103,10 @@ def test_zero_matrices_give_a_constant_map():
 @given(st.integers(3, 6), st.floats(-5, 5), st.floats(0.5, 4), seeds)
 def test_shift_and_scale_of_q_pass_through_the_norm(dim, shift, scale, seed):
     """Normalisation forgets a constant over channels and a factor: steps stay the same, so the map moves with q."""
-    module, q = make(dim, seed), 10 * randn(2, dim, seed=seed)
+    module, q = make(dim, seed), 1000 * randn(2, dim, seed=seed)  # so that eps does not count
     torch.testing.assert_close(module(q + shift, 4), module(q, 4) + shift)
     wider = make(dim, seed, scale)
-    torch.testing.assert_close(wider(scale * q, 4), scale * module(q, 4), rtol=1e-3, atol=1e-3)  # but for eps
+    torch.testing.assert_close(wider(scale * q, 4), scale * module(q, 4), rtol=1e-4, atol=1e-4)
 
 
 @given(st.integers(2, 6), seeds)
@@ -145,8 +145,8 @@ def test_maps_and_places_that_do_not_exist_are_refused():
     for place in ((-1, 0), (0, 3), (torch.tensor([3]), 0)):
         with pytest.raises(ValueError, match="leaves the map"):
             module.blockwise(randn(1, 3, 2, 2), 4, *place)
-    with pytest.raises(UserError, match="unknown --norm 'batch'"):
-        Finola(3, norm="batch")
+    with pytest.raises(UserError, match="unknown --norm 'layer'"):
+        Finola(3, norm="layer")
 
 
 # --- block-wise ------------------------------------------------------------------------------------------------------
@@ -292,11 +292,8 @@ def test_peak_curvature_is_the_root_mean_square_of_both_peaks():
 
 
 def test_psnr_is_that_of_the_pixels_that_count():
-    images = images_of(2, 4)
-    others, mask = images + 0.1, torch.zeros(2, 1, 4, 4)
-    others[:, :, 0, 0] += 10
+    images, mask = images_of(2, 4) * 0.5, torch.zeros(2, 1, 4, 4)
     mask[:, :, 1:] = 1
-    images = images * 0.5
     others = images + 0.1
     others[:, :, 0, 0] += 10
     torch.testing.assert_close(finola.psnr(images, others, mask), torch.full((2,), 20.0), rtol=1e-4, atol=0)
@@ -401,29 +398,43 @@ def test_the_decoder_goes_on_from_the_encoder():
 # --- normalisation by running statistics -----------------------------------------------------------------------------
 
 
-def test_running_statistics_are_those_of_each_step_of_each_walk():
-    module, q = Finola(4, norm="running").double(), randn(5, 4)
+@pytest.mark.parametrize("norm", ["running", "batch"])
+def test_moving_averages_are_those_of_each_step_of_each_walk(norm):
+    module, q = Finola(4, norm=norm).double(), randn(5, 4)
     plain = Finola(4).double()
     plain.load_state_dict({name: getattr(module, name) for name in finola.DIRECTIONS})
-    torch.testing.assert_close(module.train()(q, 6), plain(q, 6))  # training has the norm of each position
+    trained = module.train()(q, 6)
+    over = -1 if norm == "running" else 0  # the norm of a position, or that of a channel over all positions
+    mean, var = q.mean(dim=over), q.var(dim=over, correction=0)
+    if norm == "running":
+        torch.testing.assert_close(trained, plain(q, 6))
+        mean, var = mean.mean().view(1), var.mean().view(1)
+    else:
+        expected = q + (q - mean) / (var + 1e-5).sqrt() @ module.right.T
+        torch.testing.assert_close(Finola.walk(module, q[None], "right", 1, stage=0)[1, 0], expected)
+        module.averages[0], module.averages[1] = 0, 1
+        trained = module(q, 6)
+    first = module.averages.clone()
+    torch.testing.assert_close(first[0, :4, 0], 0.1 * mean.expand(4, -1))  # as batch norm: a tenth of each batch
     for _ in range(200):
         module(q, 6)
-    mean, std = module.running.unflatten(1, (2, 4))[:, 0, :, 0]  # first stage, first step: q itself, in all directions
-    torch.testing.assert_close(mean, q.mean().expand(4))
-    torch.testing.assert_close(std, q.std(dim=1, correction=0).mean().expand(4))
-    row = plain(q, 6)[:, :, 3]  # the second stage downwards starts from the whole middle row
-    torch.testing.assert_close(module.running[0, 4 + 2, 0], row.mean())
-    before = module.running.clone()
+    averages = module.averages.unflatten(1, (2, 4))  # (2, stages, directions, steps, ...)
+    torch.testing.assert_close(averages[0, 0, :, 0], mean.expand(4, -1))
+    torch.testing.assert_close(averages[1, 0, :, 0], var.expand(4, -1))
+    row = trained[:, :, 3]  # the second stage downwards starts from the whole middle row
+    torch.testing.assert_close(averages[0, 1, 2, 0], row.mean().view(1) if norm == "running" else row.mean(dim=(0, 2)))
+    before = module.averages.clone()
     moved = module.eval()(q, 6)
-    torch.testing.assert_close(module.running, before)
-    assert not torch.allclose(moved, plain(q, 6))
+    torch.testing.assert_close(module.averages, before)
     steps = []
     for walk in (0, 4):  # to the right from q, in the first stage and in the second: the mean of both walks
-        mean, std = module.running[:, walk, 0]
-        steps.append(q + ((q - mean) / std) @ module.right.T)
+        mean, var = module.averages[:, walk, 0]
+        steps.append(q + ((q - mean) / (var + 1e-5).sqrt()) @ module.right.T)
     torch.testing.assert_close(moved[:, :, 3, 4], sum(steps) / 2)
     with pytest.raises(ValueError, match="kept for 64 cells"):
         module(q, 65)
+    with pytest.raises(ValueError, match="unrolled from one vector"):
+        module.blockwise(randn(1, 4, 2, 2), 4, 0, 0)
 
 
 def test_without_a_norm_the_recursion_is_linear():
@@ -560,7 +571,7 @@ def test_recipes_are_table_12():
         ({"variant": "masked"}, "unknown --variant 'masked'"),
         ({"width": "100"}, "unknown --width '100'"),
         ({"origin": "left"}, "unknown --origin 'left'"),
-        ({"norm": "batch"}, "unknown --norm 'batch'"),
+        ({"norm": "layer"}, "unknown --norm 'layer'"),
         ({"image_size": 72}, "--image-size 72 is not a multiple of 16"),
         ({"image_size": 48, "variant": "masked_e"}, "--image-size 48 is not a multiple of 32"),
         ({"channels": 3}, "--channels 3 is too narrow"),
