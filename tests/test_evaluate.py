@@ -264,6 +264,21 @@ def test_rand_augment_leaves_its_input_alone_and_depends_on_the_seed_alone():
 # --- heads, optimiser, drop path, layer-wise rates -------------------------------------------------------------------
 
 
+def test_finola_goes_by_the_name_of_its_encoder_and_not_by_the_channels_of_q():
+    with torch.device("meta"):
+        for name, width in ((720, 192), (1440, 384), (2880, 768), (4320, 768)):
+            encoder = common.MobileFormer(name, head=512)
+            assert evaluate.decoder_width(evaluate.width_of(encoder)) == width
+            config = evaluate.settings(
+                "tran1", {"image_size": 32, "data": "x"}, "finola", evaluate.width_of(encoder), 10**6
+            )
+            head = evaluate.make_head("tran1", encoder.dim, 10, config, width=evaluate.width_of(encoder))
+            assert head(torch.empty(2, 5, 512)).shape == (2, 10)
+            assert head.blocks[0].norm1.normalized_shape == (width,)
+    assert evaluate.width_of(common.MobileFormer("micro", head=8)) == 8
+    assert evaluate.width_of(common.ViT(8, 4, 16, 1, 2)) == 16
+
+
 @pytest.mark.parametrize(("encoder", "width", "millions"), [(720, 192, 2.1), (1440, 384, 8.0), (2880, 768, 31.3)])
 def test_transformer_head_has_the_parameters_of_finola(encoder, width, millions):
     """FINOLA, Table 7: what tran-4 adds to encoders of width 720, 1440 and 2880, with 1000 classes."""

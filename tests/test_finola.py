@@ -7,6 +7,7 @@ import math
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -188,6 +189,8 @@ def test_pde_residuals_match_the_step_by_step_version(dim, height, width, seed):
     for image in range(2):
         expected = reference.pde_residual(z[image], matrices(module), origin)
         torch.testing.assert_close(torch.stack([x[image] for x in found]), torch.stack(expected))
+    centre = finola.pde_residuals(z, module, (height // 2, width // 2))
+    torch.testing.assert_close(finola.pde_residuals(z, module), centre)
 
 
 def commuting(dim, seed):
@@ -320,7 +323,7 @@ def test_mirrors_interpolations_and_components():
 
 
 def test_gaussian_samples_have_the_mean_and_covariance():
-    q = randn(30, 3) @ randn(3, 3, seed=1) + 5
+    q = randn(4, 3) @ randn(3, 3, seed=1) + 5
     samples = finola.gaussian_samples(q, 40000, generator(0))
     torch.testing.assert_close(samples.mean(dim=0), q.mean(dim=0), rtol=0, atol=0.1)
     torch.testing.assert_close(torch.cov(samples.T), torch.cov(q.T), rtol=0.05, atol=0.05)
@@ -356,6 +359,32 @@ def test_the_upsampler_is_that_of_table_10():
     assert rows == [*table, ("conv", 128), ("res", 128), ("conv", 3)]
 
 
+def plain_upsampler(upsampler, z):
+    """Table 10's stack with the norms, activations and shortcuts of VQGAN, from its convolutions alone."""
+
+    def normed(x):
+        groups = {64: 16, 32: 8, 16: 4}[x.shape[1]]  # 32 where there are that many times four channels
+        return F.silu(F.group_norm(x, groups, eps=1e-6))
+
+    def res(layer, x):
+        first, second = (conv for conv in layer.layers if isinstance(conv, torch.nn.Conv2d))
+        return layer.shortcut(x) + second(normed(first(normed(x))))
+
+    convs = [layer for layer in upsampler.layers if isinstance(layer, finola.ResConv | torch.nn.Conv2d)]
+    x = res(convs[0], z)
+    for up, block in zip(convs[1:-1:2], convs[2:-1:2], strict=True):
+        x = res(block, up(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)))
+    return convs[-1](normed(x))
+
+
+def test_the_upsampler_matches_the_layers_written_out():
+    torch.manual_seed(0)
+    upsampler, z = finola.ConvUpsampler(64, width=64), torch.randn(2, 64, 2, 3)
+    torch.testing.assert_close(upsampler(z), plain_upsampler(upsampler, z), rtol=1e-4, atol=1e-5)
+    assert upsampler(z).shape == (2, 3, 32, 48)
+    assert [finola.normed(n)[0].num_groups for n in (3072, 512, 128, 64, 16, 6, 3)] == [32, 32, 32, 16, 4, 1, 1]
+
+
 def test_the_masked_upsampler_keeps_cells_in_their_places():
     upsampler, z = finola.PatchUpsampler(4), torch.zeros(1, 4, 2, 3)
     z[0, 0, 1, 2] = 1
@@ -363,7 +392,13 @@ def test_the_masked_upsampler_keeps_cells_in_their_places():
     assert changed.shape == (32, 48)
     assert changed[16:, 32:].all()
     assert changed.sum() == 256
-    assert len(finola.PatchUpsampler(16, blocks=6).blocks) == 6
+    deep = finola.PatchUpsampler(16, blocks=6)
+    assert len(deep.blocks) == 6
+    assert {block.heads for block in deep.blocks} == {8}
+    tokens = torch.randn(1, 16, 1, 1, generator=generator(0))
+    pixels = deep.linear(F.layer_norm(deep.blocks(tokens[:, :, 0, 0][:, None]), (16,), eps=1e-6))
+    torch.testing.assert_close(deep(tokens), common.unpatchify(pixels, 16, 16, 16))
+    assert float(deep.linear.bias.detach().abs().max()) == 0
     with torch.no_grad():  # the transformer lets cells talk, without positions: moving the map moves the picture
         mixing = finola.PatchUpsampler(16, blocks=1)
         z = torch.randn(1, 16, 2, 2, generator=generator(0))
@@ -386,6 +421,9 @@ def test_the_decoder_goes_on_from_the_encoder():
     coarse, hidden = encoder(images_of(2)[:, :, :48], hidden=True)  # an odd number of cells at 1/16
     logits, boxes = decoder(coarse, hidden[2])
     assert (logits.shape, boxes.shape) == ((4, 2, 7, 92), (4, 2, 7, 4))
+    hidden_units = [block.mobile.mlp["fc1"].out_features for block in decoder.stages[0]]
+    assert hidden_units == [2048, 2048]
+    assert [len(stage) for stage in decoder.stages] == [2, 1, 1]
     assert 0 < boxes.min() < boxes.max() < 1
     (logits.sum() + boxes.sum()).backward()
     assert [name for name, p in decoder.named_parameters() if p.grad is None] == []
@@ -502,6 +540,15 @@ def test_masked_e_puts_q_at_the_centre_of_each_images_block():
         torch.testing.assert_close(found[i], method.finola(q[i : i + 1], 4, (row + 1, column + 1))[0])
 
 
+@pytest.mark.parametrize("variant", ["masked_e", "masked_b"])
+def test_training_draws_its_blocks(variant):
+    method, images, losses = tiny(variant=variant).eval(), images_of(1), set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        losses.add(float(method(images)["loss"].detach()))
+    assert len(losses) > 2
+
+
 def test_blocks_float_over_the_whole_grid():
     corners = tiny(variant="masked_b").draw(500, "cpu")
     assert {tuple(corner) for corner in corners.tolist()} == set(itertools.product(range(3), repeat=2))
@@ -559,6 +606,8 @@ def test_recipes_are_table_12():
     assert (plain.epochs, plain.batch_size, plain.warmup_epochs) == (100, 128, 10)
     assert (plain.base_lr, plain.weight_decay, plain.image_size) == (1.5e-4, 0.1, 256)
     assert (plain.width, plain.channels, plain.variant) == ("2880", 3072, "finola")
+    assert (plain.crop_min, plain.flip, plain.betas) == (0.08, 0.0, (0.9, 0.95))
+    assert (plain.pool_heads, plain.upsampler_width, plain.norm, plain.origin) == (8, 512, "channel", "center")
     for variant in ("masked_e", "masked_b"):
         masked = read("--variant", variant)
         assert (masked.epochs, masked.batch_size, masked.channels) == (1600, 1024, 512)
@@ -629,6 +678,95 @@ def test_a_run_is_trained_resumed_and_looked_into(variant, stripes, tmp_path, ca
     shown = capsys.readouterr().out
     assert "PSNR" in shown
     assert "mean image" in shown
+
+
+def look(method, count=6):
+    """What evaluate.py finds in a method: of the test images, and the images themselves."""
+    size = method.config.image_size
+    train_images, test_images = images_of(5, size, seed=1), images_of(count, size, seed=2)
+    data = [
+        common.MemoryImages((x * 255).to(torch.uint8), torch.arange(len(x)) % 2, ["a", "b"], (0.5,) * 3, (0.25,) * 3)
+        for x in (train_images, test_images)
+    ]
+    row = evaluate.Row("trained", method.encoder, *data, torch.device("cpu"))
+    config = evaluate.Config(image_size=size, amp="off", workers=0)
+    exact = [(x * 255).to(torch.uint8) / 255 for x in (train_images, test_images)]
+    return evaluate.look_into_finola(method.eval(), row, config), *exact, row, config
+
+
+@pytest.mark.parametrize("variant", finola.VARIANTS)
+@torch.no_grad()
+def test_what_the_analysis_measures(variant):
+    method = tiny(variant=variant, image_size=96)
+    found, train_images, images, _, _ = look(method)
+    corner = None if variant == "finola" else torch.ones(6, 2, dtype=torch.long)
+    z = method.feature_map(images, corner)
+    mask = method.scored(images, corner)
+    torch.testing.assert_close(found["psnr"], finola.psnr(images, method.decode(z), mask))
+    mean = train_images.mean(dim=0).expand_as(images)
+    torch.testing.assert_close(found["psnr of mean"], finola.psnr(images, mean, mask))
+    assert not torch.allclose(finola.psnr(images, mean), finola.psnr(images, mean, mask)) or corner is None
+    curvature = finola.peak_curvature(z).sort(dim=1).values.flip(1)
+    torch.testing.assert_close(found["curvature"], curvature)
+    if variant == "masked_b":
+        assert set(found) == {"psnr", "psnr of mean", "curvature"}
+        return
+    start = 3 if variant == "finola" else 2  # of six cells; in the middle of a block of three that starts at cell 1
+    q = method.embed(images, corner)
+    torch.testing.assert_close(found["q"], q)
+    torch.testing.assert_close(z[:, :, start, start], q)
+    residuals = finola.pde_residuals(z, method.finola, (start, start))
+    torch.testing.assert_close(torch.stack([found["dz/dx"], found["dz/dy"]]), torch.stack(residuals))
+    quadrant = z[:, :, start:, start:]
+    expected = finola.laplacian_residual(quadrant, method.finola.right, method.finola.down)
+    torch.testing.assert_close(found["laplacian"], expected)
+
+
+@torch.no_grad()
+def test_the_sheets_of_appendix_e_show_what_their_captions_say(tmp_path, monkeypatch):
+    method = tiny()
+    found, _, images, _, _ = look(method)
+    sheets = {}
+    monkeypatch.setattr(
+        evaluate, "write_sheet", lambda path, title, columns, rows: sheets.update({path.stem: (columns, rows)})
+    )
+    q = found["q"]
+    evaluate.draw_embeddings(method, q, q[:3], images[:3], "title", tmp_path)
+
+    def decode(vectors):
+        return method.decode(method.unroll(vectors)).clamp(0, 1)
+
+    def column(name, caption):
+        columns, rows = sheets[name]
+        assert len(columns) == rows.shape[1]
+        return rows[:, columns.index(caption)]
+
+    for name in ("mean", "samples", "components"):
+        torch.testing.assert_close(column(name, "image"), images[:3])
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(column("mean", "q"), decode(q[:3]), **close)
+    torch.testing.assert_close(column("mean", "mean"), decode(q.mean(dim=0).expand(3, -1)), **close)
+    torch.testing.assert_close(column("mean", "mirror"), decode(2 * q.mean(dim=0) - q[:3]), **close)
+    torch.testing.assert_close(column("components", "K = 16"), decode(q[:3]), **close)
+    torch.testing.assert_close(column("interpolations", "second"), images[:3].roll(-1, dims=0))
+    torch.testing.assert_close(sheets["interpolations"][1][:, 1], decode(q[:3]), **close)
+    torch.testing.assert_close(sheets["interpolations"][1][:, 5], decode(q[:3].roll(-1, dims=0)), **close)
+
+
+def test_the_probe_measures_psnr_of_test_images():
+    method = tiny(variant="masked_b", probe_images=4, amp="off", image_size=32).eval()
+    _, _, _, row, _ = look(method)
+    values = []
+    for _ in range(2):
+        torch.manual_seed(len(values))
+        values.append(
+            method.probe(lambda x: x.flatten(1), row.train, row.test, method.config, device=row.device, workers=0)
+        )
+    assert values[0] == values[1]  # the same blocks each time
+    chosen = common.labelled(row.test, 4)
+    torch.manual_seed(method.config.seed)
+    expected = method(row.test.images[chosen] / 255)["psnr"]
+    assert values[0]["psnr"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_the_analysis_wants_a_run_of_finola(stripes, tmp_path, capsys):

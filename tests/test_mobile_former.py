@@ -64,6 +64,15 @@ def test_every_width_is_table_9():
     for width in ("4320", "5760"):
         assert [out / int(width) for _, _, out in rows[width]] == [out / 2880 for _, _, out in rows["2880"]]
         assert [kind for kind, _, _ in rows[width]].count("down") == 3
+    for size in MOBILE_FORMERS.values():  # sides are halved four times, wherever the width comes from
+        assert [kind for kind, _, _ in size["rows"]].count("down") == 3
+
+
+def test_with_3072_channels_encoders_are_nearly_those_of_table_2b():
+    for width, published, tolerance in ((720, 5.0, 0.05), (1440, 12.0, 0.02), (2880, 25.0, 0.01), (5760, 67.6, 0.01)):
+        with torch.device("meta"):
+            encoder = MobileFormer(width, head=3072)
+        assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(published * 1e6, rel=tolerance)
 
 
 @given(st.integers(1, 5), st.integers(1, 5))
@@ -179,6 +188,9 @@ def test_weights_start_as_in_the_released_network():
     assert float(depthwise.std()) == pytest.approx(math.sqrt(2 / (9 * depthwise.shape[0])), rel=0.05)
     assert float(encoder.blocks[0].former.query.weight.detach().std()) == pytest.approx(0.01, rel=0.05)
     assert float(encoder.tokens.detach().std()) == pytest.approx(1, rel=0.1)
+    assert encoder.tokens.shape == (6, 192)
+    assert MobileFormer("micro").tokens.shape[0] == 6
+    assert all(not bias.any() for name, bias in encoder.named_parameters() if name.endswith("bias"))
 
 
 # --- what others rely on ---------------------------------------------------------------------------------------------
