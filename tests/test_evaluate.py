@@ -273,7 +273,7 @@ def test_finola_goes_by_the_name_of_its_encoder_and_not_by_the_channels_of_q():
                 "tran1", {"image_size": 32, "data": "x"}, "finola", evaluate.width_of(encoder), 10**6
             )
             head = evaluate.make_head("tran1", encoder.dim, 10, config, width=evaluate.width_of(encoder))
-            assert head(torch.empty(2, 5, 512)).shape == (2, 10)
+            assert head(torch.empty(2, 5, 512)).shape == (1, 2, 10)
             assert head.blocks[0].norm1.normalized_shape == (width,)
     assert evaluate.width_of(common.MobileFormer("micro", head=8)) == 8
     assert evaluate.width_of(common.ViT(8, 4, 16, 1, 2)) == 16
