@@ -132,7 +132,7 @@ class Finola(nn.Module):
         self.dim, self.norm = dim, norm
         for name in DIRECTIONS:
             setattr(self, name, nn.Parameter(torch.empty(dim, dim).uniform_(-(dim**-0.5), dim**-0.5)))
-        if norm in ("running", "batch"):  # mean and variance of each step of the eight walks, four a stage
+        if norm in ("running", "batch"):  # mean and variance of each step of the walks, four in each of two stages
             shape = (8, LONGEST, dim if norm == "batch" else 1)
             self.register_buffer("averages", torch.stack([torch.zeros(shape), torch.ones(shape)]))
 
@@ -169,8 +169,8 @@ class Finola(nn.Module):
     def forward(self, q: Tensor, size: int | tuple[int, int], origin: tuple[int, int] | None = None) -> Tensor:
         """Vectors q (B, C) at `origin` (row, column), or the centre (H // 2, W // 2) -> maps (B, C, H, W) (Fig. 3).
 
-        A whole row is unrolled along columns at once, and a whole column along rows: from the centre H / 2 + W / 2 steps
-        deep, not H * W.
+        A whole row is unrolled along columns at once, and a whole column along rows: from the centre H + 2 W products
+        of matrices, not 2 H W, one after the other.
         Raises ValueError where the origin is not on the map.
         """
         height, width = (size, size) if isinstance(size, int) else size
@@ -182,10 +182,10 @@ class Finola(nn.Module):
         q = q.to(self.right.dtype)[None]  # (1, B, C); not half precision, or sums of many steps would lose their digits
         across, along = ("left", "right", column, width), ("up", "down", row, height)
         middle_row = self.line(q, *across, stage=0)[:, 0]  # (W, B, C)
-        middle_column = self.line(q, *along, stage=0)[:, 0]  # (H, B, C)
-        rows_first = self.line(middle_row, *along, stage=1)  # (H, W, B, C): psi^v phi^u q
-        columns_first = self.line(middle_column, *across, stage=1)  # (W, H, B, C): phi^u psi^v q
-        return rearrange((rows_first + columns_first.transpose(0, 1)) / 2, "h w b c -> b c h w")
+        across_first = self.line(middle_row, *along, stage=1)  # (H, W, B, C): psi^v phi^u q
+        middle_column = across_first[:, column]  # (H, B, C): psi^v q, where the other order starts
+        along_first = self.line(middle_column, *across, stage=1)  # (W, H, B, C): phi^u psi^v q
+        return rearrange((across_first + along_first.transpose(0, 1)) / 2, "h w b c -> b c h w")
 
     def blockwise(self, z: Tensor, size: int, row: int | Tensor, col: int | Tensor) -> Tensor:
         """Masked-FINOLA-B: a visible block z (B, C, h, w) at (row, col) of a map -> the whole map (B, C, size, size).
