@@ -432,7 +432,7 @@ RECIPES = {
     "imagenet --variant masked_e": MASKED,
     "imagenet --variant masked_b": MASKED,
     # Laptop recipes of ours.
-    "shapes": LAPTOP | {"epochs": 8, "base_lr": 24e-3, "crop_min": 0.8, "probe_every": 4},
+    "shapes": LAPTOP | {"epochs": 9, "base_lr": 24e-3, "crop_min": 0.8, "probe_every": 9},
     "cifar10": LAPTOP | {"epochs": 10, "base_lr": 16e-3, "crop_min": 0.3},
 }
 

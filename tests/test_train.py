@@ -61,7 +61,7 @@ def run_main(*argv, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("magna", "unknown method 'magna'; did you mean 'magma'? choose from magma"),
+        ("magna", "unknown method 'magna'; did you mean 'magma'? choose from "),
         ("magma --data cifar11", "unknown dataset 'cifar11'; did you mean 'cifar10'?"),
         ("magma --epoch 3", "unknown flag '--epoch'; did you mean --epochs?"),
         ("magma --epochs three", "argument --epochs: invalid int value: 'three'"),
