@@ -14,12 +14,14 @@ knn           exact nearest neighbours of 10,000 features among 50,000
 augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-tuning step
 mixed         MixedAE's step against MAE's, and top-k against plain attention
 finola        FINOLA's map in its parallel form against position by position
+energy        an energy step of N = 2 against a plain forward and backward pass of the same transformer: time and memory
 """
 
 import argparse
 import contextlib
 import functools
 import io
+import math
 import os
 import resource
 import statistics
@@ -33,6 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import common
+import ebm_pretrain
 import evaluate
 import finola
 import magma
@@ -322,8 +325,54 @@ def autoregression(device):
         torch.set_float32_matmul_precision("highest")
 
 
+def kept_for_backward(function) -> float:
+    """MB of tensors that autograd keeps for the backward pass of function(), which ends before it."""
+    sizes = {}
+
+    def pack(x):
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()  # alive, so that no address comes twice
+    del result
+    return sum(sizes.values()) / 1e6
+
+
+def energy(device):
+    """Two restorations and their loss against one plain pass: counted as F a forward, 12 F against 3 F, so 4.0 times."""
+    row(
+        "energy step, N = 2, forward and backward", "energy", "plain", "energy / plain", "over floor 4.0", "memory kept"
+    )
+    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
+    for model, size, patch, batch in (("vit_tiny", 32, 4, 64), ("vit_small", 224, 16, 16)):
+        images = torch.rand(batch, 3, size, size, device=device)
+        for amp in ("off", "bf16"):
+            config = ebm_pretrain.Config(model=model, image_size=size, patch=patch, grid=patch, amp=amp)
+            torch.manual_seed(0)
+            method = ebm_pretrain.EnergyPretraining(config, data).to(device)
+            stepper = common.Stepper(method.optimizer(config), config, device)
+            weights = torch.randn(batch, method.encoder.dim, device=device)
+
+            def restoring(method=method, stepper=stepper, images=images):
+                with stepper.autocast():
+                    return method(images)["loss"]
+
+            def plain(method=method, stepper=stepper, images=images, weights=weights):
+                with stepper.autocast():  # the same network and attention, and any gradient on its features
+                    return (method.energy.features(images) * weights).sum()
+
+            spent, usual = seconds(lambda f=restoring: f().backward(), lambda f=plain: f().backward(), rounds=5)
+            kept = kept_for_backward(restoring) / kept_for_backward(plain)
+            label = f"  {model} {size}/{patch}, batch {batch}, {'fp32' if amp == 'off' else amp}"
+            attention = (1 + math.prod(method.encoder.grid)) / (6 * method.encoder.dim)
+            floor = 2 * (6 + 9 * attention) / (3 + 3 * attention)  # `attention` in units of the products with weights
+            ratios = [f"{x:.2f}" for x in (spent / usual, floor, spent / usual / floor)]
+            row(label, *[f"{x * 1e3:.0f} ms" for x in (spent, usual)], *ratios, f"{kept:.1f} x")
+
+
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
-BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression}
+BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
 
 
 def main():

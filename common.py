@@ -417,24 +417,41 @@ class MobileFormerBlock(nn.Module):
         return self.to_mobile(self.mobile(x, tokens[:, 0]), tokens), tokens
 
 
+def replace_batch_norms(module: nn.Module):
+    """Put a group norm of one group in the place of every batch norm, so that no image depends on the others of its batch."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(1, child.num_features).to(child.weight))
+        else:
+            replace_batch_norms(child)
+
+
 class MobileFormer(nn.Module):
     """Mobile-Former (Chen et al. 2022), a MobileNet with six tokens beside it, as FINOLA uses it (Table 9).
 
     `width` is "micro", 720, 1440, 2880, 4320 or 5760. Images (B, 3, H, W) in [0, 1], sides a multiple of 16, ->
     (B, head, H / 16, W / 16); `head` is the width of the last 1 x 1 convolution, 0 for that of the table.
+    `norm` is "batch", or "group" where no image may depend on others (`replace_batch_norms`).
     The block is that of the released Mobile-Former. No activation follows the last convolution; that is a choice. Parameters
     lie within 1.2 % of FINOLA's 4.9, 11.7, 25.0 (Table 4), 43.5 and 67.6 M (Table 2b).
     """
 
     def __init__(
-        self, width: int | str = 2880, head: int = 0, mean: tuple = (0.0, 0.0, 0.0), std: tuple = (1.0, 1.0, 1.0)
+        self,
+        width: int | str = 2880,
+        head: int = 0,
+        mean: tuple = (0.0, 0.0, 0.0),
+        std: tuple = (1.0, 1.0, 1.0),
+        norm: str = "batch",
     ):
         super().__init__()
         if str(width) not in MOBILE_FORMERS:
             raise UserError(unknown("Mobile-Former", str(width), MOBILE_FORMERS))
         size = MOBILE_FORMERS[str(width)]
         token_dim, (stem, lite, *rows) = size["token_dim"], size["rows"]
-        self.fields = {"width": width, "head": head, "mean": tuple(mean), "std": tuple(std)}
+        self.fields = {"width": width, "head": head, "mean": tuple(mean), "std": tuple(std), "norm": norm}
+        if norm not in ("batch", "group"):
+            raise UserError(unknown("norm", norm, ("batch", "group")))
         self.dim, channels = head or size["head"], stem[2]
         self.tokens = nn.Parameter(torch.empty(6, token_dim))
         self.stem, self.lite = conv(3, channels, 3, stride=2), LiteBottleneck(channels, *lite[1:])
@@ -452,6 +469,8 @@ class MobileFormer(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
+        if norm == "group":
+            replace_batch_norms(self)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in [0, 1] -> zero mean and unit variance a channel over the data set."""
@@ -652,6 +671,14 @@ def on_rank_zero(function):
     if shared[1]:
         raise UserError(shared[1])
     return shared[0]
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of a tensor over the processes, without gradient; x itself in one process."""
+    if world_size() > 1:
+        dist.all_reduce(x := x.detach().clone())
+        x /= world_size()
+    return x
 
 
 class _Gather(torch.autograd.Function):
@@ -1726,7 +1753,7 @@ class Method(nn.Module):
         decay, plain = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (plain if parameter.ndim < 2 or name.endswith(("token", "tokens")) else decay).append(parameter)
+                (plain if parameter.ndim < 2 or name.endswith(("token", "tokens", "bias")) else decay).append(parameter)
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 
@@ -1878,7 +1905,12 @@ def rewind_log(path: Path, last_epoch: int, header: str) -> list:
 
 def save_encoder(encoder: nn.Module, path):
     """Write an encoder so that `load_encoder` can rebuild it from the file alone."""
-    torch.save({"kind": type(encoder).__name__, "fields": encoder.fields, "weights": encoder.state_dict()}, path)
+    fields = getattr(encoder, "fields", {})  # a module of a user's own may have none
+    torch.save({"kind": type(encoder).__name__, "fields": fields, "weights": encoder.state_dict()}, path)
+
+
+ENCODERS = {"ViT": ViT, "MobileFormer": MobileFormer}
+"""What `load_encoder` can rebuild, by the name of the class. A file that has encoders of its own adds them when imported."""
 
 
 def load_encoder(path, image_size: int = 0) -> nn.Module:
@@ -1887,12 +1919,13 @@ def load_encoder(path, image_size: int = 0) -> nn.Module:
     Raises UserError where the file is not one.
     """
     state = load_checkpoint(Path(path))
-    kinds = {"ViT": ViT, "MobileFormer": MobileFormer}
-    if not isinstance(state, dict) or state.get("kind") not in kinds:
+    if not isinstance(state, dict) or "kind" not in state:
         raise UserError(f"{path} is not an encoder file; expected the encoder.pt of a run")
+    if state["kind"] not in ENCODERS:
+        raise UserError(f"{path} holds a {state['kind']}, not known here; import the file that has this class first")
     try:
         changes = {"image_size": image_size} if image_size and "image_size" in state["fields"] else {}
-        encoder = kinds[state["kind"]](**state["fields"] | changes)
+        encoder = ENCODERS[state["kind"]](**state["fields"] | changes)
         encoder.load_state_dict(state["weights"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path} does not fit this version ({str(error).splitlines()[0]})") from None

@@ -69,6 +69,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import common
+import ebm_pretrain
 import finola
 from common import Block, UserError, ViT, pooled_features, rank, unknown
 from train import METHODS
@@ -425,7 +426,7 @@ def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weigh
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
-PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "tran1", "tran4", "finetune")
+PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "tran1", "tran4", "finetune")
 
 
 @dataclass
@@ -1303,6 +1304,91 @@ def draw_finola(run: Path, settings: dict, row: Row, config: Config) -> tuple[li
     return written, figures
 
 
+# What energy-inspired pretraining learned: how its chains go, and what energies they have (its Fig. 1, 3 and 4).
+
+CHAIN = 8  # steps that are drawn; training takes two
+
+
+@torch.no_grad()
+def look_into_energy(method: ebm_pretrain.EnergyPretraining, row: Row, config: Config) -> dict:
+    """Chains of all test images, {task: {"error": (N, T + 1), "energy": (N, T + 1), "clean": (N,)}}, rows are images.
+
+    `error` is the mean squared error of normalised pixels along the chain, `clean` the energy of the whole image.
+    """
+    chosen, found = common.labelled(row.test, config.probe_images), {}
+    torch.manual_seed(config.seed)
+    for images, _ in row.test.plain_batches(chosen, config.image_size, **row.loading(config)):
+        for task in method.tasks:
+            clean, corrupted = method.corrupt(images, task)
+            with autocast(config, row.device):
+                chain, energies = ebm_pretrain.sample(method.energy, corrupted, CHAIN, method.step_size(corrupted))
+                energy = method.energy(clean)
+            error = (chain - clean).square().mean(dim=(2, 3, 4))
+            part = {"error": error.T.cpu(), "energy": energies.T.cpu(), "clean": energy.cpu()}
+            for name, value in part.items():
+                found.setdefault(task, {}).setdefault(name, []).append(value)
+    return {task: {name: torch.cat(parts) for name, parts in values.items()} for task, values in found.items()}
+
+
+def draw_energy(run: Path, settings: dict, row: Row, config: Config) -> tuple[list, dict]:
+    """Chains, errors and energies of a run, into its folder `energy`; returns the paths and the figures for the table."""
+    if settings.get("method") != "ebm_pretrain" or not (run / "last.pt").exists():
+        raise UserError(
+            f"--protocol energy looks into a run of ebm_pretrain with its config.json and last.pt, not into {run}"
+        )
+    data = dataclasses.replace(
+        row.test, mean=row.encoder.mean.flatten().tolist(), std=row.encoder.std.flatten().tolist()
+    )
+    method = load_method(run, settings, data).to(row.device)
+    if method.config.objective != "energy" or not method.config.steps:
+        raise UserError(
+            "--protocol energy needs --objective energy with --steps 1 or more: this run has no chain to follow"
+        )
+    if method.config.image_size != config.image_size:
+        raise UserError(f"--protocol energy needs the run's own --image-size {method.config.image_size}")
+    out = Path(config.out) / "energy"
+    out.mkdir(parents=True, exist_ok=True)
+    title, images, written, figures = f"energy on {Path(config.data).name}", one_a_class(row, config), [], {}
+    for task in method.tasks:
+        torch.manual_seed(config.seed)
+        _, corrupted = method.corrupt(images, task)
+        with autocast(config, row.device):
+            chain, _ = ebm_pretrain.sample(method.energy, corrupted, CHAIN, method.step_size(corrupted))
+        rows = torch.cat([images[:, None], (chain.transpose(0, 1) * method.std + method.mean).clamp(0, 1)], dim=1)
+        written.append(out / f"chain_{task}.png")
+        columns = ["image", "corrupted", *[f"step {i + 1}" for i in range(CHAIN)]]
+        write_sheet(written[-1], f"{title}: {task.replace('_', ' ')}", columns, rows.cpu())
+    found, steps = look_into_energy(method, row, config), method.config.steps
+    curves = {"error": {}, "energy": {}}
+    for task, values in found.items():
+        error = values["error"].mean(dim=0)
+        left = error / error[0].clamp_min(1e-12)  # (T + 1,)
+        curves["error"][task] = left
+        curves["energy"][task] = (values["energy"] - values["clean"][:, None]).mean(dim=0)
+        figures[f"left_{task}"] = float(left[steps])
+        lower = {"restored": values["energy"][:, steps], "clean": values["clean"]}
+        shares = {name: float((value < values["energy"][:, 0]).float().mean()) for name, value in lower.items()}
+        figures |= {f"{name}_lower_{task}": share for name, share in shares.items()}
+        print(
+            f"{task}: of the corrupted images' squared error {100 * left[steps]:.0f} % is left after step {steps}; "
+            f"energy below that of the corrupted image: restored {100 * shares['restored']:.0f} %, "
+            f"clean {100 * shares['clean']:.0f} % of the images"
+        )
+    charts, names = [], {"error": "squared error, 1 = corrupted", "energy": "energy above that of the clean image"}
+    for name, lines in curves.items():
+        every = torch.stack([*lines.values(), torch.zeros(CHAIN + 1)])
+        span = (float(every.min()), float(every.max()))
+        charts.append(Chart(f"{title}: {name} along the chain", "step", names[name], (0, CHAIN), span))
+        legend = []
+        for (task, values), colour in zip(lines.items(), COLOURS, strict=False):
+            charts[-1].line(list(enumerate(values.tolist())), colour)
+            legend.append((task.replace("_", " "), colour))
+        charts[-1].legend(legend)
+    written.append(out / "chains.png")
+    save_charts(written[-1], charts)
+    return written, figures
+
+
 def draw_lines(chart: Chart, lines, path: Path):
     """Curves (key, values, legend) over 1, 2, 3, ... in one panel."""
     legend = []
@@ -1328,7 +1414,7 @@ def read_log(path: Path) -> list:
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
-DRAWING = {"pictures": draw_pictures, "finola": draw_finola}
+DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy}
 TITLES = {
     "psnr": "PSNR",
     "psnr_of_mean": "mean image",
@@ -1342,13 +1428,15 @@ DIGITS = {"dz/dx": 3, "dz/dy": 3, "laplacian": 3, "curvature": 3} | {
     "cosine_ratio": 3,
     "cosine_gap": 3,
 }
-UNTITLED = ("same_class_cosine", "other_class_cosine")  # in eval.jsonl only
+DIGITS |= dict.fromkeys([f"left_{task}" for task in ebm_pretrain.TASKS], 3)
+TITLES |= {f"left_{task}": f"left of {task.replace('_', ' ')}" for task in ebm_pretrain.TASKS}
+UNTITLED = ("same_class_cosine", "other_class_cosine", "restored_lower_", "clean_lower_")  # starts; in eval.jsonl only
 
 
 def format_table(results: dict) -> str:
     """{row: {column: value}} as text; rows that have no value in a column show a dash."""
     names = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
-    columns = list(dict.fromkeys(c for row in results.values() for c in row if c not in UNTITLED))
+    columns = list(dict.fromkeys(c for row in results.values() for c in row if not c.startswith(UNTITLED)))
     titles = [TITLES.get(column, column) for column in columns]
     widths = [max(10, len(title) + 3) for title in titles]
     lines = [f"{'':<20}" + "".join(f"{t:>{w}}" for t, w in zip(titles, widths, strict=True))]

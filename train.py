@@ -15,7 +15,12 @@ import torch
 
 import common
 
-METHODS = {"finola": "FinolaAutoencoder", "magma": "Magma", "mixedae": "MixedAE"}  # module: class
+METHODS = {
+    "ebm_pretrain": "EnergyPretraining",
+    "finola": "FinolaAutoencoder",
+    "magma": "Magma",
+    "mixedae": "MixedAE",
+}  # module: class
 
 
 def method_lines() -> str:
