@@ -179,7 +179,8 @@ def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
         # The gradient of alpha E rather than alpha times that of E: the same number, but what travels back through the
         # network is of the size of a step. In fp16 the gradient of E itself, 1e-4 and less, would fade to nothing.
         total = step_size * energy(x).sum()
-    return torch.autograd.grad(total, x, create_graph=training)[0]
+    with torch.autocast(x.device.type, enabled=False):  # or it would cast again what is in the right type already
+        return torch.autograd.grad(total, x, create_graph=training)[0]
 
 
 def restore(energy, images: Tensor, steps: int, step_size: Tensor | float) -> list:

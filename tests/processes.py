@@ -125,3 +125,13 @@ def gradients_of_mixedae(images, assignment):
     model = torch.nn.parallel.DistributedDataParallel(method)
     model(mine(images), assignment=mine(assignment))["loss"].backward()
     return {name: p.grad for name, p in method.named_parameters()}
+
+
+def gradients_of_energy(images):
+    """The gradients that DDP leaves behind after one step of the energy on this rank's share, and log alpha."""
+    import test_ebm_pretrain
+
+    method = test_ebm_pretrain.tiny(task="super_resolution")
+    torch.nn.parallel.DistributedDataParallel(method)(mine(images))["loss"].backward()
+    found = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+    return found | {"alpha": method.log_alpha.item()}

@@ -290,3 +290,69 @@ def gaussian_curvature(z):
         z_xy = ((z[y + 1, x + 1] - z[y + 1, x - 1]) / 2 - (z[y - 1, x + 1] - z[y - 1, x - 1]) / 2) / 2
         out[y - 1, x - 1] = (z_xx * z_yy - z_xy**2) / (1 + z_x**2 + z_y**2) ** 2
     return out
+
+
+def random_patches(images, count, low, high, generator, aspect=(0.5, 2.0)):
+    """Rectangles of given areas, pixel by pixel; the draws come in the order area, aspect, top, left."""
+    batch, _, height, width = images.shape
+    draw = torch.rand(4, batch, count, generator=generator)
+    out = images.clone()
+    for b, k in itertools.product(range(batch), range(count)):
+        area = (low + (high - low) * float(draw[0, b, k])) * height * width
+        ratio = aspect[0] * (aspect[1] / aspect[0]) ** float(draw[1, b, k])
+        tall, wide = min(math.sqrt(area * ratio), height), min(math.sqrt(area / ratio), width)
+        top, left = float(draw[2, b, k]) * (height - tall), float(draw[3, b, k]) * (width - wide)
+        for i, j in itertools.product(range(height), range(width)):
+            if top <= i + 0.5 < top + tall and left <= j + 0.5 < left + wide:
+                out[b, :, i, j] = 0
+    return out
+
+
+def restoration_loss(chain, images, criterion, weight=None):
+    """Eq. 4 of energy-inspired pretraining, number by number."""
+    total, count = 0.0, 0.0
+    for restored in chain:
+        for place in itertools.product(*map(range, images.shape)):
+            b, _, i, j = place
+            share = 1.0 if weight is None else weight[b, 0, i, j]
+            error = abs(restored[place] - images[place])
+            if criterion == "mse":
+                total += share * error**2
+            else:
+                total += share * (error**2 / 2 if error < 1 else error - 0.5)
+            count += share
+    return total / count
+
+
+def swin_block(block, x):
+    """A block of Swin, cell by cell: each attends to the cells of its window; x (B, H, W, D)."""
+    batch, height, width, dim = x.shape
+    side, inner = min(block.window, height, width), block.block
+    shift = side // 2 if block.shifted and max(height, width) > side else 0
+    heads, d = inner.heads, dim // inner.heads
+
+    def window(i, size):  # windows start `shift` cells in; what is left over at both ends are windows of their own
+        return (i - shift) // side if shift else i // side
+
+    out = x.clone()
+    for b, i, j in itertools.product(range(batch), range(height), range(width)):
+        cells = [
+            (p, q)
+            for p, q in itertools.product(range(height), range(width))
+            if window(p, height) == window(i, height) and window(q, width) == window(j, width)
+        ]
+        keys = inner.attn["qkv"](inner.norm1(torch.stack([x[b, p, q] for p, q in cells])))[:, dim:]
+        query = inner.attn["qkv"](inner.norm1(x[b, i, j]))[:dim]
+        parts = []
+        for h in range(heads):
+            part = slice(h * d, (h + 1) * d)
+            scores = keys[:, :dim][:, part] @ query[part] / math.sqrt(d)
+            bias = [
+                block.position_bias[(i - p + block.window - 1) * (2 * block.window - 1) + j - q + block.window - 1, h]
+                for p, q in cells
+            ]
+            parts.append((scores + torch.stack(bias)).softmax(dim=0) @ keys[:, dim:][:, part])
+        y = x[b, i, j] + inner.attn["proj"](torch.cat(parts))
+        hidden = torch.nn.functional.gelu(inner.mlp["fc1"](inner.norm2(y)))
+        out[b, i, j] = y + inner.mlp["fc2"](hidden)
+    return out

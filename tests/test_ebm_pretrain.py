@@ -1,0 +1,889 @@
+"""Energy-inspired pretraining: corruptions, the restoration and its second derivatives, backbones, the method."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import processes
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import ebm_pretrain
+import evaluate
+import train
+from common import UserError, ViT
+from ebm_pretrain import BACKBONES, MIXTURE, TASKS, Config, ConvNeXt, Energy, EnergyPretraining, Swin
+
+seeds = st.integers(0, 2**32 - 1)
+sides = st.integers(1, 20)
+DATA = common.MemoryImages(None, None, [], (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def images_of(count, size=16, seed=0):
+    return torch.rand(count, 3, size, size, generator=generator(seed))
+
+
+def vit(**fields):
+    torch.manual_seed(0)
+    return ViT(**{"image_size": 8, "patch": 4, "dim": 16, "depth": 2, "heads": 2} | fields)
+
+
+def tiny(encoder=None, **fields):
+    """The method with a small transformer, on images of 16 x 16."""
+    defaults = {"image_size": 16, "patch": 4, "grid": 4, "scale": 4, "amp": "off", "batch_size": 4, "base_lr": 0.1}
+    defaults |= {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "workers": 0}
+    torch.manual_seed(0)
+    encoder = encoder or vit(image_size=16, mean=DATA.mean, std=DATA.std)
+    return EnergyPretraining(Config(**defaults | fields), DATA, encoder)
+
+
+# --- corruptions -----------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3), sides, sides, st.integers(1, 8), st.floats(0, 1), seeds)
+def test_a_gridded_mask_blanks_whole_squares_and_the_exact_share(batch, height, width, patch, ratio, seed):
+    images = 1 + torch.rand(batch, 2, height, width)
+    masked = ebm_pretrain.gridded_mask(images, patch, ratio, generator(seed))
+    rows, columns = math.ceil(height / patch), math.ceil(width / patch)
+    for image, whole in zip(masked, images, strict=True):
+        blank = 0
+        for i, j in itertools.product(range(rows), range(columns)):
+            square = (slice(None), slice(i * patch, (i + 1) * patch), slice(j * patch, (j + 1) * patch))
+            empty = bool((image[square] == 0).all())
+            assert empty or torch.equal(image[square], whole[square])
+            blank += empty
+        assert blank == round(ratio * rows * columns)
+
+
+@given(st.integers(1, 3), st.integers(2, 12), st.integers(2, 12), st.integers(0, 5), seeds)
+def test_random_patches_match_the_loop_over_rectangles_and_pixels(batch, height, width, count, seed):
+    images = 1 + torch.rand(batch, 2, height, width)
+    found = ebm_pretrain.random_patches(images, count, 0.02, 0.6, generator(seed))
+    torch.testing.assert_close(found, reference.random_patches(images, count, 0.02, 0.6, generator(seed)))
+
+
+def test_random_patches_have_the_areas_and_aspects_that_they_should():
+    images = torch.ones(4000, 1, 60, 40)
+    blank = ebm_pretrain.random_patches(images, 1, 0.05, 0.15, generator(0))[:, 0] == 0  # (B, H, W)
+    area = blank.float().mean(dim=(1, 2))
+    assert area.mean() == pytest.approx(0.1, abs=0.002)
+    assert 0.03 < area.min() < 0.06 and 0.14 < area.max() < 0.17
+    aspect = blank.any(dim=2).sum(dim=1) / blank.any(dim=1).sum(dim=1)
+    assert aspect.log().mean() == pytest.approx(0, abs=0.03)
+    assert 0.4 < aspect.min() < 0.6 and 1.7 < aspect.max() < 2.4
+    places = blank.float().mean(dim=0)  # nowhere never, and the same up and down, left and right
+    assert places.min() > 0
+    torch.testing.assert_close(places, places.flip(0, 1), rtol=0, atol=0.03)
+    assert not ebm_pretrain.random_patches(images[:2], 1, 4.0, 5.0, generator(0)).any()  # a side is never too long
+
+
+def test_small_and_large_patches_hide_about_the_same_share():
+    method, shares = tiny(image_size=64, encoder=vit(image_size=64)), []
+    for task in ("random_small", "random_large"):
+        clean, corrupted = method.corrupt(images_of(64, 64), task)
+        assert ((corrupted == clean) | (corrupted == 0)).all()
+        shares.append(float((corrupted == 0).float().mean()))
+    assert shares == pytest.approx([0.68, 0.63], abs=0.03)
+
+
+@pytest.mark.parametrize(("size", "scale"), [((16, 16), 4), ((24, 16), 8), ((10, 14), 4), ((9, 9), 2), ((5, 7), 40)])
+def test_super_resolution_is_pillows_bicubic_and_repeated_pixels(size, scale):
+    images = torch.rand(2, 3, *size, generator=generator(1))
+    found = ebm_pretrain.super_resolution(images, scale)
+    small = [max(1, round(side / scale)) for side in size]
+    for image, whole in zip(found.flatten(0, 1), images.flatten(0, 1), strict=True):
+        shrunk = Image.fromarray(whole.numpy()).resize(small[::-1], Image.Resampling.BICUBIC)
+        rows, columns = ([int((i + 0.5) * n / side) for i in range(side)] for n, side in zip(small, size, strict=True))
+        expected = np.asarray(shrunk)[rows][:, columns]
+        expected = expected.clip(float(found.min()), float(found.max()))  # see the next test
+        np.testing.assert_allclose(image.numpy(), expected, atol=1e-4)
+    if all(side % scale == 0 for side in size):
+        blocks = found.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
+        assert (blocks == blocks[:, :, :, :1, :, :1]).all()
+
+
+@given(st.integers(2, 16), st.integers(2, 16), st.integers(1, 20), seeds)
+def test_super_resolution_stays_in_the_range_of_each_image(height, width, scale, seed):
+    images = (
+        torch.rand(3, 3, height, width, generator=generator(seed)) > 0.5
+    ).double()  # edges, where bicubic overshoots
+    images = images * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).view(3, 1, 1, 1)
+    found = ebm_pretrain.super_resolution(images, scale)
+    assert found.shape == images.shape and found.dtype == images.dtype
+    assert (found.amin(dim=(1, 2, 3)) >= images.amin(dim=(1, 2, 3))).all()
+    assert (found.amax(dim=(1, 2, 3)) <= images.amax(dim=(1, 2, 3))).all()
+    assert torch.equal(ebm_pretrain.super_resolution(images, 1), images)
+
+
+def test_noise_has_the_mean_and_the_variance_of_its_gamma():
+    images = torch.full((3, 3, 128, 128), 2.0)
+    gamma = torch.tensor([0.1, 0.5, 0.9])
+    found = ebm_pretrain.noise(images, gamma, generator(0))
+    torch.testing.assert_close(found.mean(dim=(1, 2, 3)), 2 * gamma.sqrt(), rtol=0, atol=0.02)
+    torch.testing.assert_close(found.var(dim=(1, 2, 3)), 1 - gamma, rtol=0, atol=0.02)
+    assert torch.equal(ebm_pretrain.noise(images, 1.0, generator(0)), images)
+    drawn = ebm_pretrain.noise(torch.zeros(2000, 1, 32, 32), generator=generator(0)).var(dim=(1, 2, 3))  # 1 - gamma
+    for level in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert float((drawn < level).float().mean()) == pytest.approx(level, abs=0.04)
+
+
+@given(st.integers(1, 3), sides, seeds)
+def test_grey_images_have_three_equal_channels_and_stay_as_they_are(batch, side, seed):
+    images = torch.rand(batch, 3, side, side, generator=generator(seed))
+    grey = ebm_pretrain.grayscale(images)
+    assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 0], grey[:, 2])
+    torch.testing.assert_close(ebm_pretrain.grayscale(grey), grey)
+    pixels = (images[0] * 255).round().to(torch.uint8)
+    expected = np.asarray(Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L"))
+    found = ebm_pretrain.grayscale(pixels[None].float())[0, 0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1)
+
+
+def test_mixed_takes_each_image_from_one_corruption_and_all_equally_often():
+    versions = [torch.full((4000, 1, 1, 1), float(i)) for i in range(4)]
+    found = ebm_pretrain.mixed(versions, generator(0)).flatten()
+    for i in range(4):
+        assert float((found == i).float().mean()) == pytest.approx(0.25, abs=0.03)
+    some = [torch.arange(6.0).view(6, 1, 1, 1) + 10 * i for i in range(3)]
+    assert (ebm_pretrain.mixed(some, generator(0)).flatten() % 10 == torch.arange(6.0)).all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_corruptions_are_determined_by_the_generator_and_independent_between_images(task):
+    method, images = tiny(), images_of(4)
+
+    def run(images, seed=0):
+        torch.manual_seed(seed)
+        return method.corrupt(images, task)
+
+    clean, corrupted = run(images)
+    torch.testing.assert_close(clean * DATA_STD + DATA_MEAN, images)
+    assert torch.equal(run(images)[1], corrupted)
+    if task not in ("super_resolution", "grayscale"):
+        assert not torch.equal(run(images, 1)[1], corrupted)
+    others = torch.cat([images[:1], images_of(3, seed=9)])
+    assert torch.equal(run(others)[1][0], corrupted[0])
+    assert not torch.equal(run(others)[1][1], corrupted[1])
+    if task not in ("super_resolution", "grayscale"):  # two equal images are corrupted differently
+        same = run(images[:1].expand(4, -1, -1, -1))[1]
+        assert any(not torch.equal(same[0], x) for x in same[1:])
+
+
+DATA_MEAN, DATA_STD = (torch.tensor(x).view(3, 1, 1) for x in (DATA.mean, DATA.std))
+
+
+def test_each_task_does_what_its_name_says():
+    method, images = tiny(mask_ratio=0.5, grid=8), images_of(3)
+    clean, masked = method.corrupt(images, "gridded")
+    assert float((masked == 0).all(dim=1).float().mean()) == 0.5
+    assert torch.equal(method.corrupt(images, "super_resolution")[1], ebm_pretrain.super_resolution(clean, 4))
+    torch.manual_seed(3)
+    noisy = method.corrupt(images, "noise")[1]
+    assert torch.equal(noisy, ebm_pretrain.noise(clean, generator=generator(3)))
+    grey = method.corrupt(images, "grayscale")[1] * DATA_STD + DATA_MEAN  # grey in [0, 1], not in normalised units
+    torch.testing.assert_close(grey, ebm_pretrain.grayscale(images))
+
+
+# --- restoration -----------------------------------------------------------------------------------------------------
+
+
+class Bowl(nn.Module):
+    """E(x) = |x - c|^2 / 2."""
+
+    def __init__(self, centre):
+        super().__init__()
+        self.centre = nn.Parameter(centre)
+
+    def forward(self, x):
+        return (x - self.centre).square().flatten(1).sum(dim=1) / 2
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.floats(0.1, 1.5), seeds)
+def test_on_a_quadratic_energy_everything_is_known(batch, side, alpha, seed):
+    x, centre, target = (randn(n, 2, side, side, seed=seed + i) for i, n in enumerate((batch, 1, batch)))
+    bowl, alpha = Bowl(centre), torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(ebm_pretrain.restore(bowl, x, 1, 1.0)[0], centre.expand_as(x))  # alpha = 1 is exact
+    (restored,) = ebm_pretrain.restore(bowl, x, 1, alpha)
+    torch.testing.assert_close(restored, x - alpha * (x - centre))
+    loss = ebm_pretrain.restoration_loss([restored], target, "mse")
+    loss.backward()
+    error = 2 * (restored - target).detach() / x.numel()
+    torch.testing.assert_close(bowl.centre.grad, (alpha * error).sum(dim=0, keepdim=True).detach())
+    torch.testing.assert_close(alpha.grad, (error * (centre - x)).sum())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_steps_are_single_steps_from_detached_images(steps):
+    energy = Energy(vit(), 16).double()
+    x, target, alpha = randn(2, 3, 8, 8), randn(2, 3, 8, 8, seed=1), torch.tensor(3.0, dtype=torch.float64)
+    alpha.requires_grad_()
+    weights = [alpha, *energy.parameters()]
+    chain = ebm_pretrain.restore(energy, x, steps, alpha)
+    assert len(chain) == steps
+    loss = ebm_pretrain.restoration_loss(chain, target)
+    whole = torch.autograd.grad(loss, weights, allow_unused=True)
+    parts, here = [], x
+    for restored in chain:
+        (one,) = ebm_pretrain.restore(energy, here.detach(), 1, alpha)
+        torch.testing.assert_close(one, restored)
+        parts.append(torch.autograd.grad(F.smooth_l1_loss(one, target) / steps, weights, allow_unused=True))
+        here = one
+    for found, *expected in zip(whole, *parts, strict=True):
+        if found is None:
+            assert all(part is None for part in expected)
+        else:
+            torch.testing.assert_close(found, sum(expected))
+
+
+def test_a_step_follows_the_difference_quotient_of_the_energy():
+    energy, x = Energy(vit(), 16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)).double(), randn(2, 3, 8, 8)
+    found = ebm_pretrain.descent(energy, x, 2.0)
+    for place in itertools.product((0, 1), (0, 2), (0, 5), (3, 7)):
+        shift = torch.zeros_like(x)
+        shift[place] = 1e-5
+        with torch.no_grad():
+            slope = (energy(x + shift) - energy(x - shift)).sum() / 2e-5
+        assert float(found[place].detach()) == pytest.approx(2 * float(slope), rel=1e-5, abs=1e-10)
+
+
+def backbone(name):
+    """A small one of each kind, for images of 16 x 16."""
+    torch.manual_seed(0)
+    look = {"mean": DATA.mean, "std": DATA.std}
+    if name == "vit":
+        return vit(image_size=16, **look)
+    if name == "mobile_former":
+        return BACKBONES["mobile_former_micro"][0](**BACKBONES["mobile_former_micro"][1], **look)
+    if name == "convnext":
+        encoder = ConvNeXt(dims=(8, 16), depths=(1, 2), stem=2, **look)
+        for module in encoder.modules():
+            if isinstance(module, ebm_pretrain.ConvNeXtBlock):
+                nn.init.ones_(module.scale)  # at 1e-6 a block hardly counts
+        return encoder
+    return Swin(dim=8, depths=(2, 2), heads=(1, 2), window=4, stem=2, **look)
+
+
+KINDS = ("vit", "mobile_former", "convnext", "swin")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_training_gradient_matches_a_difference_quotient(kind):
+    energy = Energy(backbone(kind), backbone(kind).dim, DATA.mean, DATA.std).double()
+    x, target = randn(2, 3, 16, 16), randn(2, 3, 16, 16, seed=1)
+    weights = list(energy.parameters())
+    with torch.no_grad():
+        alpha = float(ebm_pretrain.first_step_size(energy, x, 0.3))
+
+    def loss():
+        return ebm_pretrain.restoration_loss([x - ebm_pretrain.descent(energy, x, alpha)], target, "mse")
+
+    gradients = torch.autograd.grad(loss(), weights, allow_unused=True)
+    towards = [randn(*p.shape, seed=i) * (p.detach().abs().mean() + 0.01) for i, p in enumerate(weights)]
+    slope = sum(float((g * v).sum()) for g, v in zip(gradients, towards, strict=True) if g is not None)
+    ends = []
+    with torch.no_grad():
+        for share in (1e-6, -2e-6):
+            for p, v in zip(weights, towards, strict=True):
+                p += share * v
+            ends.append(float(loss()))
+    assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_every_backbone_trains_and_every_weight_gets_a_gradient(kind, amp):
+    method = tiny(backbone(kind), amp=amp, steps=2)
+    stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+    with stepper.autocast():
+        out = method(images_of(4))
+    assert all(value.dtype == torch.float32 for value in out.values())
+    out["loss"].backward()
+    for name, parameter in method.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
+    last = {"mobile_former": "head.1.bias"}.get(kind, "norm.bias")
+    assert frozen == {f"energy.encoder.{last}"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_has_nearly_the_gradient_of_float32(kind):
+    gradients = []
+    for amp in (False, True):
+        method = tiny(backbone(kind), task="super_resolution", steps=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss = method(images_of(8))["loss"]
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_permuting_the_batch_permutes_everything(kind):
+    energy = Energy(backbone(kind), backbone(kind).dim).double()
+    x, order = randn(5, 3, 16, 16), torch.tensor([3, 0, 4, 1, 2])
+    for one, other in zip(
+        ebm_pretrain.restore(energy, x, 2, 5.0), ebm_pretrain.restore(energy, x[order], 2, 5.0), strict=True
+    ):
+        torch.testing.assert_close(one[order], other)
+    torch.testing.assert_close(energy(x)[order], energy(x[order]))
+
+
+def test_energies_may_be_columns_and_the_head_has_no_bias():
+    energy, x = Energy(vit(), 16).double(), randn(2, 3, 8, 8)
+    one = ebm_pretrain.restore(energy, x, 2, 1.0)
+    other = ebm_pretrain.restore(lambda images: energy(images)[:, None], x, 2, 1.0)
+    torch.testing.assert_close(one, other)
+    features = energy.encoder(x)
+    torch.testing.assert_close(energy(x), features @ energy.head.weight[0])
+    assert [name for name, _ in energy.head.named_parameters()] == ["weight"]
+
+
+def test_the_energy_takes_normalised_images():
+    encoder = vit(mean=DATA.mean, std=DATA.std)
+    energy, images = Energy(encoder, 16, DATA.mean, DATA.std), images_of(2, 8)
+    torch.testing.assert_close(energy((images - DATA_MEAN) / DATA_STD), encoder(images) @ energy.head.weight[0])
+
+
+def test_restoring_without_gradients_is_the_same_and_records_nothing():
+    energy, x = Energy(vit(), 16), randn(2, 3, 8, 8, dtype=torch.float32)
+    recorded = ebm_pretrain.restore(energy, x, 2, 1.0)
+    with torch.no_grad():
+        plain = ebm_pretrain.restore(energy, x, 2, 1.0)
+    assert all(image.requires_grad for image in recorded) and not any(image.requires_grad for image in plain)
+    torch.testing.assert_close(recorded, plain)
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(["smooth_l1", "mse"]), st.booleans(), seeds)
+def test_restoration_loss_matches_the_loop_of_eq_4(steps, batch, criterion, masked, seed):
+    images = randn(batch, 2, 3, 3, seed=seed)
+    chain = [images + 2 * randn(batch, 2, 3, 3, seed=seed + i + 1) for i in range(steps)]
+    weight = (randn(batch, 1, 3, 3, seed=seed + 9) > 0).double() if masked else None
+    if masked and not weight.any():
+        return
+    found = ebm_pretrain.restoration_loss(chain, images, criterion, weight)
+    torch.testing.assert_close(found, reference.restoration_loss(chain, images, criterion, weight))
+
+
+@given(st.integers(1, 6), seeds)
+def test_contrast_has_the_gradient_of_eq_2_weighted_by_the_mistake(count, seed):
+    clean, corrupted = (randn(count, seed=seed + i).requires_grad_() for i in range(2))
+    ebm_pretrain.contrast_loss(clean, corrupted).backward()
+    mistake = torch.sigmoid(clean - corrupted).detach() / count
+    torch.testing.assert_close(clean.grad, mistake)
+    torch.testing.assert_close(corrupted.grad, -mistake)
+
+
+def test_the_first_step_has_the_size_that_is_asked_for():
+    energy, x = Energy(vit(), 16), randn(4, 3, 8, 8, dtype=torch.float32)
+    for target in (0.1, 0.3, 1.0):
+        with torch.autocast("cpu", torch.float16):  # the gradient would be lost in it
+            alpha = ebm_pretrain.first_step_size(energy, x, target)
+        step = ebm_pretrain.descent(energy, x, alpha)
+        assert float(step.detach().square().mean().sqrt()) == pytest.approx(target, rel=1e-4)
+
+
+def test_fp16_keeps_a_gradient_that_would_be_lost_unscaled():
+    energy, x = Energy(vit(), 16), randn(8, 3, 8, 8, dtype=torch.float32)
+    nn.init.normal_(energy.head.weight, std=1e-7)
+    alpha = ebm_pretrain.first_step_size(energy, x, 0.3)
+    exact = ebm_pretrain.descent(energy, x, alpha)
+    with torch.autocast("cpu", torch.float16):
+        scaled = ebm_pretrain.descent(energy, x, alpha)
+        unscaled = alpha * ebm_pretrain.descent(energy, x)
+    assert scaled.dtype == torch.float32
+    assert F.cosine_similarity(exact.flatten(), scaled.flatten(), dim=0) > 0.999
+    assert F.cosine_similarity(exact.flatten(), unscaled.flatten(), dim=0) < 0.9
+
+
+def test_a_chain_may_be_longer_than_trained_and_has_an_energy_a_step():
+    bowl, x = Bowl(randn(1, 2, 3, 3)), randn(4, 2, 3, 3, seed=1)
+    chain, energies = ebm_pretrain.sample(bowl, x, 6, 0.5)
+    assert chain.shape == (7, 4, 2, 3, 3) and energies.shape == (7, 4) and not energies.requires_grad
+    torch.testing.assert_close(chain[0], x)
+    for before, after in itertools.pairwise(chain):
+        torch.testing.assert_close(after, (before + bowl.centre.detach()) / 2)
+    torch.testing.assert_close(energies, torch.stack([bowl(x) for x in chain]).detach())
+    assert (energies.diff(dim=0) < 0).all()
+
+
+# --- second derivatives that are not there -----------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """One layer of attention between pixels, as `attend` does it; (B, 3, H, W) -> (B, 8)."""
+
+    def __init__(self, attend=F.scaled_dot_product_attention):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.attend = nn.Linear(3, 24), attend
+
+    def forward(self, images):
+        q, k, v = self.qkv(images.flatten(2).transpose(1, 2))[:, None].chunk(3, dim=-1)
+        return self.attend(q, k, v)[:, 0].tanh().mean(dim=1)
+
+
+def test_fused_attention_is_replaced_inside_a_step():
+    x, found = randn(2, 3, 4, 4), []
+    for attend in (F.scaled_dot_product_attention, ebm_pretrain.attend_plainly):
+        energy = Energy(Attention(attend).double(), 8)
+        torch.manual_seed(1)
+        nn.init.normal_(energy.head.weight)
+        energy = energy.double()
+        ebm_pretrain.descent(energy, x).square().sum().backward()
+        found.append(energy.encoder.qkv.weight.grad)
+    torch.testing.assert_close(*found)
+
+
+class Once(torch.autograd.Function):
+    """A square whose backward pass refuses to be differentiated, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class Silent(torch.autograd.Function):
+    """A square whose backward pass is a kernel of its own: its derivative is missing, and nothing says so."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (2 * ctx.saved_tensors[0]).detach()
+
+
+class Convolutional(nn.Module):
+    """A small network of a user's own: no fields, no dim, no mean."""
+
+    def __init__(self, activation=F.gelu):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.activation = activation
+
+    def forward(self, images):
+        return self.activation(self.second(self.activation(self.first(images))))
+
+
+def test_any_module_will_do_and_its_encoder_is_saved(tmp_path):
+    method = tiny(Convolutional(), task="mixed")
+    assert method.energy.head.weight.shape == (1, 12)
+    losses = fit(method, steps=30)
+    assert losses[-1] < 0.9 * losses[0]
+    common.save_encoder(method.encoder, tmp_path / "encoder.pt")
+    state = common.load_checkpoint(tmp_path / "encoder.pt")
+    assert state["weights"].keys() == method.encoder.state_dict().keys()
+    with pytest.raises(UserError, match="holds a Convolutional, not known here; import the file"):
+        common.load_encoder(tmp_path / "encoder.pt")
+
+
+@pytest.mark.parametrize("function", [Once, Silent])
+def test_a_kernel_without_second_derivative_is_refused(function):
+    with pytest.raises(UserError, match="Convolutional .*(twice|wrong second derivative)"):
+        tiny(Convolutional(function.apply))
+
+
+def test_relus_are_accepted():
+    tiny(Convolutional(F.relu))
+
+
+def test_batch_norm_is_refused_and_can_be_replaced():
+    encoder = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.BatchNorm2d(8), nn.GELU()))
+    with pytest.raises(UserError, match="Sequential has batch norms"):
+        tiny(encoder)
+    common.replace_batch_norms(encoder)
+    assert isinstance(encoder[1][0], nn.GroupNorm) and encoder[1][0].num_groups == 1
+    tiny(encoder)
+
+
+def test_mobile_former_can_do_without_batch_norm():
+    encoder = common.MobileFormer("micro", norm="group").eval()
+    batch = common.MobileFormer("micro")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
+    assert sum(p.numel() for p in encoder.parameters()) == sum(p.numel() for p in batch.parameters())
+    x = images_of(3, 32)
+    torch.testing.assert_close(encoder(x)[:1], encoder(x[:1]))
+    with pytest.raises(UserError, match="unknown norm 'layer'"):
+        common.MobileFormer("micro", norm="layer")
+
+
+# --- backbones -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "millions", "products"), [(ConvNeXt, 28.6, 4.5), (Swin, 28.3, 4.5)])
+def test_backbones_have_the_published_size_and_cost(kind, millions, products):
+    with torch.device("meta"):
+        encoder = kind()
+        counter = FlopCounterMode(display=False)
+        with counter:
+            out = encoder(torch.empty(1, 3, 224, 224))
+    assert out.shape == (1, 768, 7, 7) and encoder.dim == 768
+    count = sum(p.numel() for p in encoder.parameters()) + 768 * 1000 + 1000  # with the head of ImageNet
+    assert count / 1e6 == pytest.approx(millions, rel=0.01)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(products, rel=0.04)
+
+
+@pytest.mark.parametrize(("height", "width", "shifted"), [(8, 12, True), (8, 12, False), (4, 4, True), (3, 3, True)])
+def test_a_swin_block_is_attention_between_the_cells_of_a_window(height, width, shifted):
+    torch.manual_seed(0)
+    block = ebm_pretrain.SwinBlock(8, 2, 4, shifted).double()
+    nn.init.normal_(block.position_bias)
+    x = randn(2, height, width, 8)
+    torch.testing.assert_close(block(x), reference.swin_block(block, x))
+
+
+def test_patch_merging_takes_four_neighbours_column_by_column():
+    merge = ebm_pretrain.PatchMerging(1)
+    merge.norm, merge.reduction = nn.Identity(), nn.Identity()
+    x = torch.arange(16.0).view(1, 4, 4, 1)
+    assert merge(x)[0, 0, 1].tolist() == [2, 6, 3, 7]  # (0, 0), (1, 0), (0, 1), (1, 1)
+
+
+def test_a_convnext_block_is_what_its_paper_says():
+    torch.manual_seed(0)
+    block = ebm_pretrain.ConvNeXtBlock(6).double()
+    nn.init.normal_(block.scale)
+    x = randn(2, 6, 5, 5)
+    y = F.conv2d(x, block.depthwise.weight, block.depthwise.bias, padding=3, groups=6)
+    expected = x.clone()
+    for b, i, j in itertools.product(range(2), range(5), range(5)):
+        cell = F.layer_norm(y[b, :, i, j], (6,), block.norm.weight, block.norm.bias, 1e-6)
+        expected[b, :, i, j] += block.scale * block.fc2(F.gelu(block.fc1(cell)))
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "vit_micro"])
+def test_encoders_are_rebuilt_from_their_file(name, tmp_path):
+    if name.split("_")[-1] not in ("micro", "720"):
+        return
+    encoder = ebm_pretrain.build_encoder(Config(model=name, image_size=32, patch=8), DATA).eval()
+    common.save_encoder(encoder, tmp_path / "encoder.pt")
+    again, images = common.load_encoder(tmp_path / "encoder.pt"), images_of(2, 32)
+    torch.testing.assert_close(again(images), encoder(images))
+
+
+def test_windows_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match="a map of 10 x 10 cells cannot be cut into windows of 4 x 4"):
+        Swin(dim=8, depths=(1,), heads=(1,), window=4, stem=2)(images_of(1, 20))
+
+
+def test_blank_patches_do_not_have_huge_gradients():
+    for kind in (ConvNeXt, Swin):
+        torch.manual_seed(0)
+        encoder = kind(**BACKBONES[f"{kind.__name__.lower()}_micro"][1])
+        energy, x = Energy(encoder, encoder.dim), randn(2, 3, 32, 32, dtype=torch.float32)
+        x[:, :, :16] = 0
+        step = ebm_pretrain.descent(energy, x).detach().square().mean(dim=(0, 1, 3)).sqrt()
+        assert step[:14].mean() < 10 * step[18:].mean()
+
+
+# --- the method ------------------------------------------------------------------------------------------------------
+
+
+def fit(method, steps, images=None):
+    """Train in float32 on the same images; the losses."""
+    config = method.config
+    stepper, losses = common.Stepper(method.optimizer(config), config, torch.device("cpu")), []
+    images = images_of(8) if images is None else images
+    for group in stepper.optimizer.param_groups:
+        group["lr"] = 3e-3
+    for step in range(steps):
+        torch.manual_seed(step)
+        losses.append(float(method.update(method, [(images, None)], stepper)["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_energy_trained_on_one_image_restores_it(task):
+    method = tiny(vit(image_size=16, dim=32, depth=2, mean=DATA.mean, std=DATA.std), task=task)
+    image, _, _ = common.render_shapes(1, 16, seed=3)
+    image = image / 255
+    fit(method, 120, image.expand(4, -1, -1, -1))
+    method.eval()
+    torch.manual_seed(0)
+    clean, corrupted = method.corrupt(image.expand(16, -1, -1, -1))
+    with torch.no_grad():
+        restored = method.restored(corrupted)
+    errors = [float(F.mse_loss(x, clean)) for x in (corrupted, *restored)]
+    assert errors[-1] < 0.35 * errors[0], errors
+
+
+def test_the_step_size_is_set_by_the_first_batch_and_learned_from_then_on():
+    method = tiny(task="super_resolution", first_step=0.2)
+    images = images_of(4)
+    before = method.log_alpha.item()
+    method.eval()
+    method.pictures(images)
+    assert method.log_alpha.item() == before and not method.started  # looking sets nothing
+    method.train()
+    out = method(images)
+    _, corrupted = method.corrupt(images)
+    step = ebm_pretrain.descent(method.energy, corrupted, method.log_alpha.exp())
+    assert float(step.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=1e-4)
+    assert float(out["alpha"]) == pytest.approx(method.log_alpha.exp().item())
+    set_to = method.log_alpha.item()
+    method(images_of(4, seed=5) * 0.1)
+    assert method.log_alpha.item() == set_to
+    out["loss"].backward()
+    assert method.log_alpha.grad != 0
+    again = tiny(task="super_resolution", first_step=0.7)
+    again.load_state_dict(method.state_dict())
+    again(images)
+    assert again.log_alpha.item() == set_to  # a run that goes on does not start anew
+
+
+def test_log_alpha_has_a_group_of_its_own_without_decay():
+    method = tiny(alpha_lr=5.0)
+    groups = method.optimizer(method.config).param_groups
+    (own,) = [group for group in groups if any(p is method.log_alpha for p in group["params"])]
+    assert len(own["params"]) == 1 and own["weight_decay"] == 0 and own["lr_scale"] == 5.0
+    trainable = [p for p in method.parameters() if p.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(trainable)
+
+
+def test_alpha_is_positive_whatever_the_optimiser_does():
+    method = tiny()
+    method(images_of(2))
+    with torch.no_grad():
+        method.log_alpha.sub_(1000)
+        assert method.step_size(images_of(2)) >= 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps": 0},
+        {"steps": 1, "scored": "changed", "task": "random_small"},
+        {"steps": 3, "criterion": "mse", "task": "mixed"},
+        {"objective": "autoencoder", "task": "super_resolution"},
+        {"objective": "autoencoder", "task": "noise"},
+        {"objective": "mae"},
+    ],
+)
+def test_every_switch_trains_and_draws(fields):
+    method = tiny(**fields)
+    out = method(images_of(4))
+    out["loss"].backward()
+    for name, parameter in method.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    method.zero_grad()
+    losses = fit(method, 30)
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    rows = method.pictures(images_of(3))
+    assert rows.shape == (3, len(method.captions), 3, 16, 16) and 0 <= rows.min() and rows.max() <= 1
+    torch.testing.assert_close(rows[:, 0], images_of(3))
+
+
+def test_loss_is_eq_4_of_the_restored_images():
+    method = tiny(task="gridded", criterion="mse", scored="changed", steps=2)
+    images = images_of(4)
+    torch.manual_seed(7)
+    out = method(images)
+    torch.manual_seed(7)
+    clean, corrupted = method.corrupt(images)
+    chain = [x.detach() for x in ebm_pretrain.restore(method.energy, corrupted, 2, method.log_alpha.exp())]
+    blank = (corrupted == 0).all(dim=1, keepdim=True).double()
+    expected = reference.restoration_loss([x.double() for x in chain], clean.double(), "mse", blank)
+    assert out["loss"].item() == pytest.approx(float(expected), rel=1e-5)
+    left = (chain[-1] - clean).square().mean() / (corrupted - clean).square().mean()
+    assert float(out["left"]) == pytest.approx(float(left), rel=1e-5)
+
+
+def test_without_steps_corrupted_images_are_the_negatives():
+    method = tiny(steps=0, task="grayscale")
+    images = images_of(4)
+    clean, corrupted = method.corrupt(images)
+    out = method(images)
+    energies = method.energy(clean), method.energy(corrupted)
+    torch.testing.assert_close(out["loss"], F.softplus(energies[0] - energies[1]).mean())
+    assert float(out["told_apart"]) == float((energies[0] < energies[1]).float().mean())
+
+
+def test_the_autoencoder_sees_the_corrupted_image_and_nothing_else():
+    method = tiny(objective="autoencoder", task="super_resolution")
+    _, corrupted = method.corrupt(images_of(2))
+    (out,) = method.restored(corrupted)
+    assert out.shape == corrupted.shape
+    autoencoder, encoder = method.autoencoder, method.encoder
+    hidden = autoencoder.decoder_embed(encoder.encode(encoder.embed(corrupted * DATA_STD + DATA_MEAN)))
+    patches = autoencoder.predict(hidden[:, :1], hidden[:, 1:])
+    torch.testing.assert_close(common.patchify(out, 4), patches)
+    assert not autoencoder.mask_token.requires_grad and not autoencoder.normalize_target
+
+
+def test_mae_is_the_masked_autoencoder():
+    method, images = tiny(objective="mae", mask_ratio=0.5), images_of(2)
+    torch.manual_seed(1)
+    loss = method(images)["loss"]
+    torch.manual_seed(1)
+    out = method.autoencoder(images)
+    torch.testing.assert_close(loss, common.reconstruction_loss(out.prediction, out.target, out.mask))
+    assert method.autoencoder.normalize_target and out.mask.float().mean() == 0.5
+
+
+def test_accumulated_parts_add_up():
+    gradients = []
+    for parts in (1, 2):
+        method = tiny(task="super_resolution")
+        images = images_of(8)
+        method(images)  # sets alpha
+        method.zero_grad()
+        for part in images.chunk(parts):
+            (method(part)["loss"] / parts).backward()
+        gradients.append([p.grad for p in method.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
+
+
+def test_two_processes_have_the_step_size_and_the_gradients_of_one():
+    images = images_of(8, seed=4)
+    images[4:] *= 0.2  # the ranks' own step sizes would differ
+    method = tiny(task="super_resolution")
+    method(images)["loss"].backward()
+    expected = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+    for part in processes.start(processes.gradients_of_energy, images):
+        assert part.pop("alpha") == pytest.approx(method.log_alpha.item(), rel=1e-5)
+        assert part.keys() == expected.keys()
+        for name, gradient in part.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_probe_says_what_is_left_task_by_task():
+    images = (images_of(20) * 255).to(torch.uint8)
+    data = common.MemoryImages(images, torch.arange(20) % 2, ["a", "b"], DATA.mean, DATA.std)
+    method = tiny(task="mixed", steps=2)
+    method(images_of(4))
+    method.eval()
+    found = method.probe(lambda x: x.flatten(1), data, data, method.config, device=torch.device("cpu"), workers=0)
+    assert {name for name in found if name.startswith("left_")} == {f"left_{task}" for task in MIXTURE}
+    clean, corrupted = method.corrupt(images / 255, "grayscale")
+    restored = ebm_pretrain.restore(method.energy, corrupted, 2, method.log_alpha.exp())[-1]
+    expected = (restored - clean).square().mean() / (corrupted - clean).square().mean()
+    assert found["left_grayscale"] == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert found == method.probe(lambda x: x.flatten(1), data, data, method.config, device="cpu", workers=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"task": "griddled"}, "unknown --task 'griddled'; did you mean 'gridded'"),
+        ({"objective": "energie"}, "unknown --objective 'energie'"),
+        ({"criterion": "l1"}, "unknown --criterion 'l1'"),
+        ({"scored": "masked"}, "unknown --scored 'masked'"),
+        ({"steps": -1}, "--steps -1 makes no sense"),
+        ({"grid": 0}, "--grid 0 makes no sense"),
+        ({"scale": 0}, "--scale 0 makes no sense"),
+        ({"mask_ratio": 1.0}, "--mask-ratio 1.0 blanks nothing or all"),
+        ({"first_step": 0.0}, "--first-step 0.0 moves no pixel"),
+        ({"compile": True}, "--compile does not work here"),
+        ({"objective": "mae", "encoder": "convnext"}, "--objective mae needs a vit"),
+    ],
+)
+def test_mistakes_are_named(fields, message):
+    encoder = backbone(fields.pop("encoder")) if "encoder" in fields else None
+    with pytest.raises(UserError, match=message):
+        tiny(encoder, **fields)
+
+
+def test_an_unknown_backbone_is_named():
+    with pytest.raises(UserError, match="unknown --model 'convnext_tyni'; did you mean 'convnext_tiny'"):
+        EnergyPretraining(Config(model="convnext_tyni"), DATA)
+
+
+def test_recipes_are_table_a():
+    def read(*argv):
+        return common.read_flags(Config, ebm_pretrain.RECIPES, ["--data", "imagenet", *argv])
+
+    config = read()
+    assert (config.model, config.patch, config.image_size, config.epochs) == ("vit_small", 16, 224, 100)
+    assert (config.base_lr, config.batch_size, config.weight_decay) == (1e-4, 256, 0.05)
+    assert config.betas == (0.9, 0.95) and config.flip == 0.5 and not config.milestones
+    assert (config.steps, config.task, config.grid, config.mask_ratio) == (2, "gridded", 16, 0.7)
+    for model in ("vit_base", "convnext_tiny", "swin_tiny"):
+        config = read("--model", model)
+        assert (config.epochs, config.task, config.base_lr) == (200, "mixed", 1e-4)
+    assert read("--objective", "mae").epochs == 400
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Short runs on a folder of pictures."""
+    folder, found = tmp_path_factory.mktemp("runs"), {}
+    images, labels, _ = common.render_shapes(60, 32)
+    for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        place = folder / "data" / ("train" if i < 30 else "val") / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
+    base = ["--data", str(folder / "data"), "--workers", "0", "--epochs", "1", "--batch-size", "10", "--task", "mixed"]
+    base += ["--image-size", "32", "--model", "vit_micro", "--patch", "8", "--grid", "8", "--scale", "4"]
+    base += ["--decoder-dim", "16", "--decoder-heads", "2", "--decoder-depth", "1", "--warmup-epochs", "0"]
+    for name, flags in {"energy": [], "mae": ["--objective", "mae"]}.items():
+        found[name] = folder / name
+        assert train.main(["ebm_pretrain", *base, *flags, "--out", str(found[name])]) == 0
+    return found
+
+
+def test_a_run_is_trained_probed_and_looked_into(runs, capsys):
+    run = runs["energy"]
+    lines = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()[1:]]
+    assert {f"left_{task}" for task in MIXTURE} < lines[-1].keys() and lines[-1]["alpha"] > 0
+    argv = [str(run), "--protocol", "energy", "knn", "--probe-images", "24"]
+    assert evaluate.main(argv) == 0
+    shown = capsys.readouterr().out
+    names = {path.name for path in (run / "energy").iterdir()}
+    assert names == {"chains.png", *[f"chain_{task}.png" for task in MIXTURE]}
+    assert "left of noise" in shown and "energy below that of the corrupted image" in shown
+    line = json.loads((run / "eval.jsonl").read_text().splitlines()[-1])
+    assert line["protocol"] == "energy" and line["test_images"] == 24
+    assert {"left_gridded", "restored_lower_gridded", "clean_lower_gridded"} < line["results"]["trained"].keys()
+
+
+def test_what_the_protocol_measures(runs):
+    run = runs["energy"]
+    settings = evaluate.read_settings(run)
+    encoder = common.load_encoder(run / "encoder.pt")
+    images, labels, _ = common.render_shapes(20, 32, seed=1)
+    test = common.MemoryImages(images, labels, list("abcdefghij"), encoder.fields["mean"], encoder.fields["std"])
+    row = evaluate.Row("trained", encoder, test, test, torch.device("cpu"))
+    config = evaluate.Config(image_size=32, amp="off", workers=0, probe_images=12)
+    method = evaluate.load_method(run, settings, test)
+    found = evaluate.look_into_energy(method, row, config)["grayscale"]
+    clean, corrupted = method.corrupt(test.images[common.labelled(test, 12)] / 255, "grayscale")
+    alpha = method.log_alpha.exp().detach()
+    chain = [corrupted, *ebm_pretrain.restore(method.energy, corrupted, evaluate.CHAIN, alpha)]
+    for i, x in enumerate(chain):
+        torch.testing.assert_close(found["error"][:, i], (x - clean).square().mean(dim=(1, 2, 3)).detach())
+        torch.testing.assert_close(found["energy"][:, i], method.energy(x).detach())
+    torch.testing.assert_close(found["clean"], method.energy(clean).detach())
+
+
+def test_the_protocol_wants_an_energy(runs, capsys):
+    assert evaluate.main([str(runs["mae"]), "--protocol", "energy"]) == 2
+    assert "needs --objective energy" in capsys.readouterr().err
+    assert evaluate.main([str(runs["energy"]), "--protocol", "energy", "--image-size", "16"]) == 2
+    assert "needs the run's own --image-size 32" in capsys.readouterr().err
