@@ -255,10 +255,7 @@ def mixed(device):
         for label, spent in zip(versions, times, strict=True):
             row(f"  {name}, batch {batch}{label}", f"{spent * 1e3:.0f} ms", f"{mae * 1e3:.0f} ms", f"{spent / mae:.2f}")
     row("top-k attention, a quarter of the keys", "top-k", "plain", "top-k / plain")
-
-    def plain(q, k, v):
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-
+    plain = common.attend_plainly
     for name, batch, tokens in (("vit_tiny", 16, 64), ("vit_base", 2, 196)):
         size = common.VIT_SIZES[name]
         block = common.Block(size["dim"], size["heads"]).to(device)
@@ -339,11 +336,33 @@ def kept_for_backward(function) -> float:
     return sum(sizes.values()) / 1e6
 
 
+def by_central_difference(method, images, share: float = 1e-3):
+    """One training step of the energy without second derivatives: its weights get theirs from two pairs of passes.
+
+    The loss of a step depends on the weights through the pixel gradient g alone, and its gradient is the change of dE/dweights
+    along v = dloss/dg. So, for each step: g and v, then the weights' gradients at x + eps v and x - eps v.
+    """
+    clean, x = method.corrupt(images)
+    alpha = method.step_size(x).detach()
+    for _ in range(method.config.steps):
+        with torch.no_grad():
+            restored = x - ebm_pretrain.descent(method.energy, x, alpha)
+        restored = restored.requires_grad_()
+        (error,) = torch.autograd.grad(ebm_pretrain.restoration_loss([restored], clean), restored)
+        eps = share / error.square().mean().sqrt()
+        for sign in (-1, 1):
+            (-sign * alpha / (2 * eps * method.config.steps) * method.energy(x + sign * eps * error).sum()).backward()
+        x = restored.detach()
+
+
 def energy(device):
-    """Two restorations and their loss against one plain pass: counted as F a forward, 12 F against 3 F, so 4.0 times."""
-    row(
-        "energy step, N = 2, forward and backward", "energy", "plain", "energy / plain", "over floor 4.0", "memory kept"
-    )
+    """Two restorations and their loss against one plain forward and backward pass of the same network and attention.
+
+    The floor is what products alone cost. A plain pass takes those of the forward three times. A restoration takes those with
+    weights 6 times (forward 1, its pixel gradient 1, backward through both 4), those of the attention, whose factors are
+    both activations, 9 times (1, 2, 6). With weights alone the floor is 4.0.
+    """
+    row("energy step, N = 2", "energy", "plain", "energy / plain", "floor", "over floor", "memory kept", "differences")
     data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
     for model, size, patch, batch in (("vit_tiny", 32, 4, 64), ("vit_small", 224, 16, 16)):
         images = torch.rand(batch, 3, size, size, device=device)
@@ -359,16 +378,22 @@ def energy(device):
                     return method(images)["loss"]
 
             def plain(method=method, stepper=stepper, images=images, weights=weights):
-                with stepper.autocast():  # the same network and attention, and any gradient on its features
+                with stepper.autocast():  # any gradient on its features
                     return (method.energy.features(images) * weights).sum()
 
-            spent, usual = seconds(lambda f=restoring: f().backward(), lambda f=plain: f().backward(), rounds=5)
+            def differences(method=method, stepper=stepper, images=images):
+                with stepper.autocast():
+                    by_central_difference(method, images)
+
+            versions = (lambda f=restoring: f().backward(), lambda f=plain: f().backward(), differences)
+            spent, usual, other = seconds(*versions, rounds=5)
             kept = kept_for_backward(restoring) / kept_for_backward(plain)
             label = f"  {model} {size}/{patch}, batch {batch}, {'fp32' if amp == 'off' else amp}"
             attention = (1 + math.prod(method.encoder.grid)) / (6 * method.encoder.dim)
             floor = 2 * (6 + 9 * attention) / (3 + 3 * attention)  # `attention` in units of the products with weights
             ratios = [f"{x:.2f}" for x in (spent / usual, floor, spent / usual / floor)]
-            row(label, *[f"{x * 1e3:.0f} ms" for x in (spent, usual)], *ratios, f"{kept:.1f} x")
+            times = [f"{x * 1e3:.0f} ms" for x in (spent, usual)]
+            row(label, *times, *ratios, f"{kept:.1f} x", f"{other / usual:.2f}")
 
 
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}

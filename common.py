@@ -133,6 +133,15 @@ VIT_SIZES = {
 }
 
 
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v on (B, heads, N, d) in three steps, each of which has a second derivative.
+
+    No fused kernel has one: neither that of CPUs nor those of GPUs. torch's own plain form has, but computes in float32 what
+    is in bf16, so this is the attention of energies on every device.
+    """
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v on (B, heads, N, d).
 
@@ -141,7 +150,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if q.is_cuda or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    return attend_plainly(q, k, v)
 
 
 class Block(nn.Module):
@@ -418,10 +427,13 @@ class MobileFormerBlock(nn.Module):
 
 
 def replace_batch_norms(module: nn.Module):
-    """Put a group norm of one group in the place of every batch norm, so that no image depends on the others of its batch."""
+    """Put a new group norm of one group in the place of every batch norm inside: no image depends on others any more.
+
+    Scales and shifts start anew, so this is for networks before their training.
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(1, child.num_features).to(child.weight))
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, nn.GroupNorm(1, child.num_features))
         else:
             replace_batch_norms(child)
 
@@ -435,6 +447,8 @@ class MobileFormer(nn.Module):
     The block is that of the released Mobile-Former. No activation follows the last convolution; that is a choice. Parameters
     lie within 1.2 % of FINOLA's 4.9, 11.7, 25.0 (Table 4), 43.5 and 67.6 M (Table 2b).
     """
+
+    stride = 16  # pixels of a cell, which sides are multiples of
 
     def __init__(
         self,

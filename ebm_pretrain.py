@@ -28,26 +28,29 @@ No code was released. What the text leaves open, and our choice:
   patch tokens after the final norm, as in MAE's fine-tuning.
 * The step size alpha is learned, but where it starts is not told. Pixel gradients of a fresh network are about 1e-4, so with
   alpha = 0.1 no pixel would move for epochs. Here alpha = exp(a) starts such that the first step on the first batch has a
-  root mean square of 0.3; `a` has no weight decay.
+  root mean square of 0.3; `a` has no weight decay. The head starts as nn.Linear does.
 * Eq. 4 has the squared error and divides by the number of steps; Listing 1 has SmoothL1 (beta 1) and adds the steps up. As in
   the listing but for the sum: AdamW hardly sees a constant factor. `--criterion mse` is Eq. 4.
 * All pixels count, as in Eq. 4 and the listing; `--scored changed` counts only those that the corruption changed.
-* N = 0 is "using corrupted images as negative" without a loss. Ours is softplus(E(x) - E(corrupted)), whose gradient is that
+* N = 0 is "using corrupted images as negative", but no loss is given. Ours is softplus(E(x) - E(corrupted)), whose gradient is that
   of Eq. 2, weighted by how far the two are from being told apart; Eq. 2 itself has no lower bound.
 * Gridded masks: squares of `grid` pixels, cut off at the border where they do not divide the image; ratio 0.7, the best.
 * Random patches: the text draws "normalized sizes" from U(0.01, 0.025) for 75 small ones; we take sizes for shares of the
   area. For 25 large ones it prints U(0.5, 2.0), which would blank every image; it looks like a range of aspect ratios. Ours
   is U(0.03, 0.075): a third of the patches with three times the area. Aspect ratios are log-uniform in 0.5 to 2.
-* Super-resolution: bicubic with antialiasing, cut to the range of the image; sides are rounded where s does not divide them.
+* Super-resolution: bicubic with antialiasing, cut to the range of each channel; sides are rounded where s does not divide them.
 * Mixed: one of masks, super-resolution, noise and grey, drawn for each image, each at the strength of its own setting.
 * Warm-up 10 epochs; smallest crop 0.2, as in MAE.
-* The auto-encoders of Table 2 are the same encoder on the whole corrupted image, then MAE's decoder (8 blocks, width 512).
-* ConvNeXt-T and Swin-T have no stochastic depth here. ConvNeXt's last norm acts before the mean over places, not after it.
-* Weights that the pixel gradient cannot depend on, such as the bias of the last norm, are frozen.
+* The auto-encoders of Table 2 are the same encoder on the whole corrupted image, then MAE's decoder (8 blocks, width 512);
+  their loss is that of the energy, on normalised pixels.
+* ConvNeXt-T and Swin-T have no stochastic depth here. ConvNeXt's last norm acts before the mean over places, not after it;
+  the stems keep torch's own biases (`start_small` says why).
+* Weights that the loss does not depend on, such as the bias of the last norm, are frozen.
 Not here: ADE20K (Table C).
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +69,7 @@ from common import (
     TrainConfig,
     UserError,
     ViT,
+    attend_plainly,
     average,
     features_of,
     labelled,
@@ -129,13 +133,13 @@ def super_resolution(images: Tensor, scale: int) -> Tensor:
     """Shrink by `scale`, bicubic, and enlarge to the old size by repeating pixels (App. A.2).
 
     The small image has max(1, round(side / scale)) pixels a side. Bicubic overshoots at edges; values are cut to the range
-    that each image had.
+    that the channel of the image had.
     """
     if scale == 1:
         return images
     height, width = images.shape[-2:]
     small = [max(1, round(side / scale)) for side in (height, width)]
-    low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+    low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)  # of each channel
     shrunk = F.interpolate(images, small, mode="bicubic", antialias=True).clamp(low, high)
     return F.interpolate(shrunk, (height, width), mode="nearest-exact")
 
@@ -170,17 +174,20 @@ def mixed(corrupted: list, generator=None) -> Tensor:
 def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
     """alpha dE/dx at x (B, C, H, W): one step downhill (Eq. 3); can be differentiated where gradients are recorded.
 
-    `energy` maps images to (B,) or (B, 1).
-    Raises RuntimeError in the backward pass where a kernel inside `energy` has no second derivative.
+    `energy` maps images to (B,) or (B, 1). torch.compile cannot differentiate twice; a central difference of two gradients
+    instead of the second derivative takes longer and is inexact (`python bench.py energy`).
+    Raises RuntimeError, here or in the backward pass, where a kernel inside `energy` has no second derivative.
     """
-    training, x = torch.is_grad_enabled(), x.detach().requires_grad_()
+    recording, x = torch.is_grad_enabled(), x.detach().requires_grad_()
     # torch's fused attention has no second derivative: where `energy` asks for attention, it gets the plain one.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         # The gradient of alpha E rather than alpha times that of E: the same number, but what travels back through the
-        # network is of the size of a step. In fp16 the gradient of E itself, 1e-4 and less, would fade to nothing.
+        # network is of the size of a step. In fp16 the gradient of E itself, 1e-4 and less, would underflow to zero.
         total = step_size * energy(x).sum()
-    with torch.autocast(x.device.type, enabled=False):  # or it would cast again what is in the right type already
-        return torch.autograd.grad(total, x, create_graph=training)[0]
+    with torch.autocast(
+        x.device.type, enabled=False
+    ):  # types are settled: autocast would cast large float32 ones to fp16
+        return torch.autograd.grad(total, x, create_graph=recording)[0]
 
 
 def restore(energy, images: Tensor, steps: int, step_size: Tensor | float) -> list:
@@ -201,14 +208,15 @@ def restoration_loss(
 ) -> Tensor:
     """Mean error of all steps, pixels and images (Eq. 4): N times (B, C, H, W) against (B, C, H, W) -> scalar.
 
-    `criterion` is smooth_l1 (beta 1, Listing 1) or mse (Eq. 4). `weight` (B, C, H, W) or smaller says which pixels count.
+    `criterion` is smooth_l1 (beta 1, Listing 1) or mse (Eq. 4). `weight` (B, C, H, W) or (B, 1, H, W) says which pixels count:
+    then it is the mean over images of the mean over these.
     """
     function = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[criterion]
     if weight is None:
         return sum(function(x, images) for x in restored) / len(restored)
     weight = weight.expand_as(images)
-    errors = sum((function(x, images, reduction="none") * weight).sum() for x in restored)
-    return errors / (len(restored) * weight.sum().clamp_min(1))
+    errors = sum((function(x, images, reduction="none") * weight).sum(dim=(1, 2, 3)) for x in restored)  # (B,)
+    return (errors / weight.sum(dim=(1, 2, 3)).clamp_min(1)).mean() / len(restored)
 
 
 def contrast_loss(clean: Tensor, corrupted: Tensor) -> Tensor:
@@ -220,9 +228,9 @@ def contrast_loss(clean: Tensor, corrupted: Tensor) -> Tensor:
 
 
 def first_step_size(energy, images: Tensor, target: float) -> Tensor:
-    """The alpha for which the first step from `images` has root mean square `target`; over the images of all processes."""
+    """The alpha for which the first step from `images` has the root mean square `target`."""
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # float32: these gradients are tiny
-        return target / average(descent(energy, images).square().mean()).sqrt().clamp_min(1e-12)
+        return target / descent(energy, images).square().mean().sqrt().clamp_min(1e-12)
 
 
 @torch.no_grad()
@@ -328,7 +336,7 @@ class SwinBlock(nn.Module):
             raise UserError(
                 f"a map of {height} x {width} cells cannot be cut into windows of {side} x {side}; change --image-size"
             )
-        shift = side // 2 if self.shifted and max(height, width) > side else 0
+        shift, batch = side // 2 if self.shifted and max(height, width) > side else 0, len(x)
 
         def cut(x):
             return rearrange(x, "b (h p) (w q) d -> (b h w) (p q) d", p=side, q=side)  # (B * windows, side^2, D)
@@ -342,10 +350,10 @@ class SwinBlock(nn.Module):
             part = [(torch.arange(n, device=x.device) >= n - shift).long() for n in (height, width)]
             part = cut((2 * part[0][:, None] + part[1])[None, ..., None])[..., 0]  # (windows, side^2)
             apart = (part[:, :, None] != part[:, None])[:, None]  # (windows, 1, side^2, side^2)
-            bias = bias - 1e4 * apart  # (windows, heads, side^2, side^2)
+            bias = torch.where(apart, -torch.inf, bias)  # (windows, heads, side^2, side^2)
 
         def attention(q, k, v):  # each (B * windows, heads, side^2, d)
-            scores = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).unflatten(0, (len(x), -1)) + bias
+            scores = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).unflatten(0, (batch, -1)) + bias
             return scores.flatten(0, 1).softmax(dim=-1).to(v.dtype) @ v
 
         x = self.block(cut(x.roll((-shift, -shift), (1, 2))), attention)
@@ -422,37 +430,36 @@ BACKBONES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v on (B, heads, N, d) in three steps, all of which have second derivatives.
-
-    No fused kernel has: neither that of CPUs nor the ones of GPUs. torch's own plain form would do, but computes in float32
-    what is in bf16, on every device.
-    """
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-
-
 class Energy(nn.Module):
     """E(x) = h(psi(x)): a backbone's mean feature, and a linear head without bias (section 2.2).
 
     x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,) float32. `encoder` is any module
     that maps images in [0, 1] to features (B, D) or a map (B, D, H, W).
-    Raises UserError for batch norm: the energy of an image would depend on the other images of its batch.
+    `images` are some that it can take: they tell how wide the features are.
+    Raises UserError for batch norm: the energy of an image would depend on the other images of its batch; for other shapes.
     """
 
-    def __init__(self, encoder: nn.Module, dim: int, mean: tuple = (0.0, 0.0, 0.0), std: tuple = (1.0, 1.0, 1.0)):
+    def __init__(self, encoder: nn.Module, images: Tensor, mean: tuple = (0.0, 0.0, 0.0), std: tuple = (1.0, 1.0, 1.0)):
         super().__init__()
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
             raise UserError(
                 f"{type(encoder).__name__} has batch norms, which make the energy of an image depend on its batch; "
                 f"replace them, for example by common.replace_batch_norms(encoder)"
             )
-        self.encoder, self.head = encoder, nn.Linear(dim, 1, bias=False)
+        with torch.no_grad():
+            features = pooled_features(encoder, images)
+        if features.ndim != 2:
+            shape = " x ".join(map(str, features.shape))
+            raise UserError(
+                f"{type(encoder).__name__} returns {shape}; an energy needs features (B, D) or (B, D, H, W)"
+            )
+        self.encoder, self.head = encoder, nn.Linear(features.shape[1], 1, bias=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> (B, D)."""
-        if isinstance(self.encoder, ViT):
+        if type(self.encoder) is ViT:
             return self.encoder.pooled(self.encoder.encode(self.encoder.embed(images), attend_plainly))
         return pooled_features(self.encoder, images)
 
@@ -462,31 +469,35 @@ class Energy(nn.Module):
             return self.head(features.to(self.head.weight.dtype)).squeeze(1)
 
 
-def freeze_idle(method: Method, images: Tensor):
-    """Freeze the weights that the loss of a method cannot depend on: DDP would wait for their gradients for ever.
+def trainable(module: nn.Module) -> list:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
-    Raises UserError where the loss cannot be differentiated: its backbone has a step without a second derivative.
+
+def freeze_idle(method: Method, images: Tensor):
+    """Freeze the weights that the loss of a method does not depend on: DDP would wait for their gradients for ever.
+
+    Raises UserError where a step cannot be differentiated, because of a kernel without a second derivative for one.
     """
-    trial = copy.deepcopy(method)
+    trial = copy.deepcopy(method).eval()
     try:
-        loss = trial(images)["loss"]
-        gradients = torch.autograd.grad(loss, list(trial.parameters()), allow_unused=True)
+        gradients = torch.autograd.grad(trial(images)["loss"], trainable(trial), allow_unused=True)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{type(method.encoder).__name__} cannot be differentiated twice ({reason}); write that step in plain operations"
+            f"a trial step with {type(method.encoder).__name__} failed ({str(error).splitlines()[0]}); if that is for want of "
+            f"a second derivative, write the fused or own kernel in plain operations"
         ) from None
-    for parameter, gradient in zip(method.parameters(), gradients, strict=True):
+    for parameter, gradient in zip(trainable(method), gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
 
 
 def check_second_derivative(energy: Energy, images: Tensor):
-    """Raise UserError where the derivative of a step by the weights is wrong: it is compared with a difference, in float64.
+    """Raise UserError where the derivative of a step by the weights is wrong.
 
-    A kernel whose backward pass is no operation of torch's may raise no error: its part of the derivative is just missing.
+    A kernel whose backward pass is no operation of torch's may raise no error: its part of the derivative is just missing. So
+    the derivative along one random direction is compared with a difference quotient, in float64.
     """
-    energy, images = copy.deepcopy(energy).double(), images.double()
-    weights, generator = list(energy.parameters()), torch.Generator().manual_seed(0)
+    energy, images = copy.deepcopy(energy).double().eval(), images.double()
+    weights, generator = trainable(energy), torch.Generator().manual_seed(0)
     towards = [torch.randn(p.shape, generator=generator).to(p) * p.detach().square().mean().sqrt() for p in weights]
 
     def length():
@@ -494,14 +505,15 @@ def check_second_derivative(energy: Energy, images: Tensor):
 
     gradients = torch.autograd.grad(length(), weights, allow_unused=True)
     slopes = [float((g * v).sum()) for g, v in zip(gradients, towards, strict=True) if g is not None]
-    ends, small = [], 1e-5
+    ends, shift = [], 1e-8  # so small that few kinks of ReLUs lie between the ends
     with torch.no_grad():
-        for share in (small, -2 * small):
+        for share in (shift, -2 * shift):
             for p, v in zip(weights, towards, strict=True):
                 p += share * v
             ends.append(float(length()))
-    measured = (ends[0] - ends[1]) / (2 * small)
-    if abs(measured - sum(slopes)) > 0.02 * sum(map(abs, slopes)) + 1e-6 * ends[0]:
+    measured = (ends[0] - ends[1]) / (2 * shift)
+    rounding = 1e-6 * ends[0]
+    if abs(measured - sum(slopes)) > 0.02 * sum(map(abs, slopes)) + rounding:
         raise UserError(
             f"{type(energy.encoder).__name__} has a wrong second derivative ({sum(slopes):.3g} along one direction, "
             f"{measured:.3g} measured); write its fused or own kernels in plain operations"
@@ -532,7 +544,7 @@ class Config(TrainConfig):
     steps: int = 2  # N: gradient steps on each image; 0 takes corrupted images as negatives (Fig. A)
     criterion: str = "smooth_l1"  # smooth_l1 (Listing 1) or mse (Eq. 4)
     scored: str = "all"  # pixels that count in the loss: all, or changed (by the corruption)
-    first_step: float = 0.3  # root mean square of the very first step, which alpha is set by
+    first_step: float = 0.3  # root mean square of the very first step; it sets alpha
     alpha_lr: float = 1.0  # learning rate of log alpha, relative to that of the weights
     decoder_dim: int = 512  # autoencoder, mae: width of the decoder
     decoder_depth: int = 8  # autoencoder, mae: blocks of the decoder
@@ -540,18 +552,23 @@ class Config(TrainConfig):
 
 
 LAPTOP = {"model": "vit_micro", "image_size": 32, "patch": 4, "grid": 4, "scale": 4, "batch_size": 64}
-LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3, "task": "mixed"}
+LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3, "task": "mixed", "warmup_epochs": 1}
+LAPTOP |= {"base_lr": 16e-3, "crop_min": 0.5}
 LONG = {"epochs": 200, "task": "mixed"}
 
 RECIPES = {
     "imagenet": {},  # Tables 1 and 2, the defaults of Config
-    "imagenet --objective mae": {"epochs": 400, "base_lr": 1.5e-4, "warmup_epochs": 40},  # Table 1; settings as in MAE
+    "imagenet --objective mae": {
+        "epochs": 400,
+        "base_lr": 1.5e-4,
+        "warmup_epochs": 40,
+    },  # Table 1; rate and warm-up are MAE's
     "imagenet --model vit_base": LONG,  # Table 3; the longer row is --epochs 800
     "imagenet --model convnext_tiny": LONG,  # Table B
     "imagenet --model swin_tiny": LONG,
     # Laptop recipes of ours.
-    "shapes": LAPTOP | {"epochs": 16, "warmup_epochs": 1, "base_lr": 4e-3, "crop_min": 0.5, "probe_every": 8},
-    "cifar10": LAPTOP | {"epochs": 10, "warmup_epochs": 1, "base_lr": 4e-3, "crop_min": 0.5},
+    "shapes": LAPTOP | {"epochs": 6, "probe_every": 6},
+    "cifar10": LAPTOP | {"epochs": 10},
 }
 
 
@@ -568,7 +585,12 @@ def build_encoder(config: Config, data) -> nn.Module:
     if config.model not in BACKBONES:
         raise UserError(unknown("--model", config.model, (*VIT_SIZES, *BACKBONES)))
     kind, fields = BACKBONES[config.model]
-    return kind(**fields, **look)
+    encoder = kind(**fields, **look)
+    if config.image_size % encoder.stride:
+        raise UserError(
+            f"--image-size {config.image_size} is not a multiple of {encoder.stride}, as {config.model} needs"
+        )
+    return encoder
 
 
 class EnergyPretraining(Method):
@@ -597,29 +619,34 @@ class EnergyPretraining(Method):
             raise UserError(f"--first-step {config.first_step} moves no pixel; give more than 0")
         if config.compile and config.objective == "energy":
             raise UserError("--compile does not work here: torch.compile has no second derivatives")
+        squares = math.ceil(config.image_size / config.grid) ** 2
+        if {"gridded", "mixed"} & {config.task} and not 0 < round(config.mask_ratio * squares) < squares:
+            raise UserError(
+                f"--grid {config.grid} makes {squares} square(s), of which --mask-ratio {config.mask_ratio} blanks none or all"
+            )
         self.config, own = config, encoder is not None
         encoder = encoder if own else build_encoder(config, data)
         images = torch.rand(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
         images = images.to(next(encoder.parameters()).device)
-        self.register_buffer("mean", torch.tensor(data.mean).view(3, 1, 1).to(images), persistent=False)
-        self.register_buffer("std", torch.tensor(data.std).view(3, 1, 1).to(images), persistent=False)
+        self.register_buffer("mean", torch.tensor(data.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(data.std).view(3, 1, 1), persistent=False)
         if config.objective == "energy":
-            with torch.no_grad():
-                dim = pooled_features(copy.deepcopy(encoder), images).shape[1]
-            self.energy = Energy(encoder, dim, data.mean, data.std).to(images.device)
-            if own:
-                check_second_derivative(self.energy, images)
-            self.log_alpha = nn.Parameter(torch.tensor(0.0))  # set by the first batch
-            self.register_buffer("started", torch.tensor(False))
-            self.ready = False
+            self.energy = Energy(encoder, images, data.mean, data.std)
+            self.log_alpha = nn.Parameter(torch.tensor(0.0))
+            self.register_buffer("started", torch.tensor(False))  # whether log alpha has been set, by the first batch
         else:
-            if not isinstance(encoder, ViT):
-                raise UserError(f"--objective {config.objective} needs a vit, not {config.model}")
+            if type(encoder) is not ViT:
+                raise UserError(f"--objective {config.objective} needs a vit, not {type(encoder).__name__}")
             decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
             self.autoencoder = MaskedAutoencoder(
                 encoder, *decoder, config.mask_ratio, normalize_target=config.objective == "mae"
             )
+        self.to(images.device)
+        self.ready = True  # the trial steps by alpha = 1
         freeze_idle(self, images)
+        self.ready = False
+        if own and config.objective == "energy":
+            check_second_derivative(self.energy, images)
 
     @property
     def encoder(self) -> nn.Module:
@@ -649,30 +676,30 @@ class EnergyPretraining(Method):
         return x, corruptions[task or config.task]()
 
     def step_size(self, corrupted: Tensor) -> Tensor:
-        """alpha; while training, the first call sets it by its images."""
-        self.ready = self.ready or bool(self.started)  # asks the device until it is true, not for ever
+        """alpha; the first batch of the training sets it."""
+        self.ready = self.ready or bool(self.started)  # the buffer is slow to read from a GPU, so not in every step
         if self.ready:
             return self.log_alpha.exp()
         alpha = first_step_size(self.energy, corrupted, self.config.first_step)
-        if self.training:
-            alpha = average(alpha**-2) ** -0.5  # by the mean square of the gradients of all processes
-            with torch.no_grad():
-                self.log_alpha.copy_(alpha.log())
-            self.started.fill_(True)
-            return self.log_alpha.exp()
-        return alpha
+        if not self.training:
+            return alpha
+        with torch.no_grad():
+            self.log_alpha.copy_(average(alpha**-2).log() / -2)  # by the mean square of the gradients of all processes
+        self.started.fill_(True)
+        return self.log_alpha.exp()
 
-    def restored(self, corrupted: Tensor) -> list:
+    def restored(self, corrupted: Tensor, alpha: Tensor | None = None) -> list:
         """Normalised images, corrupted (B, 3, H, W) -> after each step; an auto-encoder has one."""
         if self.config.objective == "energy":
-            return restore(self.energy, corrupted, self.config.steps or 1, self.step_size(corrupted))
+            alpha = self.step_size(corrupted) if alpha is None else alpha
+            return restore(self.energy, corrupted, self.config.steps or 1, alpha)
         encoder, decoder = self.encoder, self.autoencoder
         tokens = decoder.decoder_embed(encoder.encode(encoder.embed(corrupted * self.std + self.mean)))  # (B, 1 + N, d)
         patches = decoder.predict(tokens[:, :1], tokens[:, 1:]).float()
         return [unpatchify(patches, encoder.patch, *corrupted.shape[-2:])]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
-        """Loss of images (B, 3, H, W); what the last step leaves of the squared error, 1 for nothing done; and alpha."""
+        """Loss of images (B, 3, H, W), the share of the squared error that the last step leaves (1 = no change), and alpha."""
         config = self.config
         if config.objective == "mae":
             out = self.autoencoder(images)
@@ -681,14 +708,13 @@ class EnergyPretraining(Method):
         if config.objective == "energy" and not config.steps:
             energies = self.energy(clean), self.energy(corrupted)
             return {"loss": contrast_loss(*energies), "told_apart": (energies[0] < energies[1]).float().mean()}
-        chain = self.restored(corrupted)
+        alpha = self.step_size(corrupted) if config.objective == "energy" else None
+        chain = self.restored(corrupted, alpha)
         weight = (corrupted != clean).any(dim=1, keepdim=True).float() if config.scored == "changed" else None
         logged = {"loss": restoration_loss(chain, clean, config.criterion, weight)}
         with torch.no_grad():
             logged["left"] = F.mse_loss(chain[-1], clean) / F.mse_loss(corrupted, clean).clamp_min(1e-12)
-            if config.objective == "energy":
-                logged["alpha"] = self.log_alpha.exp()
-        return logged
+        return logged if alpha is None else logged | {"alpha": alpha.detach()}
 
     @property
     def tasks(self) -> tuple:
@@ -696,11 +722,11 @@ class EnergyPretraining(Method):
         return MIXTURE if self.config.task == "mixed" else (self.config.task,)
 
     def probe(self, encode, train, test, config: Config, **loading) -> dict:
-        """kNN and linear accuracy, and what is left of the squared error of test images, task by task."""
+        """kNN and linear accuracy, and what is left of the squared error of at most 2000 test images, task by task."""
         found = probe(encode, train, test, config.image_size, config.probe_images, **loading)
-        if config.objective == "mae" or not config.steps:
+        if config.objective == "mae" or (config.objective == "energy" and not config.steps):
             return found
-        precision = pick_precision(config.amp, self.log_alpha.device)
+        precision = pick_precision(config.amp, self.mean.device)
         chosen = labelled(test, min(config.probe_images or 2000, 2000))
 
         def measure(images):
@@ -714,7 +740,9 @@ class EnergyPretraining(Method):
 
         torch.manual_seed(config.seed)  # the same corruptions each time
         errors = features_of(measure, test, chosen, config.image_size, **loading)[0].mean(dim=0).unflatten(0, (-1, 2))
-        return found | {f"left_{task}": float(b / a) for task, (a, b) in zip(self.tasks, errors, strict=True)}
+        return found | {
+            f"left_{task}": float(b / a.clamp_min(1e-12)) for task, (a, b) in zip(self.tasks, errors, strict=True)
+        }
 
     @property
     def captions(self) -> tuple:

@@ -414,7 +414,7 @@ def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weigh
             above = 0
         layers.append((above, name, parameter))
     for above, name, parameter in layers:
-        plain = parameter.ndim < 2 or name.endswith(("token", "tokens"))
+        plain = parameter.ndim < 2 or name.endswith(("token", "tokens", "bias"))
         groups.setdefault((above, plain), []).append(parameter)
     return [
         {"params": group, "lr_scale": decay**above, "weight_decay": 0.0 if plain else weight_decay}

@@ -128,10 +128,45 @@ def gradients_of_mixedae(images, assignment):
 
 
 def gradients_of_energy(images):
-    """The gradients that DDP leaves behind after one step of the energy on this rank's share, and log alpha."""
+    """The gradients of one step of the energy under DDP, in two accumulated parts of this rank's share; and log alpha."""
     import test_ebm_pretrain
 
     method = test_ebm_pretrain.tiny(task="super_resolution")
-    torch.nn.parallel.DistributedDataParallel(method)(mine(images))["loss"].backward()
-    found = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
-    return found | {"alpha": method.log_alpha.item()}
+    model = torch.nn.parallel.DistributedDataParallel(method)
+
+    class Recorder:
+        """A Stepper whose step keeps the gradients instead of using them."""
+
+        def autocast(self):
+            return torch.autocast("cpu", enabled=False)
+
+        def backward(self, loss):
+            loss.backward()
+
+        def step(self):
+            self.gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.requires_grad}
+
+    recorder = Recorder()
+    method.update(model, [(part, None) for part in mine(images).chunk(2)], recorder)
+    return recorder.gradients | {"alpha": method.log_alpha.item()}
+
+
+def fit_energy(flags, stop_after=0):
+    """Train an energy through `fit`, on this rank of several or alone; returns the weights."""
+    import common
+    import ebm_pretrain
+
+    config = common.read_flags(ebm_pretrain.Config, {}, flags)
+    images, labels, _ = common.render_shapes(32, 16)
+    data = common.MemoryImages(images, labels, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
+    torch.manual_seed(config.seed)
+    method = ebm_pretrain.EnergyPretraining(config, data)
+    if stop_after:
+
+        def start_epoch(epoch):
+            if epoch == stop_after:
+                raise KeyboardInterrupt
+
+        method.start_epoch = start_epoch
+    common.fit(method, data, data, config)
+    return method.state_dict()

@@ -309,19 +309,20 @@ def random_patches(images, count, low, high, generator, aspect=(0.5, 2.0)):
 
 
 def restoration_loss(chain, images, criterion, weight=None):
-    """Eq. 4 of energy-inspired pretraining, number by number."""
-    total, count = 0.0, 0.0
-    for restored in chain:
-        for place in itertools.product(*map(range, images.shape)):
-            b, _, i, j = place
+    """Eq. 4 of energy-inspired pretraining, number by number; with weights, a mean over images of weighted means."""
+    total = 0.0
+    for restored, b in itertools.product(chain, range(len(images))):
+        errors, count = 0.0, 0.0
+        for c, i, j in itertools.product(*map(range, images.shape[1:])):
             share = 1.0 if weight is None else weight[b, 0, i, j]
-            error = abs(restored[place] - images[place])
+            error = abs(restored[b, c, i, j] - images[b, c, i, j])
             if criterion == "mse":
-                total += share * error**2
+                errors += share * error**2
             else:
-                total += share * (error**2 / 2 if error < 1 else error - 0.5)
+                errors += share * (error**2 / 2 if error < 1 else error - 0.5)
             count += share
-    return total / count
+        total += errors / max(count, 1) / len(images) / len(chain)
+    return torch.as_tensor(total, dtype=images.dtype)
 
 
 def swin_block(block, x):

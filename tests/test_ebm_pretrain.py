@@ -45,6 +45,12 @@ def vit(**fields):
     return ViT(**{"image_size": 8, "patch": 4, "dim": 16, "depth": 2, "heads": 2} | fields)
 
 
+def energy_of(encoder, *look, size=8):
+    """An energy on a backbone, with the same head each time."""
+    torch.manual_seed(1)
+    return Energy(encoder, torch.rand(2, 3, size, size), *look)
+
+
 def tiny(encoder=None, **fields):
     """The method with a small transformer, on images of 16 x 16."""
     defaults = {"image_size": 16, "patch": 4, "grid": 4, "scale": 4, "amp": "off", "batch_size": 4, "base_lr": 0.1}
@@ -124,11 +130,11 @@ def test_super_resolution_stays_in_the_range_of_each_image(height, width, scale,
     images = (
         torch.rand(3, 3, height, width, generator=generator(seed)) > 0.5
     ).double()  # edges, where bicubic overshoots
-    images = images * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).view(3, 1, 1, 1)
+    images = images * torch.arange(1.0, 10.0, dtype=torch.float64).view(3, 3, 1, 1)
     found = ebm_pretrain.super_resolution(images, scale)
     assert found.shape == images.shape and found.dtype == images.dtype
-    assert (found.amin(dim=(1, 2, 3)) >= images.amin(dim=(1, 2, 3))).all()
-    assert (found.amax(dim=(1, 2, 3)) <= images.amax(dim=(1, 2, 3))).all()
+    assert (found.amin(dim=(2, 3)) >= images.amin(dim=(2, 3))).all()
+    assert (found.amax(dim=(2, 3)) <= images.amax(dim=(2, 3))).all()
     assert torch.equal(ebm_pretrain.super_resolution(images, 1), images)
 
 
@@ -192,7 +198,19 @@ DATA_MEAN, DATA_STD = (torch.tensor(x).view(3, 1, 1) for x in (DATA.mean, DATA.s
 def test_each_task_does_what_its_name_says():
     method, images = tiny(mask_ratio=0.5, grid=8), images_of(3)
     clean, masked = method.corrupt(images, "gridded")
-    assert float((masked == 0).all(dim=1).float().mean()) == 0.5
+    squares = (masked == 0).all(dim=1).unflatten(2, (2, 8)).unflatten(1, (2, 8)).sum(dim=(2, 4))  # (B, 2, 2)
+    assert ((squares == 0) | (squares == 64)).all() and (squares == 64).float().mean() == 0.5
+    many = images_of(64)
+    whole, drawn = method.corrupt(many, "mixed")
+    grey = method.corrupt(many, "grayscale")[1]
+    coarse = method.corrupt(many, "super_resolution")[1]
+    kinds = {
+        "gridded": [bool(((x == y) | (x == 0)).all()) for x, y in zip(drawn, whole, strict=True)],
+        "grayscale": [torch.equal(x, y) for x, y in zip(drawn, grey, strict=True)],
+        "super_resolution": [torch.equal(x, y) for x, y in zip(drawn, coarse, strict=True)],
+    }
+    assert all(5 < sum(found) < 30 for found in kinds.values())
+    assert 5 < len(many) - sum(map(sum, kinds.values())) < 30  # noise
     assert torch.equal(method.corrupt(images, "super_resolution")[1], ebm_pretrain.super_resolution(clean, 4))
     torch.manual_seed(3)
     noisy = method.corrupt(images, "noise")[1]
@@ -231,7 +249,7 @@ def test_on_a_quadratic_energy_everything_is_known(batch, side, alpha, seed):
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_steps_are_single_steps_from_detached_images(steps):
-    energy = Energy(vit(), 16).double()
+    energy = energy_of(vit()).double()
     x, target, alpha = randn(2, 3, 8, 8), randn(2, 3, 8, 8, seed=1), torch.tensor(3.0, dtype=torch.float64)
     alpha.requires_grad_()
     weights = [alpha, *energy.parameters()]
@@ -253,7 +271,7 @@ def test_steps_are_single_steps_from_detached_images(steps):
 
 
 def test_a_step_follows_the_difference_quotient_of_the_energy():
-    energy, x = Energy(vit(), 16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)).double(), randn(2, 3, 8, 8)
+    energy, x = energy_of(vit(), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)).double(), randn(2, 3, 8, 8)
     found = ebm_pretrain.descent(energy, x, 2.0)
     for place in itertools.product((0, 1), (0, 2), (0, 5), (3, 7)):
         shift = torch.zeros_like(x)
@@ -285,7 +303,7 @@ KINDS = ("vit", "mobile_former", "convnext", "swin")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_training_gradient_matches_a_difference_quotient(kind):
-    energy = Energy(backbone(kind), backbone(kind).dim, DATA.mean, DATA.std).double()
+    energy = energy_of(backbone(kind), DATA.mean, DATA.std, size=16).double()
     x, target = randn(2, 3, 16, 16), randn(2, 3, 16, 16, seed=1)
     weights = list(energy.parameters())
     with torch.no_grad():
@@ -307,17 +325,19 @@ def test_the_training_gradient_matches_a_difference_quotient(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_every_backbone_trains_and_every_weight_gets_a_gradient(kind, amp):
     method = tiny(backbone(kind), amp=amp, steps=2)
     stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=64, enabled=amp == "fp16")  # 65536 is too much at first
     with stepper.autocast():
         out = method(images_of(4))
     assert all(value.dtype == torch.float32 for value in out.values())
-    out["loss"].backward()
+    stepper.backward(out["loss"])
     for name, parameter in method.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    stepper.step()
     frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
     last = {"mobile_former": "head.1.bias"}.get(kind, "norm.bias")
     assert frozen == {f"energy.encoder.{last}"}
@@ -337,7 +357,7 @@ def test_bf16_has_nearly_the_gradient_of_float32(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_permuting_the_batch_permutes_everything(kind):
-    energy = Energy(backbone(kind), backbone(kind).dim).double()
+    energy = energy_of(backbone(kind), size=16).double()
     x, order = randn(5, 3, 16, 16), torch.tensor([3, 0, 4, 1, 2])
     for one, other in zip(
         ebm_pretrain.restore(energy, x, 2, 5.0), ebm_pretrain.restore(energy, x[order], 2, 5.0), strict=True
@@ -347,7 +367,7 @@ def test_permuting_the_batch_permutes_everything(kind):
 
 
 def test_energies_may_be_columns_and_the_head_has_no_bias():
-    energy, x = Energy(vit(), 16).double(), randn(2, 3, 8, 8)
+    energy, x = energy_of(vit()).double(), randn(2, 3, 8, 8)
     one = ebm_pretrain.restore(energy, x, 2, 1.0)
     other = ebm_pretrain.restore(lambda images: energy(images)[:, None], x, 2, 1.0)
     torch.testing.assert_close(one, other)
@@ -358,12 +378,12 @@ def test_energies_may_be_columns_and_the_head_has_no_bias():
 
 def test_the_energy_takes_normalised_images():
     encoder = vit(mean=DATA.mean, std=DATA.std)
-    energy, images = Energy(encoder, 16, DATA.mean, DATA.std), images_of(2, 8)
+    energy, images = energy_of(encoder, DATA.mean, DATA.std), images_of(2, 8)
     torch.testing.assert_close(energy((images - DATA_MEAN) / DATA_STD), encoder(images) @ energy.head.weight[0])
 
 
 def test_restoring_without_gradients_is_the_same_and_records_nothing():
-    energy, x = Energy(vit(), 16), randn(2, 3, 8, 8, dtype=torch.float32)
+    energy, x = energy_of(vit()), randn(2, 3, 8, 8, dtype=torch.float32)
     recorded = ebm_pretrain.restore(energy, x, 2, 1.0)
     with torch.no_grad():
         plain = ebm_pretrain.restore(energy, x, 2, 1.0)
@@ -371,13 +391,21 @@ def test_restoring_without_gradients_is_the_same_and_records_nothing():
     torch.testing.assert_close(recorded, plain)
 
 
+def test_each_image_counts_alike_whatever_its_share_of_changed_pixels():
+    images, restored = torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
+    restored[1] = 0.5
+    weight = torch.zeros(2, 1, 4, 4)
+    weight[0], weight[1, 0, 0, 0] = 1, 1
+    loss = ebm_pretrain.restoration_loss([restored], images, "mse", weight)
+    assert float(loss) == pytest.approx((1 + 0.25) / 2)
+    assert float(ebm_pretrain.restoration_loss([restored], images, "mse", torch.zeros_like(weight))) == 0
+
+
 @given(st.integers(1, 3), st.integers(1, 3), st.sampled_from(["smooth_l1", "mse"]), st.booleans(), seeds)
 def test_restoration_loss_matches_the_loop_of_eq_4(steps, batch, criterion, masked, seed):
     images = randn(batch, 2, 3, 3, seed=seed)
     chain = [images + 2 * randn(batch, 2, 3, 3, seed=seed + i + 1) for i in range(steps)]
     weight = (randn(batch, 1, 3, 3, seed=seed + 9) > 0).double() if masked else None
-    if masked and not weight.any():
-        return
     found = ebm_pretrain.restoration_loss(chain, images, criterion, weight)
     torch.testing.assert_close(found, reference.restoration_loss(chain, images, criterion, weight))
 
@@ -392,7 +420,7 @@ def test_contrast_has_the_gradient_of_eq_2_weighted_by_the_mistake(count, seed):
 
 
 def test_the_first_step_has_the_size_that_is_asked_for():
-    energy, x = Energy(vit(), 16), randn(4, 3, 8, 8, dtype=torch.float32)
+    energy, x = energy_of(vit()), randn(4, 3, 8, 8, dtype=torch.float32)
     for target in (0.1, 0.3, 1.0):
         with torch.autocast("cpu", torch.float16):  # the gradient would be lost in it
             alpha = ebm_pretrain.first_step_size(energy, x, target)
@@ -401,7 +429,7 @@ def test_the_first_step_has_the_size_that_is_asked_for():
 
 
 def test_fp16_keeps_a_gradient_that_would_be_lost_unscaled():
-    energy, x = Energy(vit(), 16), randn(8, 3, 8, 8, dtype=torch.float32)
+    energy, x = energy_of(vit()), randn(8, 3, 8, 8, dtype=torch.float32)
     nn.init.normal_(energy.head.weight, std=1e-7)
     alpha = ebm_pretrain.first_step_size(energy, x, 0.3)
     exact = ebm_pretrain.descent(energy, x, alpha)
@@ -443,10 +471,7 @@ class Attention(nn.Module):
 def test_fused_attention_is_replaced_inside_a_step():
     x, found = randn(2, 3, 4, 4), []
     for attend in (F.scaled_dot_product_attention, ebm_pretrain.attend_plainly):
-        energy = Energy(Attention(attend).double(), 8)
-        torch.manual_seed(1)
-        nn.init.normal_(energy.head.weight)
-        energy = energy.double()
+        energy = energy_of(Attention(attend)).double()
         ebm_pretrain.descent(energy, x).square().sum().backward()
         found.append(energy.encoder.qkv.weight.grad)
     torch.testing.assert_close(*found)
@@ -503,14 +528,65 @@ def test_any_module_will_do_and_its_encoder_is_saved(tmp_path):
         common.load_encoder(tmp_path / "encoder.pt")
 
 
-@pytest.mark.parametrize("function", [Once, Silent])
-def test_a_kernel_without_second_derivative_is_refused(function):
-    with pytest.raises(UserError, match="Convolutional .*(twice|wrong second derivative)"):
-        tiny(Convolutional(function.apply))
+class Fused(nn.Module):
+    """Attention by the fused kernel of CPUs itself, which no setting can turn into the plain one."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(3, 24)
+
+    def forward(self, images):
+        q, k, v = self.qkv(images.flatten(2).transpose(1, 2))[:, None].chunk(3, dim=-1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0][:, 0].tanh().mean(dim=1)
 
 
-def test_relus_are_accepted():
-    tiny(Convolutional(F.relu))
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (lambda: Fused(), "a trial step with Fused failed .*second derivative"),
+        (lambda: Convolutional(Once.apply), "a trial step with Convolutional failed .*|wrong second derivative"),
+        (lambda: Convolutional(Silent.apply), "Convolutional has a wrong second derivative"),
+    ],
+)
+def test_a_kernel_without_second_derivative_is_refused(encoder, message):
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match=message):
+        tiny(encoder())
+
+
+class Residual(nn.Module):
+    """A deep network of ReLUs with group norms, as one might have lying about."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU()) for _ in range(6)
+        )
+
+    def forward(self, images):
+        x = self.stem(images)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_relus_dropout_and_frozen_weights_are_accepted():
+    for seed in range(4):
+        torch.manual_seed(seed)
+        tiny(Residual())
+    tiny(nn.Sequential(Convolutional(), nn.Dropout(0.5)))
+    frozen = Convolutional()
+    frozen.first.requires_grad_(False)
+    method = tiny(frozen)
+    assert not frozen.first.weight.requires_grad and frozen.second.weight.requires_grad
+    method(images_of(2))["loss"].backward()
+    assert frozen.first.weight.grad is None
+
+
+def test_features_of_another_shape_are_refused():
+    with pytest.raises(UserError, match=r"Sequential returns 2 x 4 x 768; an energy needs features \(B, D\)"):
+        tiny(nn.Sequential(nn.Flatten(1), nn.Unflatten(1, (1, 768)), nn.Conv1d(1, 4, 1)))
 
 
 def test_batch_norm_is_refused_and_can_be_replaced():
@@ -520,6 +596,9 @@ def test_batch_norm_is_refused_and_can_be_replaced():
     common.replace_batch_norms(encoder)
     assert isinstance(encoder[1][0], nn.GroupNorm) and encoder[1][0].num_groups == 1
     tiny(encoder)
+    line = nn.Sequential(nn.Flatten(1), nn.Linear(768, 8), nn.BatchNorm1d(8), nn.GELU())
+    common.replace_batch_norms(line)
+    tiny(line)
 
 
 def test_mobile_former_can_do_without_batch_norm():
@@ -586,6 +665,23 @@ def test_encoders_are_rebuilt_from_their_file(name, tmp_path):
     common.save_encoder(encoder, tmp_path / "encoder.pt")
     again, images = common.load_encoder(tmp_path / "encoder.pt"), images_of(2, 32)
     torch.testing.assert_close(again(images), encoder(images))
+    torch.testing.assert_close(torch.stack([again.mean, again.std]), torch.stack([DATA_MEAN, DATA_STD]))
+    plain = type(encoder)(**{**encoder.fields, "mean": (0.0,) * 3, "std": (1.0,) * 3})
+    plain.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(plain.eval()((images - DATA_MEAN) / DATA_STD), encoder(images))
+
+
+def test_backbones_start_as_published():
+    torch.manual_seed(0)
+    convnext, swin = ConvNeXt(), Swin()
+    blocks = [module for module in convnext.modules() if isinstance(module, ebm_pretrain.ConvNeXtBlock)]
+    assert all((block.scale == 1e-6).all() for block in blocks)
+    blocks = [module for module in swin.modules() if isinstance(module, ebm_pretrain.SwinBlock)]
+    assert [block.shifted for block in blocks] == [False, True] * 6
+    assert float(blocks[-1].position_bias.detach().std()) == pytest.approx(0.02, rel=0.1)
+    for encoder in (convnext, swin):
+        weights = [m.weight for m in encoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        assert all(float(w.detach().std()) == pytest.approx(0.02, rel=0.1) for w in weights)
 
 
 def test_windows_that_do_not_fit_are_named():
@@ -597,7 +693,7 @@ def test_blank_patches_do_not_have_huge_gradients():
     for kind in (ConvNeXt, Swin):
         torch.manual_seed(0)
         encoder = kind(**BACKBONES[f"{kind.__name__.lower()}_micro"][1])
-        energy, x = Energy(encoder, encoder.dim), randn(2, 3, 32, 32, dtype=torch.float32)
+        energy, x = energy_of(encoder, size=32), randn(2, 3, 32, 32, dtype=torch.float32)
         x[:, :, :16] = 0
         step = ebm_pretrain.descent(energy, x).detach().square().mean(dim=(0, 1, 3)).sqrt()
         assert step[:14].mean() < 10 * step[18:].mean()
@@ -606,14 +702,14 @@ def test_blank_patches_do_not_have_huge_gradients():
 # --- the method ------------------------------------------------------------------------------------------------------
 
 
-def fit(method, steps, images=None):
-    """Train in float32 on the same images; the losses."""
+def fit(method, steps, images=None, rate=3e-3):
+    """Train in float32 on the same images, with a rate that rises and falls; the losses."""
     config = method.config
     stepper, losses = common.Stepper(method.optimizer(config), config, torch.device("cpu")), []
     images = images_of(8) if images is None else images
-    for group in stepper.optimizer.param_groups:
-        group["lr"] = 3e-3
     for step in range(steps):
+        for group in stepper.optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 20, (steps - step) / 40)
         torch.manual_seed(step)
         losses.append(float(method.update(method, [(images, None)], stepper)["loss"]))
     return losses
@@ -624,14 +720,15 @@ def test_an_energy_trained_on_one_image_restores_it(task):
     method = tiny(vit(image_size=16, dim=32, depth=2, mean=DATA.mean, std=DATA.std), task=task)
     image, _, _ = common.render_shapes(1, 16, seed=3)
     image = image / 255
-    fit(method, 120, image.expand(4, -1, -1, -1))
+    fit(method, 150, image.expand(4, -1, -1, -1), rate=1e-2)
     method.eval()
     torch.manual_seed(0)
     clean, corrupted = method.corrupt(image.expand(16, -1, -1, -1))
     with torch.no_grad():
         restored = method.restored(corrupted)
     errors = [float(F.mse_loss(x, clean)) for x in (corrupted, *restored)]
-    assert errors[-1] < 0.35 * errors[0], errors
+    share = 0.2 if task in ("gridded", "random_small", "random_large") else 0.45  # pure noise says nothing of the image
+    assert errors[-1] < share * errors[0], errors
 
 
 def test_the_step_size_is_set_by_the_first_batch_and_learned_from_then_on():
@@ -665,6 +762,10 @@ def test_log_alpha_has_a_group_of_its_own_without_decay():
     assert len(own["params"]) == 1 and own["weight_decay"] == 0 and own["lr_scale"] == 5.0
     trainable = [p for p in method.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in groups) == len(trainable)
+    swin = tiny(backbone("swin"))
+    decayed = swin.optimizer(swin.config).param_groups[0]["params"]
+    tables = [p for name, p in swin.named_parameters() if name.endswith("position_bias")]
+    assert tables and not any(p is table for p in decayed for table in tables)
 
 
 def test_alpha_is_positive_whatever_the_optimiser_does():
@@ -763,7 +864,9 @@ def test_accumulated_parts_add_up():
 def test_two_processes_have_the_step_size_and_the_gradients_of_one():
     images = images_of(8, seed=4)
     images[4:] *= 0.2  # the ranks' own step sizes would differ
+    order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # alpha is set by the first parts of both ranks
     method = tiny(task="super_resolution")
+    method(images[order[:4]])
     method(images)["loss"].backward()
     expected = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     for part in processes.start(processes.gradients_of_energy, images):
@@ -771,6 +874,54 @@ def test_two_processes_have_the_step_size_and_the_gradients_of_one():
         assert part.keys() == expected.keys()
         for name, gradient in part.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_two_processes_train_probe_and_draw(tmp_path):
+    """Process 0 alone probes and draws the untrained energy: nothing there may wait for the others."""
+    flags = [
+        "--model",
+        "vit_micro",
+        "--image-size",
+        "16",
+        "--patch",
+        "8",
+        "--grid",
+        "8",
+        "--scale",
+        "4",
+        "--epochs",
+        "1",
+    ]
+    flags += ["--batch-size", "8", "--workers", "0", "--warmup-epochs", "0", "--out", str(tmp_path / "run")]
+    first, second = processes.start(processes.fit_energy, flags)
+    for name, weights in first.items():
+        assert torch.equal(weights, second[name]), name
+    assert (tmp_path / "run" / "pictures.png").exists()
+
+
+def test_resume_matches_an_uninterrupted_run(tmp_path):
+    flags = [
+        "--model",
+        "vit_micro",
+        "--image-size",
+        "16",
+        "--patch",
+        "8",
+        "--grid",
+        "8",
+        "--scale",
+        "4",
+        "--epochs",
+        "2",
+    ]
+    flags += ["--batch-size", "8", "--workers", "0", "--warmup-epochs", "0", "--probe-every", "0", "--task", "mixed"]
+    whole = processes.fit_energy([*flags, "--out", str(tmp_path / "whole")])
+    stopped = [*flags, "--out", str(tmp_path / "stopped")]
+    with pytest.raises(KeyboardInterrupt):
+        processes.fit_energy(stopped, stop_after=1)
+    again = processes.fit_energy([*stopped, "--resume"])
+    for name, weights in whole.items():
+        assert torch.equal(weights, again[name]), name
 
 
 def test_the_probe_says_what_is_left_task_by_task():
@@ -801,7 +952,8 @@ def test_the_probe_says_what_is_left_task_by_task():
         ({"mask_ratio": 1.0}, "--mask-ratio 1.0 blanks nothing or all"),
         ({"first_step": 0.0}, "--first-step 0.0 moves no pixel"),
         ({"compile": True}, "--compile does not work here"),
-        ({"objective": "mae", "encoder": "convnext"}, "--objective mae needs a vit"),
+        ({"objective": "mae", "encoder": "convnext"}, "--objective mae needs a vit, not ConvNeXt"),
+        ({"grid": 16}, r"--grid 16 makes 1 square\(s\), of which --mask-ratio 0.7 blanks none or all"),
     ],
 )
 def test_mistakes_are_named(fields, message):
@@ -815,6 +967,12 @@ def test_an_unknown_backbone_is_named():
         EnergyPretraining(Config(model="convnext_tyni"), DATA)
 
 
+@pytest.mark.parametrize(("model", "stride"), [("convnext_micro", 8), ("swin_micro", 8), ("mobile_former_micro", 16)])
+def test_images_that_the_cells_do_not_fit_are_refused(model, stride):
+    with pytest.raises(UserError, match=f"--image-size 36 is not a multiple of {stride}, as {model} needs"):
+        EnergyPretraining(Config(model=model, image_size=36, grid=4), DATA)
+
+
 def test_recipes_are_table_a():
     def read(*argv):
         return common.read_flags(Config, ebm_pretrain.RECIPES, ["--data", "imagenet", *argv])
@@ -823,11 +981,14 @@ def test_recipes_are_table_a():
     assert (config.model, config.patch, config.image_size, config.epochs) == ("vit_small", 16, 224, 100)
     assert (config.base_lr, config.batch_size, config.weight_decay) == (1e-4, 256, 0.05)
     assert config.betas == (0.9, 0.95) and config.flip == 0.5 and not config.milestones
-    assert (config.steps, config.task, config.grid, config.mask_ratio) == (2, "gridded", 16, 0.7)
+    assert (config.steps, config.task, config.grid, config.mask_ratio, config.scale) == (2, "gridded", 16, 0.7, 16)
+    assert (config.criterion, config.scored, config.objective) == ("smooth_l1", "all", "energy")
+    assert (config.decoder_dim, config.decoder_depth, config.decoder_heads) == (512, 8, 16)
     for model in ("vit_base", "convnext_tiny", "swin_tiny"):
         config = read("--model", model)
         assert (config.epochs, config.task, config.base_lr) == (200, "mixed", 1e-4)
-    assert read("--objective", "mae").epochs == 400
+    mae = read("--objective", "mae")
+    assert (mae.epochs, mae.warmup_epochs, mae.base_lr) == (400, 40, 1.5e-4)
 
 
 @pytest.fixture(scope="module")
@@ -842,7 +1003,8 @@ def runs(tmp_path_factory):
     base = ["--data", str(folder / "data"), "--workers", "0", "--epochs", "1", "--batch-size", "10", "--task", "mixed"]
     base += ["--image-size", "32", "--model", "vit_micro", "--patch", "8", "--grid", "8", "--scale", "4"]
     base += ["--decoder-dim", "16", "--decoder-heads", "2", "--decoder-depth", "1", "--warmup-epochs", "0"]
-    for name, flags in {"energy": [], "mae": ["--objective", "mae"]}.items():
+    variants = {"energy": [], "mae": ["--objective", "mae"], "autoencoder": ["--objective", "autoencoder"]}
+    for name, flags in (variants | {"negatives": ["--steps", "0"]}).items():
         found[name] = folder / name
         assert train.main(["ebm_pretrain", *base, *flags, "--out", str(found[name])]) == 0
     return found
@@ -882,8 +1044,26 @@ def test_what_the_protocol_measures(runs):
     torch.testing.assert_close(found["clean"], method.energy(clean).detach())
 
 
+def test_every_objective_logs_what_it_has(runs):
+    tasks = {f"left_{task}" for task in MIXTURE}
+    for name, expected in {"mae": set(), "autoencoder": tasks | {"left"}, "negatives": {"told_apart"}}.items():
+        last = evaluate.read_log(runs[name] / "log.jsonl")[-1]
+        assert {key for key in last if key.startswith(("left", "told", "alpha"))} == expected
+
+
+def test_pictures_show_the_steps_in_their_order():
+    method, images = tiny(task="super_resolution", steps=2), images_of(2)
+    method(images)
+    assert method.captions == ("image", "super resolution", "step 1", "step 2")
+    clean, corrupted = method.corrupt(images)
+    chain = [x.detach() for x in method.restored(corrupted)]
+    expected = [(x * DATA_STD + DATA_MEAN).clamp(0, 1) for x in (clean, corrupted, *chain)]
+    torch.testing.assert_close(method.pictures(images), torch.stack(expected, dim=1))
+
+
 def test_the_protocol_wants_an_energy(runs, capsys):
-    assert evaluate.main([str(runs["mae"]), "--protocol", "energy"]) == 2
-    assert "needs --objective energy" in capsys.readouterr().err
+    for name in ("mae", "autoencoder", "negatives"):
+        assert evaluate.main([str(runs[name]), "--protocol", "energy"]) == 2
+        assert "needs --objective energy" in capsys.readouterr().err
     assert evaluate.main([str(runs["energy"]), "--protocol", "energy", "--image-size", "16"]) == 2
     assert "needs the run's own --image-size 32" in capsys.readouterr().err
