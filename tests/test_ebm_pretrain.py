@@ -796,7 +796,7 @@ def test_every_switch_trains_and_draws(fields):
     for name, parameter in method.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     method.zero_grad()
-    losses = fit(method, 30)
+    losses = fit(method, 60)
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     rows = method.pictures(images_of(3))
     assert rows.shape == (3, len(method.captions), 3, 16, 16) and 0 <= rows.min() and rows.max() <= 1
