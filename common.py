@@ -1759,6 +1759,14 @@ class Method(nn.Module):
         """{"loss": scalar to minimise, other scalars to log}, all 0-d tensors; images are in [0, 1]."""
         raise TypeError(f"{type(self).__name__} has no forward")
 
+    def steps_per_epoch(self, images: int, config: TrainConfig) -> int:
+        """How many steps make an epoch of so many images."""
+        return images // config.batch_size
+
+    def plan(self, images: int, config: TrainConfig, first_step: int):
+        """What this process loads from `first_step` on: (seed, indices) a step; see `batch_plan`."""
+        return batch_plan(images, config, first_step)
+
     def start_epoch(self, epoch: int):
         """Called before each epoch, counted from 0, for schedules in epochs."""
 
@@ -1975,7 +1983,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
             f"a batch of {config.batch_size} is larger than the data set of {len(train)}; lower --batch-size"
         )
     out = Path(config.out or f"runs/{method.name}-{Path(config.data).name}")
-    device, steps = next(method.parameters()).device, len(train) // config.batch_size
+    device, steps = next(method.parameters()).device, method.steps_per_epoch(len(train), config)
     if world_size() > 1 and device.type == "cuda":
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     stepper = Stepper(method.optimizer(config), config, device)
@@ -2000,7 +2008,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     model = torch.compile(model) if config.compile else model
     loading = {"workers": config.workers, "device": device}
     if rank() == 0:
-        print_start(method, train, config, stepper, out, first_step // steps)
+        print_start(method, train, config, stepper, out, first_step // steps, steps)
 
     def save_weights():
         write_atomically(out / "encoder.pt", lambda path: save_encoder(method.encoder, path))
@@ -2054,7 +2062,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     if first_step % steps == 0:
         meter = Meter()
     method.train()
-    plan = batch_plan(len(train), config, first_step)
+    plan = method.plan(len(train), config, first_step)
     scale = (config.crop_min, 1.0)
     batches = train.train_batches(plan, config.image_size, scale, config.flip, method.views, **loading)
     for epoch in range(first_step // steps, config.epochs):
@@ -2089,7 +2097,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     return {row: {name: line[name] for name in ("knn", "linear")} for row, line in results.items() if "knn" in line}
 
 
-def print_start(method: Method, train, config: TrainConfig, stepper: Stepper, out: Path, epoch: int):
+def print_start(method: Method, train, config: TrainConfig, stepper: Stepper, out: Path, epoch: int, steps: int):
     """What is about to run, so that a wrong setting is seen in the first second."""
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (method, method.encoder)]
     device, precision = stepper.device, str(stepper.dtype or torch.float32).removeprefix("torch.")
@@ -2099,7 +2107,7 @@ def print_start(method: Method, train, config: TrainConfig, stepper: Stepper, ou
     print(f"data        {config.data}: {len(train)} images, {len(train.classes)} classes, size {config.image_size}")
     print(f"device      {device} ({place}), {precision}, {world_size()} process(es)")
     print(f"batch       {config.batch_size} images, {config.accumulate} part(s); learning rate {peak:.3g}")
-    print(f"epochs      {epoch} of {config.epochs} done, {len(train) // config.batch_size} steps each; writes {out}")
+    print(f"epochs      {epoch} of {config.epochs} done, {steps} steps each; writes {out}")
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     shown = "  ".join(f"{name}={value}" for name, value in own.items() if name not in TrainConfig.__dataclass_fields__)
     print(f"settings    {shown}", flush=True)

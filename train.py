@@ -20,6 +20,7 @@ METHODS = {
     "finola": "FinolaAutoencoder",
     "magma": "Magma",
     "mixedae": "MixedAE",
+    "mlo_mae": "MultiLevelMAE",
 }  # module: class
 
 

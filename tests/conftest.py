@@ -21,3 +21,5 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    # torch's own forward-mode differentiation calls what torch itself has deprecated.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")

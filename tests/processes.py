@@ -25,6 +25,7 @@ def start(function, *args, ranks=2):
 def _enter(rank, function, args, ranks, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)  # as in conftest.py
     store = dist.FileStore(str(Path(folder) / "store"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     torch.save(function(*args), Path(folder) / f"{rank}.pt")
@@ -170,3 +171,14 @@ def fit_energy(flags, stop_after=0):
         method.start_epoch = start_epoch
     common.fit(method, data, data, config)
     return method.state_dict()
+
+
+def gradients_of_levels(images, labels):
+    """The gradients of every level of one cycle on this rank's share of each level's batch."""
+    import test_mlo_mae
+
+    method = test_mlo_mae.tiny(unrolling=1)
+    recorder = test_mlo_mae.Recorder(method)
+    parts = [torch.cat([mine(part) for part in x.split(4)]) for x in (images, labels)]
+    method.update(method, [tuple(parts)], recorder)
+    return {name: gradient for step in recorder.steps for name, gradient in step.items()}

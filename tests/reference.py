@@ -357,3 +357,21 @@ def swin_block(block, x):
         hidden = torch.nn.functional.gelu(inner.mlp["fc1"](inner.norm2(y)))
         out[b, i, j] = y + inner.mlp["fc2"](hidden)
     return out
+
+
+def softsort(probability, count, temperature, weights):
+    """d/dp of sum_j w_j sum_{i < count} softmax_j(-|sorted_i - p_j| / temperature), by central differences."""
+
+    def value(p):
+        total = 0.0
+        for row, weight in zip(p, weights, strict=True):
+            for high in row.sort(descending=True).values[:count]:
+                total += float(((-(high - row).abs() / temperature).softmax(dim=0) * weight).sum())
+        return total
+
+    out = torch.zeros_like(probability)
+    for place in itertools.product(*map(range, probability.shape)):
+        shift = torch.zeros_like(probability)
+        shift[place] = 1e-6
+        out[place] = (value(probability + shift) - value(probability - shift)) / 2e-6
+    return out

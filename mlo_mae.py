@@ -1,0 +1,578 @@
+"""MLO-MAE: a masking network learned from what the encoder is worth downstream, by three-level optimisation.
+
+"Downstream Task Guided Masking Learning in Masked Autoencoders Using Multi-Level Optimization" (arXiv 2402.18128).
+
+The idea: MAE masks patches at random. Here a small network T gives each patch a probability, and the most probable ones are
+masked. How good a mask is, shows three levels up: level I trains an autoencoder on the masked images, level II a linear
+head on the encoder's features, level III looks at the head's loss on images that neither has seen, and improves T. The
+gradient of that loss by T runs backwards through the training steps of the two levels below: a hypergradient.
+
+Equation                                                      function
+Eq. 1      weighted reconstruction                            weighted_reconstruction_loss
+Sec. 3.2   the patches of the highest probability             top_mask
+Sec. 3.3   masking network T                                  MaskingNetwork
+Eq. 2, 3   head and validation                                MultiLevelMAE.classification_loss
+Eq. 5      two levels instead of three (BLO-MAE)              --objective blo
+Eq. 6, 7   one step of each level                             MultiLevelMAE.update
+Eq. 8, 9   gradient of T through both                         hypergradient
+Eq. 10, 11 second derivatives, times a vector                 mixed_product(method="exact")
+Eq. 12     the same by a difference                           mixed_product(method="finite_difference")
+Eq. 13     fine-tuning in level II                            --objective full
+App. A.4   gradients through the selection                    soft_selection
+
+Train it:  python train.py mlo_mae                                    on built-in pictures, on a laptop
+           python train.py mlo_mae --objective blo                    two levels; mae and fixed have one
+           python train.py mlo_mae --data cifar10 --root DIR          the paper's experiment (Table 12)
+
+Where text and the authors' code differ, and what the text leaves open:
+* The loss of level I is a sum in Eq. 1; the code divides by the number of masked patches, which is the default here.
+  A patch's own loss is the mean over its normalised pixels.
+* The hypergradient has the learning rates of Eq. 9 to 11; the code leaves them out (`--no-lr-factors`), which weighs the path
+  through the head 1 / eta_C times as much. Second derivatives are taken where the step started, as in Eq. 6; the code takes
+  them where it ended. The steps themselves are those of AdamW in both, so the formula is exact for plain gradient descent
+  alone. With more than one unrolled step, the last one counts. The sign of Eq. 11 is a slip.
+* Second derivatives come from a forward-mode derivative (`--hypergradient exact`), not from the difference of two gradients as
+  in the paper: a difference is useless in bf16, and costs nearly as much. Nor does it see gradients that are no derivatives
+  of what is computed: with `--mask-gradient straight_through` or `softsort`, or `--detach-tokens`, it misses terms.
+* The gradient reaches T through the weights of Eq. 1 alone, as in the code. App. A.4 speaks of two more ways, `--mask-gradient
+  straight_through` and `softsort`; how the mask then acts on visible patches is our reading: it scales their tokens.
+* T sees the tokens of the encoder with positions, and the encoder learns through them, as in the code; `--detach-tokens`
+  stops that.
+* Level I sees the 80 % of the training images that level II sees, and unlabelled ones; in the code all, validation
+  included (`--level1-data all`). The split is drawn by the seed. The official test set is never trained on.
+* The head is one linear layer on the CLS token; in the code a norm, dropout 0.1 and that layer (`--head code`).
+* An epoch is one pass of level II over its images. Level I makes `unrolling` steps for one of level II.
+* Learning rates are those of Tables 11 and 12; section 3.3 and the code have others. All three follow one cosine.
+* CIFAR crops are random resized ones, not padded ones. Positions are fixed; in the code they are learned.
+* Eq. 13: the fine-tuned encoder goes on from cycle to cycle, lambda is 0.01; gamma of Eq. 5 is 1. Both are not given.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from common import (
+    VIT_SIZES,
+    MaskedAutoencoder,
+    Method,
+    TrainConfig,
+    UserError,
+    ViT,
+    attend_plainly,
+    average,
+    features_of,
+    labelled,
+    load_encoder,
+    mask_from_noise,
+    mix_seed,
+    patchify,
+    pick_precision,
+    probe,
+    rank,
+    take,
+    unknown,
+    unpatchify,
+    world_size,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks and their loss
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def in_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class MaskingNetwork(nn.Module):
+    """T: the tokens of an image (B, N, D) -> the probability of each patch to be masked (B, N), in (0, 1) (section 3.3)."""
+
+    def __init__(self, patches: int, dim: int, hidden: int = 512):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(patches * dim, hidden), nn.Linear(hidden, patches)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(tokens.flatten(1)))).sigmoid()
+
+
+def top_mask(probability: Tensor, ratio: float) -> Tensor:
+    """True for the round(ratio * N) patches of the highest probability: (B, N) -> bool (B, N); of equals the first ones."""
+    count = round(ratio * probability.shape[1])
+    order = probability.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(probability, dtype=torch.bool).scatter(1, order[:, :count], True)
+
+
+def soft_selection(probability: Tensor, ratio: float, kind: str, temperature: float = 0.1) -> Tensor:
+    """`top_mask` as numbers 0 and 1 (B, N), through which a gradient passes to `probability` (App. A.4).
+
+    straight_through: as if the selection were the identity. softsort: that of SoftSort (Prillo and Eisenschlos 2020), where
+    rank i takes patch j with a share of softmax_j(-|sorted_i - p_j| / temperature), and a patch is masked by what the first
+    ranks take of it. weight: none.
+    """
+    hard = top_mask(probability, ratio).to(probability.dtype)
+    if kind == "weight":
+        return hard
+    soft = probability
+    if kind == "softsort":
+        count = round(ratio * probability.shape[1])
+        first = probability.sort(dim=1, descending=True).values[:, :count]  # (B, ranks)
+        shares = (-(first[:, :, None] - probability[:, None]).abs() / temperature).softmax(dim=2)  # (B, ranks, N)
+        soft = shares.sum(dim=1)
+    return hard + soft - soft.detach()
+
+
+def weighted_reconstruction_loss(
+    prediction: Tensor, target: Tensor, mask: Tensor, probability: Tensor, normalization: str = "mean"
+) -> Tensor:
+    """Eq. 1: the squared error of each masked patch times its probability; (B, N, P), (B, N, P), (B, N), (B, N) -> scalar.
+
+    mean: over masked patches, as the code. sum: over the masked patches of an image, as the text, then the mean over images: a
+    batch stands for the data set. A patch's error is the mean over its pixels.
+    """
+    error = (in_float32(prediction) - in_float32(target)).square().mean(dim=-1)  # (B, N)
+    total = (mask * probability * error).sum()
+    return total / (len(error) if normalization == "sum" else mask.detach().sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hypergradient. Parameters are dicts {name: tensor}; losses are functions of two of them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def moved(at: dict, direction: dict, share: float) -> dict:
+    return {name: value + share * direction[name] for name, value in at.items()}
+
+
+def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "exact", radius: float = 0.01) -> dict:
+    """How the gradient of loss(at, wanted) by `wanted` changes when `at` moves along `direction`: a matrix times a vector.
+
+    The matrix is the mixed second derivative of Eq. 10 or 11. exact: by forward-mode differentiation. finite_difference: from
+    the gradients at both ends of a step of length 2 `radius` (App. A.2, Eq. 12); both see the same random numbers. In float32
+    that has 3 to 4 digits, in bf16 none.
+    """
+
+    def gradient(at):
+        return torch.func.grad(loss, argnums=1)(at, wanted)
+
+    if method == "exact":
+        return torch.func.jvp(gradient, (at,), (direction,))[1]
+    length = math.sqrt(sum(float(v.double().square().sum()) for v in direction.values()))
+    eps = radius / (length + 1e-15)
+    with torch.random.fork_rng():
+        ahead = gradient(moved(at, direction, eps))
+    behind = gradient(moved(at, direction, -eps))
+    return {name: (ahead[name] - behind[name]) / (2 * eps) for name in wanted}
+
+
+def hypergradient(
+    level_1,
+    level_2,
+    level_3,
+    encoder: tuple[dict, dict],
+    head: tuple[dict, dict],
+    masking: dict,
+    lr_encoder: float = 1.0,
+    lr_head: float = 1.0,
+    method: str = "exact",
+    radius: float = 0.01,
+    paths: tuple = ("head", "encoder"),
+    mean=lambda gradient: gradient,
+) -> dict:
+    """The gradient of level III's loss by T through one gradient step of each level (Eq. 8 to 11) -> {name: tensor}.
+
+    level_1(encoder, masking), level_2(encoder, head) and level_3(encoder, head) are losses of parameters; `encoder` and `head`
+    are pairs, before and after their step:
+        E' = E - lr_encoder dL1/dE(E, T),   C' = C - lr_head dL2/dC(E', C).
+    Learning rates of 1 are the authors' code. The path through the encoder is val -> E' -> T, that through the head
+    val -> C' -> E' -> T. `mean` averages a gradient over the processes: each sees a part of the batches, and a product of two
+    derivatives is not the mean of its parts.
+    """
+    (encoder_before, encoder_after), (head_before, head_after) = encoder, head
+    by_encoder, by_head = (mean(g) for g in torch.func.grad(level_3, argnums=(0, 1))(encoder_after, head_after))
+    towards = {name: value if "encoder" in paths else torch.zeros_like(value) for name, value in by_encoder.items()}
+    if "head" in paths:
+        product = mixed_product(lambda c, e: level_2(e, c), head_before, by_head, encoder_after, method, radius)
+        towards = moved(towards, mean(product), -lr_head)  # dL3/dE', through both paths
+    product = mean(mixed_product(level_1, encoder_before, towards, masking, method, radius))
+    return {name: -lr_encoder * value for name, value in product.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config(TrainConfig):
+    """The paper's experiment on ImageNet (Table 11)."""
+
+    epochs: int = 50  # passes of level II over its images
+    batch_size: int = 256  # images of one step of one level, over all processes
+    base_lr: float = 1e-4  # learning rate of the autoencoder for a batch of 256
+    head_lr: float = 4e-5  # that of the head
+    mask_lr: float = 4e-5  # that of the masking network
+    warmup_epochs: int = 0  # epochs in which the learning rate rises linearly
+    crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
+    model: str = "vit_base"  # vit_micro, vit_tiny, vit_small, vit_base or vit_large
+    patch: int = 16  # side of a patch, in pixels
+    decoder_dim: int = 512  # width of the decoder
+    decoder_depth: int = 8  # blocks of the decoder
+    decoder_heads: int = 16  # heads of the decoder
+    mask_ratio: float = 0.75  # r: share of the patches that is masked
+    mask_ratio_end: float = 0.0  # r in the last epoch, reached linearly; 0 for no change (Table 17: 0.5 to 0.9)
+    hidden: int = 512  # hidden width of the masking network
+    objective: str = (
+        "mlo"  # mlo, blo (Eq. 5), full (Eq. 13), or a baseline: mae (random masks), fixed (one random mask)
+    )
+    unrolling: int = 1  # steps of level I for one of level II (Table 7)
+    update_every: int = 1  # cycles between two steps of the masking network (Table 16)
+    hypergradient: str = "exact"  # exact, or finite_difference (the paper, float32 alone)
+    radius: float = 0.01  # finite_difference: how far the parameters move
+    lr_factors: bool = True  # with the learning rates of Eq. 9 to 11; without them is the code
+    mask_gradient: str = "weight"  # how the gradient reaches T: weight, straight_through or softsort (App. A.4)
+    temperature: float = 0.1  # of softsort
+    normalization: str = "mean"  # of the loss of level I: mean (code) or sum (Eq. 1)
+    detach_tokens: bool = False  # keep the encoder from learning through the masking network's input
+    level1_data: str = "train"  # images of level I: train (without the validation part), or all (the code)
+    validation: float = 0.2  # share of the labelled training images that level III is kept for
+    head: str = "linear"  # linear, or code (norm, dropout 0.1, linear)
+    gamma: float = 1.0  # blo: weight of the reconstruction (Eq. 5)
+    proximal: float = 0.01  # full: lambda, which holds the fine-tuned encoder near the pretrained one (Eq. 13)
+    start: str = ""  # an encoder.pt to go on from (section 3.6)
+
+
+CIFAR = {"image_size": 32, "patch": 2, "epochs": 200, "batch_size": 128, "base_lr": 1e-3, "head_lr": 1e-3}
+CIFAR |= {"mask_lr": 1e-3, "unrolling": 2}  # Table 12
+LAPTOP = {"image_size": 32, "patch": 4, "model": "vit_micro", "batch_size": 64, "unrolling": 2, "hidden": 128}
+LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3, "crop_min": 0.5, "warmup_epochs": 1}
+
+RECIPES = {
+    "imagenet": {},  # Table 11, the defaults of Config
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    # Laptop recipes of ours.
+    "shapes": LAPTOP | {"epochs": 12, "base_lr": 8e-3, "head_lr": 8e-3, "mask_lr": 4e-3, "probe_every": 12},
+    "cifar10 --model vit_micro": LAPTOP | {"epochs": 20, "base_lr": 4e-3, "head_lr": 4e-3, "mask_lr": 4e-3},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+OBJECTIVES = ("mlo", "blo", "full", "mae", "fixed")
+
+
+def mean_over_processes(tensors: dict) -> dict:
+    """Each tensor's mean over the processes, in one exchange."""
+    if world_size() == 1:
+        return tensors
+    flat = average(torch.cat([x.flatten() for x in tensors.values()]))
+    parts = flat.split([x.numel() for x in tensors.values()])
+    return {name: part.view_as(x) for (name, x), part in zip(tensors.items(), parts, strict=True)}
+
+
+def build_encoder(config: Config, data) -> ViT:
+    """The encoder that --model names, or the one in the file --start."""
+    if not config.start:
+        if config.model not in VIT_SIZES:
+            raise UserError(unknown("--model", config.model, VIT_SIZES))
+        fields = {"pool": "cls", "mean": data.mean, "std": data.std}
+        return ViT(config.image_size, config.patch, **VIT_SIZES[config.model], **fields)
+    encoder = load_encoder(config.start, config.image_size).train()
+    if not isinstance(encoder, ViT):
+        raise UserError(f"--start {config.start} holds a {type(encoder).__name__}; only a transformer can be masked")
+    encoder.pool = encoder.fields["pool"] = "cls"
+    return encoder
+
+
+class MultiLevelMAE(Method):
+    """The three levels. A step of the loop is a cycle: `unrolling` steps of level I, one of II, and one of III."""
+
+    name = "mlo_mae"
+    captions = ("image", "probability", "masked", "prediction")
+
+    def __init__(self, config: Config, data):
+        super().__init__()
+        choices = {"objective": OBJECTIVES, "hypergradient": ("exact", "finite_difference"), "head": ("linear", "code")}
+        choices |= {"mask_gradient": ("weight", "straight_through", "softsort"), "normalization": ("mean", "sum")}
+        choices |= {"level1_data": ("train", "all")}
+        for field, names in choices.items():
+            if getattr(config, field) not in names:
+                raise UserError(unknown("--" + field.replace("_", "-"), getattr(config, field), names))
+        for field in ("unrolling", "update_every", "hidden"):
+            if getattr(config, field) < 1:
+                raise UserError(f"--{field.replace('_', '-')} {getattr(config, field)} makes no sense; give 1 or more")
+        if not 0 < config.validation < 1:
+            raise UserError(
+                f"--validation {config.validation} is no share of the images; give more than 0, less than 1"
+            )
+        if config.accumulate > 1:
+            raise UserError("--accumulate does not work here: a step has a batch for each level; lower --batch-size")
+        if config.compile:
+            raise UserError("--compile does not work here: torch.compile has no forward-mode derivatives")
+        self.config, self.ratio = config, config.mask_ratio
+        encoder = build_encoder(config, data)
+        patches = encoder.grid[0] * encoder.grid[1]
+        decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
+        self.autoencoder = MaskedAutoencoder(encoder, *decoder, config.mask_ratio)
+        if config.mask_ratio_end:
+            MaskedAutoencoder(encoder, 4, 0, 1, config.mask_ratio_end)  # complains of a ratio that leaves nothing
+        self.head = nn.Linear(encoder.dim, len(data.classes))
+        if config.head == "code":
+            self.head = nn.Sequential(nn.LayerNorm(encoder.dim, eps=1e-6), nn.Dropout(0.1), self.head)
+        self.masking = MaskingNetwork(patches, encoder.dim, config.hidden) if self.learns_masks else None
+        self.register_buffer("fixed_noise", torch.rand(1, patches))  # of the one mask of --objective fixed
+        self.register_buffer("validation_loss", torch.tensor(0.0))  # of the last step of level III
+        self.tuned = None
+        if config.objective == "full":
+            self.tuned = ViT(**encoder.fields)
+            self.tuned.load_state_dict(encoder.state_dict())
+        chosen = labelled(data) if data.labels is not None else torch.arange(0)
+        order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(mix_seed(config.seed, 5)))]
+        kept = round(config.validation * len(order))
+        self.held_out, self.trained_on = order[:kept], order[kept:]  # images of level III and of level II
+
+    @property
+    def encoder(self) -> ViT:
+        return self.autoencoder.encoder
+
+    @property
+    def learns_masks(self) -> bool:
+        return self.config.objective in ("mlo", "blo", "full")
+
+    # What is loaded: a step's images are those of all its levels, one after the other.
+
+    def steps_per_epoch(self, images: int, config: Config) -> int:
+        if min(len(self.trained_on), len(self.held_out)) < config.batch_size:
+            raise UserError(
+                f"a batch of {config.batch_size} is larger than the {len(self.held_out)} images of level III "
+                f"or the {len(self.trained_on)} of level II; lower --batch-size or change --validation"
+            )
+        return len(self.trained_on) // config.batch_size
+
+    def plan(self, images: int, config: Config, first_step: int):
+        """As `common.batch_plan`: (seed, indices) a step, those of level I, of II, and of III where T learns in it."""
+        unlabelled = torch.ones(images, dtype=torch.bool)
+        if config.level1_data == "train":
+            unlabelled[self.held_out] = False
+        pools = [(unlabelled.nonzero()[:, 0], config.unrolling), (self.trained_on, 1), (self.held_out, 1)]
+        steps, share = self.steps_per_epoch(images, config), config.batch_size // world_size()
+        for epoch in range(first_step // steps, config.epochs):
+            orders = []
+            for level, (pool, times) in enumerate(pools):
+                generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, level))
+                wanted = steps * times * config.batch_size
+                passes = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(-(-wanted // len(pool)))]
+                orders.append(torch.cat(passes)[:wanted].view(steps, times, config.batch_size))
+            for step in range(max(first_step, epoch * steps), (epoch + 1) * steps):
+                levels = orders if self.learns_masks and step % config.update_every == 0 else orders[:2]
+                parts = [order[step % steps, :, rank() * share : (rank() + 1) * share].flatten() for order in levels]
+                yield mix_seed(config.seed, step, rank(), 1), torch.cat(parts)
+
+    def start_epoch(self, epoch: int):
+        """The curriculum of the mask ratio (Table 17)."""
+        first, last = self.config.mask_ratio, self.config.mask_ratio_end or self.config.mask_ratio
+        self.ratio = first + (last - first) * epoch / max(1, self.config.epochs - 1)
+
+    # The losses of the levels.
+
+    def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) -> what is masked, numbers 0 and 1, and the probability of each patch; both (B, N)."""
+        if self.learns_masks:
+            probability = in_float32(self.masking(tokens.detach() if self.config.detach_tokens else tokens))
+            return soft_selection(
+                probability, self.ratio, self.config.mask_gradient, self.config.temperature
+            ), probability
+        noise = torch.rand(tokens.shape[:2], device=tokens.device)
+        noise = self.fixed_noise.expand_as(noise) if self.config.objective == "fixed" else noise
+        return mask_from_noise(noise, self.ratio).float(), torch.ones_like(noise)
+
+    def reconstruct(self, images: Tensor) -> tuple:
+        """Images (B, 3, H, W) -> prediction (B, N, P), target (B, N, P), mask (B, N), probability (B, N)."""
+        encoder = self.encoder
+        tokens = encoder.embed(images)  # (B, N, D)
+        mask, probability = self.choose(tokens)
+        seen = mask.shape[1] - round(self.ratio * mask.shape[1])
+        visible = mask.detach().round().int().argsort(dim=1, stable=True)[:, :seen]  # (B, M) in row-major order
+        if self.config.mask_gradient != "weight" and self.learns_masks:
+            tokens = tokens * (1 - mask)[..., None]  # of visible ones times 1, with the gradient of the selection
+        encoded = encoder.encode(take(tokens, visible), attend_plainly)  # (B, 1 + M, D)
+        return self.autoencoder.decode(encoded, visible), self.autoencoder.target(images), mask, probability
+
+    def reconstruction_loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Level I, Eq. 1, and the probabilities (B, N)."""
+        prediction, target, mask, probability = self.reconstruct(images)
+        return weighted_reconstruction_loss(
+            prediction, target, mask, probability, self.config.normalization
+        ), probability
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head sees: the CLS token (B, D) of whole images, of the fine-tuned encoder in level II of Eq. 13."""
+        encoder = self.tuned or self.encoder
+        return encoder.encode(encoder.embed(images), attend_plainly)[:, 0]
+
+    def classification_loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Levels II and III, Eq. 2 and 3: cross-entropy of the head on features (B, D)."""
+        return F.cross_entropy(in_float32(self.head(features)), labels)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, level: int = 1) -> Tensor:
+        """The loss of a level, for `torch.func.functional_call`; the loop calls `update`."""
+        if level == 1:
+            return self.reconstruction_loss(images)[0]
+        return self.classification_loss(self.features(images), labels)
+
+    # A cycle.
+
+    def optimizer(self, config: Config) -> torch.optim.Optimizer:
+        """AdamW for all levels, each in groups of its own: a step moves those that have a gradient, and no others."""
+        groups = []
+        modules = ((self.autoencoder, config.base_lr), (self.head, config.head_lr), (self.masking, config.mask_lr))
+        for module, rate in (*modules, (self.tuned, config.base_lr)):
+            for plain in (False, True) if module is not None else ():
+                chosen = [p for name, p in module.named_parameters() if (p.ndim < 2 or name.endswith("token")) == plain]
+                scale = {"lr_scale": rate / config.base_lr, "weight_decay": 0.0 if plain else config.weight_decay}
+                groups.append({"params": chosen} | scale)
+        return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
+
+    def weights(self, prefix: str, copy: bool = False) -> dict:
+        """The parameters whose name begins so, without gradients: {name: tensor}."""
+        found = {name: p.detach() for name, p in self.named_parameters() if name.startswith(prefix)}
+        return {name: p.clone() for name, p in found.items()} if copy else found
+
+    def descend(self, loss: Tensor, modules: list, stepper):
+        """One step of the optimiser for these modules alone, by the loss's gradient over all processes."""
+        parameters = [p for module in modules for p in module.parameters()]
+        gradients = torch.autograd.grad(stepper.scaler.scale(loss), parameters)
+        gradients = mean_over_processes(dict(enumerate(gradients)))
+        for i, parameter in enumerate(parameters):
+            parameter.grad = gradients[i]
+        stepper.step()
+
+    def update(self, model: nn.Module, batches: list, stepper) -> dict:
+        """Eq. 6 to 8: steps of the autoencoder, one of the head, and one of T where its images came along."""
+        ((images, labels),) = batches
+        config, share = self.config, self.config.batch_size // world_size()
+        parts = list(zip(images.split(share), labels.split(share), strict=True))
+        level_1, (own, truth), level_3 = (
+            parts[: config.unrolling],
+            parts[config.unrolling],
+            parts[config.unrolling + 1 :],
+        )
+        joint, total = config.objective == "blo", 0.0
+        for part, _ in level_1:
+            encoder_before = self.weights("autoencoder.encoder.", copy=True) if level_3 else None
+            with stepper.autocast():
+                loss, probability = self.reconstruction_loss(part)
+                head_loss = self.classification_loss(self.features(own), truth) if joint else 0.0
+            total = total + loss.detach() / config.unrolling
+            modules = [self.autoencoder, self.head] if joint else [self.autoencoder]
+            self.descend(config.gamma * loss + head_loss if joint else loss, modules, stepper)
+        head_before = self.weights("head.", copy=True)
+        if not joint:
+            head_loss = self.train_head(own, truth, stepper)
+        if level_3:
+            self.learn_masks(level_1[-1][0], (own, truth), level_3[0], encoder_before, head_before, stepper)
+        p = probability.detach().clamp(1e-6, 1 - 1e-6)
+        entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean() / math.log(2)  # bits
+        logged = {"loss": total, "loss_head": head_loss.detach(), "loss_validation": self.validation_loss.clone()}
+        return logged | {"probability": p.mean(), "entropy": entropy}
+
+    def train_head(self, images: Tensor, labels: Tensor, stepper) -> Tensor:
+        """Level II: the head on fixed features (Eq. 7), or with the encoder of Eq. 13, which stays near that of level I."""
+        with stepper.autocast():
+            if self.tuned is None:
+                with torch.no_grad():
+                    features = self.features(images)
+                loss = self.classification_loss(features, labels)
+                self.descend(loss, [self.head], stepper)
+                return loss
+            loss = self.classification_loss(self.features(images), labels)
+            pairs = zip(self.tuned.parameters(), self.encoder.parameters(), strict=True)
+            apart = sum((f - e.detach()).square().sum() for f, e in pairs)
+            self.descend(loss + self.config.proximal * apart, [self.tuned, self.head], stepper)
+            return loss
+
+    def learn_masks(
+        self, images: Tensor, own: tuple, held_out: tuple, encoder_before: dict, head_before: dict, stepper
+    ):
+        """Level III: one step of T (Eq. 8)."""
+        config, rates = self.config, [group["lr"] for group in stepper.optimizer.param_groups]
+        lr_encoder, lr_head = (rates[0], rates[2]) if config.lr_factors else (1.0, 1.0)
+
+        def loss(batch, level):
+            return lambda *weights: functional_call(
+                self, {k: v for w in weights for k, v in w.items()}, (*batch, level)
+            )
+
+        losses = [loss((images, None), 1), loss(own, 2), loss(held_out, 3)]
+        masking, tuned = self.weights("masking."), "tuned." if self.tuned else "autoencoder.encoder."
+        options = {"method": config.hypergradient, "radius": config.radius}
+        # A difference of gradients needs every digit; a derivative does not, but fp16 is too narrow for it.
+        narrow = stepper.dtype == torch.bfloat16 and config.hypergradient == "exact"
+        self.eval()  # no dropout
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward-mode derivative
+            torch.autocast(images.device.type, torch.bfloat16, enabled=narrow),
+        ):
+            if self.tuned:  # val -> F' -> E' -> T; the head does not depend on E'
+                by_tuned = mean_over_processes(torch.func.grad(losses[2])(self.weights(tuned), self.weights("head.")))
+                pull = 2 * lr_encoder * config.proximal
+                towards = {name.replace(tuned, "autoencoder.encoder.", 1): pull * g for name, g in by_tuned.items()}
+                found = mixed_product(losses[0], encoder_before, towards, masking, **options)
+                gradient = {name: -lr_encoder * g for name, g in mean_over_processes(found).items()}
+            else:
+                encoder = (encoder_before, self.weights("autoencoder.encoder."))
+                options |= {"paths": ("encoder",)} if config.objective == "blo" else {}
+                scale = config.gamma if config.objective == "blo" else 1.0
+                rates = {"lr_encoder": lr_encoder * scale, "lr_head": lr_head, "mean": mean_over_processes}
+                head = (head_before, self.weights("head."))
+                gradient = hypergradient(*losses, encoder, head, masking, **rates, **options)
+            self.validation_loss.copy_(losses[2](self.weights(tuned), self.weights("head.")))
+        self.train()
+        for name, parameter in self.named_parameters():
+            if name in gradient:
+                parameter.grad = gradient[name].to(parameter)
+        stepper.optimizer.step()
+        stepper.optimizer.zero_grad(set_to_none=True)
+
+    # What there is to see.
+
+    def probe(self, encode, train, test, config: Config, **loading) -> dict:
+        """kNN and linear accuracy, that of level II's head, and how often the object is masked, 1 for chance (shapes alone)."""
+        found = probe(encode, train, test, config.image_size, config.probe_images, **loading)
+        precision = pick_precision(config.amp, self.fixed_noise.device)
+        chosen = labelled(test, config.probe_images)
+
+        def look(images):
+            with torch.autocast(images.device.type, precision, enabled=precision is not None):
+                mask, _ = self.choose(self.encoder.embed(images))
+                return torch.cat([self.head(self.features(images)).float(), mask], dim=1)
+
+        rows, labels = features_of(look, test, chosen, config.image_size, **loading)
+        classes = len(test.classes)
+        found["accuracy"] = 100 * float((rows[:, :classes].argmax(dim=1) == labels).float().mean())
+        if getattr(test, "masks", None) is not None:
+            objects = test.masks[chosen.to(test.masks.device)][:, None].float()  # (B, 1, H, W)
+            share = patchify(objects, self.encoder.patch).mean(dim=2)  # (B, N)
+            hidden = rows[:, classes:]
+            found["object"] = float((share * hidden).sum() / hidden.sum() / share.mean())
+        return found
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> Tensor:
+        """Rows of image, probabilities from blue (low) to yellow (high), masked image, prediction: (B, 4, 3, H, W)."""
+        prediction, _, mask, probability = self.reconstruct(images)
+        low, high = probability.amin(dim=1, keepdim=True), probability.amax(dim=1, keepdim=True)
+        heat = ((probability - low) / (high - low).clamp_min(1e-6))[..., None].expand(-1, -1, self.encoder.patch**2 * 3)
+        heat = unpatchify(heat, self.encoder.patch, *images.shape[-2:])  # (B, 3, H, W)
+        heat = torch.stack([heat[:, 0], heat[:, 1], 1 - heat[:, 2]], dim=1)
+        drawn = self.autoencoder.draw(images, prediction, mask > 0.5)
+        return torch.cat([drawn[:, :1], heat[:, None], drawn[:, 1:]], dim=1)

@@ -1,0 +1,637 @@
+"""MLO-MAE: masks, weighted loss, second derivatives, the hypergradient, the three levels."""
+
+import itertools
+import math
+
+import processes
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.func import functional_call
+
+import common
+import evaluate
+import mlo_mae
+import train
+from common import UserError
+from mlo_mae import Config, MaskingNetwork, MultiLevelMAE
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def pictures_of(count=60, size=16):
+    images, labels, masks = common.render_shapes(count, size)
+    return common.MemoryImages(images, labels, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3, masks)
+
+
+SMALL = {"image_size": 16, "patch": 4, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "hidden": 8}
+SMALL |= {"batch_size": 4, "base_lr": 0.64, "head_lr": 1.28, "mask_lr": 0.64, "amp": "off", "workers": 0, "epochs": 2}
+
+
+def tiny(**fields):
+    common.VIT_SIZES["vit_test"] = {"dim": 16, "depth": 2, "heads": 2}
+    torch.manual_seed(0)
+    method = MultiLevelMAE(Config(**SMALL | {"model": "vit_test"} | fields), pictures_of())
+    del common.VIT_SIZES["vit_test"]
+    return method
+
+
+class Recorder:
+    """A Stepper that keeps the gradients of every step, and moves nothing unless `rate` is given."""
+
+    def __init__(self, method, rate=0.0):
+        self.method, self.rate, self.dtype, self.steps = method, rate, None, []
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        real = method.optimizer(method.config)
+        for group in real.param_groups:
+            group["lr"] = method.config.base_lr * group["lr_scale"]
+        self.param_groups = real.param_groups
+
+    @property
+    def optimizer(self):
+        return self
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def step(self):
+        found = {name: p.grad.clone() for name, p in self.method.named_parameters() if p.grad is not None}
+        self.steps.append(found)
+        with torch.no_grad():
+            for name, parameter in self.method.named_parameters():
+                if name in found:
+                    parameter -= self.rate * found[name]
+        self.zero_grad()
+
+    def zero_grad(self, set_to_none=True):
+        self.method.zero_grad(set_to_none=True)
+
+
+def batch_of(method, levels, seed=0, dtype=torch.float32):
+    """Images and labels of a cycle: (levels * B, 3, 16, 16) and (levels * B,)."""
+    count = levels * method.config.batch_size
+    images = torch.rand(count, 3, 16, 16, generator=generator(seed), dtype=dtype)
+    return images, torch.randint(10, (count,), generator=generator(seed))
+
+
+# --- masks and their loss ----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 20), st.floats(0, 1), st.booleans(), seeds)
+def test_the_mask_is_the_top_and_of_equals_the_first(batch, patches, ratio, ties, seed):
+    probability = torch.rand(batch, patches, generator=generator(seed))
+    probability = (probability * 3).round() / 3 if ties else probability
+    mask = mlo_mae.top_mask(probability, ratio)
+    count = round(ratio * patches)
+    for row, chosen in zip(probability.tolist(), mask.tolist(), strict=True):
+        order = sorted(range(patches), key=lambda i: (-row[i], i))
+        assert [i for i in range(patches) if chosen[i]] == sorted(order[:count])
+    if not ties:
+        order = torch.randperm(patches, generator=generator(seed))
+        assert torch.equal(mlo_mae.top_mask(probability[:, order], ratio), mask[:, order])
+
+
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.sampled_from(["mean", "sum"]), seeds)
+def test_weighted_loss_matches_the_loop_of_eq_1(batch, patches, pixels, normalization, seed):
+    prediction, target = (randn(batch, patches, pixels, seed=seed + i, dtype=torch.float32) for i in range(2))
+    probability = torch.rand(batch, patches, generator=generator(seed))
+    mask = mlo_mae.top_mask(torch.rand(batch, patches, generator=generator(seed + 1)), 0.7)
+    if not mask.any():
+        return
+    total = 0.0
+    for b, n in itertools.product(range(batch), range(patches)):
+        if mask[b, n]:
+            total += float(probability[b, n]) * float((prediction[b, n] - target[b, n]).square().mean())
+    expected = total / (batch if normalization == "sum" else int(mask.sum()))
+    found = mlo_mae.weighted_reconstruction_loss(prediction, target, mask, probability, normalization)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    if normalization == "mean":
+        ones = mlo_mae.weighted_reconstruction_loss(prediction, target, mask, torch.ones_like(probability))
+        torch.testing.assert_close(ones, common.reconstruction_loss(prediction, target, mask))
+
+
+@given(st.integers(1, 3), st.integers(2, 8), st.floats(0.2, 0.9), seeds)
+def test_soft_selections_have_the_values_of_the_mask_and_their_own_gradients(batch, patches, ratio, seed):
+    probability = torch.rand(batch, patches, generator=generator(seed), dtype=torch.float64).requires_grad_()
+    weights = randn(batch, patches, seed=seed)
+    hard = mlo_mae.top_mask(probability, ratio)
+    gradients = {}
+    for kind in ("weight", "straight_through", "softsort"):
+        found = mlo_mae.soft_selection(probability, ratio, kind)
+        torch.testing.assert_close(found.detach(), hard.double())
+        if kind == "weight":
+            assert not found.requires_grad
+            continue
+        if found.requires_grad:
+            (gradients[kind],) = torch.autograd.grad((found * weights).sum(), probability)
+    torch.testing.assert_close(gradients["straight_through"], weights)
+    expected = reference.softsort(probability.detach(), round(ratio * patches), 0.1, weights)
+    torch.testing.assert_close(gradients["softsort"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_masking_network_is_that_of_table_11():
+    torch.manual_seed(0)
+    network = MaskingNetwork(6, 4).double()
+    assert network.fc1.weight.shape == (512, 24) and network.fc2.weight.shape == (6, 512)
+    tokens = randn(3, 6, 4)
+    hidden = (tokens.reshape(3, 24) @ network.fc1.weight.T + network.fc1.bias).clamp_min(0)
+    expected = 1 / (1 + (-(hidden @ network.fc2.weight.T + network.fc2.bias)).exp())
+    torch.testing.assert_close(network(tokens), expected)
+
+
+# --- second derivatives and the hypergradient ------------------------------------------------------------------------
+
+
+def toy(seed=0):
+    """Three smooth losses of small vectors, and their parameters: encoder, head, masking."""
+    a, b, c, d = (randn(3, 3, seed=seed + i) for i in range(4))
+    target, goal = randn(3, seed=seed + 5), randn(3, seed=seed + 6)
+
+    def level_1(encoder, masking):
+        return (masking["t"].sigmoid() * (a @ encoder["e"].tanh() - target).square()).sum()
+
+    def level_2(encoder, head):
+        return (b @ encoder["e"] * head["c"] - c @ head["c"].sin()).square().sum()
+
+    def level_3(encoder, head):
+        return (d @ encoder["e"] + head["c"].tanh() - goal).square().sum()
+
+    encoder, head, masking = ({name: randn(3, seed=seed + 7 + i)} for i, name in enumerate("ect"))
+    return (level_1, level_2, level_3), encoder, head, masking
+
+
+def descend(loss, at, other, rate, first=True):
+    gradient = torch.func.grad(lambda x: loss(x, other) if first else loss(other, x))(at)
+    return {name: value - rate * gradient[name] for name, value in at.items()}
+
+
+def unrolled(losses, encoder, head, masking, lr_encoder, lr_head, cut=""):
+    """Level III's loss after one gradient step of each level below; `cut` blocks one of the two ways to it."""
+    after = descend(losses[0], encoder, masking, lr_encoder)
+    fixed = descend(losses[0], encoder, {name: value.detach() for name, value in masking.items()}, lr_encoder)
+    seen_by_head = fixed if cut == "head" else after
+    last = descend(losses[1], head, seen_by_head, lr_head, first=False)
+    return losses[2](fixed if cut == "encoder" else after, last)
+
+
+@given(seeds, st.floats(0.05, 0.5), st.floats(0.05, 0.5))
+def test_the_hypergradient_is_the_derivative_of_the_unrolled_procedure(seed, lr_encoder, lr_head):
+    """Eq. 8 to 11, against autograd through the whole procedure and against a difference quotient of it."""
+    losses, encoder, head, masking = toy(seed % 1000)
+    after = descend(losses[0], encoder, masking, lr_encoder)
+    last = descend(losses[1], head, after, lr_head, first=False)
+    found = {}
+    for paths, cut in ((("head", "encoder"), ""), (("head",), "encoder"), (("encoder",), "head")):
+        found[cut] = mlo_mae.hypergradient(
+            *losses, (encoder, after), (head, last), masking, lr_encoder, lr_head, paths=paths
+        )["t"]
+        t = masking["t"].clone().requires_grad_()
+        value = unrolled(losses, encoder, head, {"t": t}, lr_encoder, lr_head, cut)
+        torch.testing.assert_close(found[cut], torch.autograd.grad(value, t)[0])
+    torch.testing.assert_close(found[""], found["head"] + found["encoder"])
+    for i in range(3):
+        shift = torch.zeros(3, dtype=torch.float64)
+        shift[i] = 1e-5
+        ends = [unrolled(losses, encoder, head, {"t": masking["t"] + s * shift}, lr_encoder, lr_head) for s in (1, -1)]
+        assert float(found[""][i]) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-7)
+
+
+def test_without_learning_rates_it_is_the_authors_reading():
+    losses, encoder, head, masking = toy()
+    after, last = descend(losses[0], encoder, masking, 0.1), {"c": head["c"] + 0.3}
+    by_encoder, by_head = torch.func.grad(losses[2], argnums=(0, 1))(after, last)
+    matrix_2 = torch.func.jacrev(lambda e: torch.func.grad(losses[1], argnums=1)({"e": e}, head)["c"])(after["e"])
+    matrix_1 = torch.func.jacrev(lambda t: torch.func.grad(losses[0])(encoder, {"t": t})["e"])(masking["t"])
+    expected = -matrix_1.T @ (by_encoder["e"] - matrix_2.T @ by_head["c"])
+    found = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking)
+    torch.testing.assert_close(found["t"], expected)
+
+
+def test_with_adam_below_the_formula_is_not_exact():
+    """It is the derivative through plain gradient steps; Adam's step depends on the gradient's sign more than on its size."""
+    losses, encoder, head, masking = toy()
+
+    def through_adam(t, lr=0.1):
+        gradient = torch.func.grad(losses[0])(encoder, {"t": t})["e"]
+        after = {"e": encoder["e"] - lr * gradient / (gradient.abs() + 1e-8)}  # Adam's first step
+        return losses[2](after, descend(losses[1], head, after, 0.1, first=False)), after
+
+    t = masking["t"].clone().requires_grad_()
+    value, after = through_adam(t)
+    true = torch.autograd.grad(value, t)[0]
+    after = {"e": after["e"].detach()}
+    last = descend(losses[1], head, after, 0.1, first=False)
+    found = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, 0.1, 0.1)["t"]
+    assert not torch.allclose(found, true, rtol=0.5)
+
+
+def test_differences_err_by_the_square_of_their_length():
+    losses, encoder, head, masking = toy(3)
+    after = descend(losses[0], encoder, masking, 0.1)
+    last = descend(losses[1], head, after, 0.1, first=False)
+    rest = ((encoder, after), (head, last), masking, 0.1, 0.1)
+    exact = mlo_mae.hypergradient(*losses, *rest)["t"]
+    errors = []
+    for radius in (0.2, 0.1, 0.05, 0.025):
+        found = mlo_mae.hypergradient(*losses, *rest, method="finite_difference", radius=radius)["t"]
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert all(3.5 < a / b < 4.5 for a, b in itertools.pairwise(errors)), errors
+
+
+def test_the_two_gradients_of_a_difference_see_the_same_noise():
+    def loss(at, wanted):
+        noise = torch.randn(50, dtype=torch.float64)  # enough to drown a difference of 1e-3
+        return (noise * wanted["w"]).sum() + (at["a"] ** 2 * wanted["w"]).sum()
+
+    at, direction, wanted = {"a": randn(50)}, {"a": randn(50, seed=1)}, {"w": randn(50, seed=2)}
+    torch.manual_seed(0)
+    found = mlo_mae.mixed_product(loss, at, direction, wanted, "finite_difference", 1e-3)["w"]
+    torch.testing.assert_close(found, 2 * at["a"] * direction["a"], rtol=1e-6, atol=1e-8)
+
+
+def test_a_problem_with_a_known_solution_converges_to_it():
+    """E = A T, C = B E at the optimum of their levels, and level III wants C = goal: so T = (B A)^-1 goal."""
+    a, b = (torch.eye(3, dtype=torch.float64) + 0.2 * randn(3, 3, seed=i) for i in range(2))
+    goal = randn(3, seed=5)
+
+    def level_1(encoder, masking):
+        return (encoder["e"] - a @ masking["t"]).square().sum() / 2
+
+    def level_2(encoder, head):
+        return (head["c"] - b @ encoder["e"]).square().sum() / 2
+
+    def level_3(encoder, head):
+        return (head["c"] - goal).square().sum() / 2
+
+    losses, rate = (level_1, level_2, level_3), 0.9
+    encoder, head, masking = ({name: torch.zeros(3, dtype=torch.float64)} for name in "ect")
+    for _ in range(400):
+        after = descend(level_1, encoder, masking, rate)
+        last = descend(level_2, head, after, rate, first=False)
+        gradient = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, rate, rate)
+        encoder, head, masking = after, last, {"t": masking["t"] - 0.3 * gradient["t"]}
+    torch.testing.assert_close(masking["t"], torch.linalg.solve(b @ a, goal), rtol=1e-5, atol=1e-6)
+
+
+# --- the three levels ------------------------------------------------------------------------------------------------
+
+
+def whole_procedure(method, parts, encoder, head, rates):
+    """The loss of level III as a function of T: one gradient step of each level of the method below it."""
+
+    def run(masking):
+        def loss(batch, level, *weights):
+            return functional_call(method, {k: v for w in weights for k, v in w.items()}, (*batch, level))
+
+        after = descend(lambda e, t: loss((parts[0][0], None), 1, e, t), encoder, masking, rates[0])
+        last = descend(lambda e, c: loss(parts[1], 2, e, c), head, after, rates[1], first=False)
+        return loss(parts[2], 3, after, last), after, last
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("mask_gradient", "difference"),
+    [("weight", "exact"), ("weight", "finite_difference"), ("straight_through", "exact"), ("softsort", "exact")],
+)
+def test_the_masking_network_learns_by_the_derivative_of_the_procedure(mask_gradient, difference):
+    fields = {"mask_gradient": mask_gradient, "hypergradient": difference, "radius": 1e-6, "temperature": 1.0}
+    method = tiny(**fields).double()
+    images, labels = batch_of(method, 3, dtype=torch.float64)
+    parts = list(zip(images.split(4), labels.split(4), strict=True))
+    encoder, head, masking = (method.weights(x, copy=True) for x in ("autoencoder.encoder.", "head.", "masking."))
+    stepper = Recorder(method)
+    rates = [group["lr"] for group in stepper.param_groups]
+    rates = (rates[0], rates[2])
+    assert rates == (0.64, 1.28)
+    run = whole_procedure(method, parts, encoder, head, rates)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, after, last = run(masking)
+        method.load_state_dict({**method.state_dict(), **after, **last})
+        method.learn_masks(parts[0][0], parts[1], parts[2], encoder, head, stepper)
+        (found,) = stepper.steps
+        assert set(found) == set(masking)
+        if mask_gradient == "weight":  # the loss has no jumps along this direction
+            towards = {name: randn(*p.shape, seed=i) for i, (name, p) in enumerate(masking.items())}
+            with torch.no_grad():
+                ends = [float(run(mlo_mae.moved(masking, towards, s * 1e-5))[0]) for s in (1, -1)]
+            slope = sum(float((found[name] * towards[name]).sum()) for name in found)
+            assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=2e-3)
+        leaves = {name: p.clone().requires_grad_() for name, p in masking.items()}
+        true = torch.autograd.grad(run(leaves)[0], list(leaves.values()))
+    for (name, gradient), expected in zip(found.items(), true, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()), msg=name)
+
+
+def snapshot(method):
+    return {name: value.clone() for name, value in method.state_dict().items()}
+
+
+def changed(before, method):
+    return {name.split(".")[0] for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("difference", ["exact", "finite_difference"])
+def test_each_level_moves_its_own_weights_alone(difference):
+    method = tiny(hypergradient=difference, head="code")
+    stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+    images, labels = batch_of(method, 3)
+    parts = list(zip(images.split(4), labels.split(4), strict=True))
+    before = snapshot(method)
+    method.train_head(*parts[1], stepper)
+    assert changed(before, method) == {"head"}
+    before, encoder = snapshot(method), method.weights("autoencoder.encoder.", copy=True)
+    method.learn_masks(parts[0][0], parts[1], parts[2], encoder, method.weights("head.", copy=True), stepper)
+    assert changed(before, method) == {"masking", "validation_loss"}
+    before = snapshot(method)
+    method.descend(method.reconstruction_loss(parts[0][0])[0], [method.autoencoder], stepper)
+    assert changed(before, method) == {"autoencoder"}
+
+
+@pytest.mark.parametrize("objective", mlo_mae.OBJECTIVES)
+def test_a_cycle_of_every_objective(objective):
+    method = tiny(objective=objective, unrolling=2)
+    recorder = Recorder(method, rate=0.01)
+    levels = 4 if method.learns_masks else 3
+    out = method.update(method, [batch_of(method, levels)], recorder)
+    moved = [{name.split(".")[0] for name in step} for step in recorder.steps]
+    first = {"autoencoder", "head"} if objective == "blo" else {"autoencoder"}
+    expected = [first, first]
+    expected += [] if objective == "blo" else [{"tuned", "head"} if objective == "full" else {"head"}]
+    expected += [{"masking"}] if method.learns_masks else []
+    assert moved == expected
+    assert all(gradient.isfinite().all() for step in recorder.steps for gradient in step.values())
+    if method.learns_masks:
+        assert all(gradient.abs().max() > 0 for gradient in recorder.steps[-1].values())
+    assert set(out) == {"loss", "loss_head", "loss_validation", "probability", "entropy"}
+    rows = method.pictures(batch_of(method, 1)[0])
+    assert rows.shape == (4, 4, 3, 16, 16) and 0 <= rows.min() and rows.max() <= 1
+
+
+def test_two_levels_learn_from_labels_and_pixels_at_once():
+    method = tiny(objective="blo", gamma=0.3)
+    recorder = Recorder(method)
+    images, labels = batch_of(method, 2)
+    torch.manual_seed(0)
+    method.update(method, [(images, labels)], recorder)
+    torch.manual_seed(0)
+    loss = 0.3 * method.reconstruction_loss(images[:4])[0]
+    loss = loss + method.classification_loss(method.features(images[4:]), labels[4:])
+    names = [name for name, _ in method.named_parameters() if name.startswith(("autoencoder.", "head."))]
+    expected = torch.autograd.grad(loss, [dict(method.named_parameters())[name] for name in names])
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(recorder.steps[0][name], gradient)
+
+
+def test_fine_tuning_is_held_near_the_encoder_and_reaches_the_masks():
+    """Eq. 13: dL3/dT = dL3/dF' dF'/dE' dE'/dT with dF'/dE' = 2 eta lambda."""
+    method = tiny(objective="full", proximal=0.5).double()
+    images, labels = batch_of(method, 3, dtype=torch.float64)
+    parts = list(zip(images.split(4), labels.split(4), strict=True))
+    encoder, tuned, head, masking = (
+        method.weights(x, copy=True) for x in ("autoencoder.encoder.", "tuned.", "head.", "masking.")
+    )
+    tuned = {name: value + 0.01 * randn(*value.shape) for name, value in tuned.items()}
+
+    def run(masking):
+        def loss(batch, level, *weights):
+            return functional_call(method, {k: v for w in weights for k, v in w.items()}, (*batch, level))
+
+        after = descend(lambda e, t: loss((parts[0][0], None), 1, e, t), encoder, masking, 0.64)
+
+        def level_2(f, e):
+            pairs = zip(f.values(), e.values(), strict=True)
+            return loss(parts[1], 2, f, head) + 0.5 * sum((a - b).square().sum() for a, b in pairs)
+
+        last = descend(level_2, tuned, after, 0.64)
+        return loss(parts[2], 3, last, head), after, last
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        _, after, last = run(masking)
+        method.load_state_dict({**method.state_dict(), **after, **last})
+        recorder = Recorder(method)
+        method.learn_masks(parts[0][0], parts[1], parts[2], encoder, head, recorder)
+        leaves = {name: p.clone().requires_grad_() for name, p in masking.items()}
+        true = torch.autograd.grad(run(leaves)[0], list(leaves.values()))
+    for (name, gradient), expected in zip(recorder.steps[0].items(), true, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-10, msg=name)
+
+
+def test_detached_tokens_keep_the_encoder_from_learning_through_the_masks():
+    gradients = []
+    for detach in (False, True):
+        method = tiny(detach_tokens=detach)
+        _, probability = method.choose(method.encoder.embed(batch_of(method, 1)[0]))
+        gradients.append(torch.autograd.grad(probability.sum(), method.encoder.parameters(), allow_unused=True))
+    assert any(g is not None for g in gradients[0]) and all(g is None for g in gradients[1])
+
+
+def test_baselines_mask_at_random_or_always_the_same():
+    images = batch_of(tiny(), 1)[0]
+    for objective, same in (("mae", False), ("fixed", True)):
+        method = tiny(objective=objective)
+        _, _, first, weight = method.reconstruct(images)
+        _, _, second, _ = method.reconstruct(images)
+        assert torch.equal(first, second) == same and (weight == 1).all()
+        assert (first.sum(dim=1) == 12).all()
+        assert not same or (first == first[:1]).all()
+    torch.manual_seed(3)
+    loss = method.reconstruction_loss(images)[0]
+    out = method.autoencoder(images, first.bool())
+    torch.testing.assert_close(loss, common.reconstruction_loss(out.prediction, out.target, out.mask))
+
+
+def test_the_mask_ratio_follows_its_curriculum():
+    method = tiny(mask_ratio=0.5, mask_ratio_end=0.9, epochs=5)
+    found = []
+    for epoch in range(5):
+        method.start_epoch(epoch)
+        found.append(method.ratio)
+        assert method.reconstruct(batch_of(method, 1)[0])[2].sum(dim=1).tolist() == [round(16 * method.ratio)] * 4
+    assert found == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
+
+
+# --- data --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level1_data", ["train", "all"])
+def test_what_level_three_sees_is_seen_by_no_other(level1_data):
+    method = tiny(level1_data=level1_data, unrolling=2, update_every=3)
+    held, own = set(method.held_out.tolist()), set(method.trained_on.tolist())
+    assert len(held) == 12 and len(own) == 48 and not held & own
+    steps = method.steps_per_epoch(60, method.config)
+    assert steps == 12
+    seen = [set(), set(), set()]
+    plan = list(method.plan(60, method.config, 0))
+    assert len(plan) == 24
+    for step, (_, indices) in enumerate(plan):
+        assert len(indices) == (16 if step % 3 == 0 else 12)
+        for level, part in enumerate((indices[:8], indices[8:12], indices[12:])):
+            seen[level] |= set(part.tolist())
+        if step == 11:
+            assert seen[1] == own  # an epoch is one pass of level II
+    assert seen[0] == (own if level1_data == "train" else own | held)
+    assert seen[2] <= held
+    again = list(method.plan(60, method.config, 7))
+    for (seed, indices), (expected_seed, expected) in zip(again, plan[7:], strict=True):
+        assert seed == expected_seed and torch.equal(indices, expected)
+
+
+def test_processes_share_each_levels_batch(monkeypatch):
+    method = tiny(unrolling=2)
+    whole = [indices for _, indices in method.plan(60, method.config, 0)]
+    monkeypatch.setattr(mlo_mae, "world_size", lambda: 2)
+    parts = []
+    for number in range(2):
+        monkeypatch.setattr(mlo_mae, "rank", lambda number=number: number)
+        parts.append([indices for _, indices in method.plan(60, method.config, 0)])
+    for indices, *shares in zip(whole, *parts, strict=True):
+        for level in range(4):
+            expected = indices[4 * level : 4 * level + 4]
+            assert torch.equal(torch.cat([share[2 * level : 2 * level + 2] for share in shares]), expected)
+
+
+def test_two_processes_have_the_gradients_of_one():
+    method = tiny(unrolling=1)
+    images, labels = batch_of(method, 3, seed=5)
+    recorder = Recorder(method)
+    method.update(method, [(images, labels)], recorder)
+    for steps in processes.start(processes.gradients_of_levels, images, labels):
+        for name, gradient in ((name, g) for step in recorder.steps for name, g in step.items()):
+            torch.testing.assert_close(steps[name], gradient, rtol=1e-3, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("objective", ["mlo", "full"])
+def test_resume_matches_an_uninterrupted_run(objective, tmp_path):
+    def run(out, resume=False, stop=False):
+        method = tiny(objective=objective, update_every=2, out=str(tmp_path / out), resume=resume, probe_every=2)
+        if stop:
+            keep = method.start_epoch
+
+            def start_epoch(epoch):
+                if epoch == 1:
+                    raise KeyboardInterrupt
+                keep(epoch)
+
+            method.start_epoch = start_epoch
+        data = pictures_of()
+        common.fit(method, data, data, method.config)
+        return method.state_dict()
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop=True)
+    again = run("stopped", resume=True)
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
+    logs = [evaluate.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "stopped")]
+    for one, other in zip(*logs, strict=True):
+        assert {k: v for k, v in one.items() if k != "images_per_second"} == {
+            k: v for k, v in other.items() if k != "images_per_second"
+        }
+
+
+def test_the_probe_tells_the_heads_accuracy_and_how_often_the_object_is_masked():
+    method, data = tiny(), pictures_of(20)
+    method.eval()
+    found = method.probe(lambda x: x.flatten(1), data, data, method.config, device=torch.device("cpu"), workers=0)
+    images = data.images / 255
+    scores = method.head(method.features(images))
+    assert found["accuracy"] == pytest.approx(100 * float((scores.argmax(dim=1) == data.labels).float().mean()))
+    mask, _ = method.choose(method.encoder.embed(images))
+    hidden = common.unpatchify(mask[..., None].expand(-1, -1, 16), 4, 16, 16)[:, 0] > 0.5
+    share = data.masks[hidden].float().mean() / data.masks.float().mean()
+    assert found["object"] == pytest.approx(float(share), rel=1e-5)
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_are_tables_11_and_12():
+    def read(*argv):
+        return common.read_flags(Config, mlo_mae.RECIPES, [*argv])
+
+    config = read("--data", "imagenet")
+    assert (config.model, config.image_size, config.patch, config.epochs, config.batch_size) == (
+        "vit_base",
+        224,
+        16,
+        50,
+        256,
+    )
+    assert (config.base_lr, config.head_lr, config.mask_lr, config.weight_decay) == (1e-4, 4e-5, 4e-5, 0.05)
+    assert (config.unrolling, config.mask_ratio, config.betas, config.hidden) == (1, 0.75, (0.9, 0.95), 512)
+    for name in ("cifar10", "cifar100"):
+        config = read("--data", name)
+        assert (config.model, config.image_size, config.patch, config.epochs) == ("vit_base", 32, 2, 200)
+        assert (config.base_lr, config.head_lr, config.mask_lr, config.batch_size) == (1e-3, 1e-3, 1e-3, 128)
+        assert (config.unrolling, config.validation, config.level1_data) == (2, 0.2, "train")
+
+
+def test_optimiser_has_groups_of_its_own_for_every_level():
+    method = tiny(objective="full")
+    groups = method.optimizer(method.config).param_groups
+    assert [group["lr_scale"] for group in groups] == [1, 1, 2, 2, 1, 1, 1, 1]
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0] * 4
+    assert sum(len(group["params"]) for group in groups) == len(list(method.parameters()))
+
+
+def test_pretraining_goes_on_from_an_encoder(tmp_path):
+    first = tiny(objective="mae")
+    common.save_encoder(first.encoder, tmp_path / "encoder.pt")
+    again = tiny(start=str(tmp_path / "encoder.pt"))
+    for name, value in first.encoder.state_dict().items():
+        assert torch.equal(value, again.encoder.state_dict()[name])
+    assert again.encoder.training and again.encoder.pool == "cls"
+    common.save_encoder(common.MobileFormer("micro"), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="holds a MobileFormer; only a transformer can be masked"):
+        tiny(start=str(tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"objective": "mlp"}, "unknown --objective 'mlp'; did you mean 'mlo'"),
+        ({"hypergradient": "exakt"}, "unknown --hypergradient 'exakt'"),
+        ({"mask_gradient": "hard"}, "unknown --mask-gradient 'hard'"),
+        ({"unrolling": 0}, "--unrolling 0 makes no sense"),
+        ({"update_every": 0}, "--update-every 0 makes no sense"),
+        ({"validation": 1.0}, "--validation 1.0 is no share"),
+        ({"accumulate": 2}, "--accumulate does not work here"),
+        ({"compile": True}, "--compile does not work here"),
+        ({"mask_ratio": 0.01}, "leaves no patch masked"),
+        ({"mask_ratio_end": 0.99}, "leaves no patch masked or none visible"),
+    ],
+)
+def test_mistakes_are_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        tiny(**fields)
+
+
+def test_a_batch_must_fit_into_every_level():
+    method = tiny(batch_size=20)
+    with pytest.raises(UserError, match="a batch of 20 is larger than the 12 images of level III"):
+        method.steps_per_epoch(60, method.config)
+
+
+def test_a_run_is_trained_and_evaluated(tmp_path, capsys):
+    argv = ["mlo_mae", "--epochs", "1", "--out", str(tmp_path / "run"), "--model", "vit_micro", "--patch", "16"]
+    argv += ["--batch-size", "400", "--probe-images", "100", "--hidden", "8", "--unrolling", "1"]
+    assert train.main(argv) == 0
+    last = evaluate.read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert {"loss", "loss_head", "loss_validation", "probability", "entropy", "accuracy", "object", "linear"} < set(
+        last
+    )
+    assert math.isfinite(last["loss_validation"]) and last["loss_validation"] > 0
+    assert evaluate.main([str(tmp_path / "run"), "--protocol", "knn", "pictures", "--probe-images", "50"]) == 0
+    assert (tmp_path / "run" / "pictures" / "reconstructions.png").exists()
