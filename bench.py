@@ -15,6 +15,7 @@ augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-t
 mixed         MixedAE's step against MAE's, and top-k against plain attention
 finola        FINOLA's map in its parallel form against position by position
 energy        an energy step of N = 2 against a plain forward and backward pass of the same transformer: time and memory
+levels        a cycle of MLO-MAE, two steps of level I and one each of II and III, against two steps of MAE: time and memory
 """
 
 import argparse
@@ -22,6 +23,7 @@ import contextlib
 import functools
 import io
 import math
+import multiprocessing
 import os
 import resource
 import statistics
@@ -40,6 +42,7 @@ import evaluate
 import finola
 import magma
 import mixedae
+import mlo_mae
 
 
 def seconds(*functions, rounds: int = 7) -> list:
@@ -396,8 +399,52 @@ def energy(device):
             row(label, *times, *ratios, f"{kept:.1f} x", f"{other / usual:.2f}")
 
 
+def cycle(device, levels: int, **fields):
+    """A function that makes one cycle of MLO-MAE on random images: without level III where `levels` is one less."""
+    config = mlo_mae.Config(**mlo_mae.LAPTOP | fields)
+    data = common.MemoryImages(None, torch.arange(640) % 10, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
+    torch.manual_seed(0)
+    method = mlo_mae.MultiLevelMAE(config, data).to(device)
+    stepper = common.Stepper(method.optimizer(config), config, device)
+    images = torch.rand(levels * config.batch_size, 3, config.image_size, config.image_size, device=device)
+    labels = torch.randint(10, (len(images),), device=device)
+    return lambda: method.update(method, [(images, labels)], stepper)
+
+
+def peak(fields: dict) -> float:
+    """MB by which three cycles make a process grow; called in a process of its own."""
+    torch.set_num_threads(2)
+    run = cycle(torch.device("cpu"), 4, **fields)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def three_levels(device):
+    row("MLO-MAE's cycle E, E, C, T, batch 64", "cycle", "two MAE steps", "ratio", "--update-every 5", "memory")
+    pool = multiprocessing.get_context("spawn")
+    for model, decoder in (("vit_micro", (96, 2, 3)), ("vit_tiny", (192, 4, 3))):
+        size = {"model": model, **dict(zip(("decoder_dim", "decoder_depth", "decoder_heads"), decoder, strict=True))}
+        for amp, kind in (("off", "exact"), ("off", "finite_difference"), ("bf16", "exact")):
+            fields = size | {"amp": amp, "hypergradient": kind}
+            versions = [cycle(device, 4, **fields), cycle(device, 3, **fields)]
+            mae = cycle(device, 3, objective="mae", **fields)
+            # Level II and its share of MAE's cycle are taken off: two steps of level I alone.
+            head = cycle(device, 2, objective="mae", **fields | {"unrolling": 1})
+            full, without, two, one = seconds(*versions, mae, head, rounds=5)
+            steps = 2 * (two - one)
+            with pool.Pool(1) as worker:
+                grown = worker.apply(peak, (fields,)) if device.type == "cpu" else math.nan
+            label = f"  {model}, {'fp32' if amp == 'off' else amp}, {kind.replace('_', ' ')}"
+            rare = (full + 4 * without) / 5
+            times = [f"{full * 1e3:.0f} ms", f"{steps * 1e3:.0f} ms", f"{full / steps:.2f}", f"{rare / steps:.2f}"]
+            row(label, *times, f"{grown:.0f} MB")
+
+
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
 BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
+BENCHES |= {"levels": three_levels}
 
 
 def main():

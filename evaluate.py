@@ -1377,7 +1377,8 @@ def draw_energy(run: Path, settings: dict, row: Row, config: Config) -> tuple[li
     charts, names = [], {"error": "squared error, 1 = corrupted", "energy": "energy above that of the clean image"}
     for name, lines in curves.items():
         every = torch.stack([*lines.values(), torch.zeros(CHAIN + 1)])
-        span = (float(every.min()), float(every.max()))
+        low, high = float(every.min()), float(every.max())
+        span = (low, high + 0.4 * (high - low))  # with room for the legend
         charts.append(Chart(f"{title}: {name} along the chain", "step", names[name], (0, CHAIN), span))
         legend = []
         for (task, values), colour in zip(lines.items(), COLOURS, strict=False):

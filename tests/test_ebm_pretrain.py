@@ -818,6 +818,17 @@ def test_loss_is_eq_4_of_the_restored_images():
     assert float(out["left"]) == pytest.approx(float(left), rel=1e-5)
 
 
+def test_a_pixel_counts_where_any_of_its_channels_changed(monkeypatch):
+    method, images = tiny(scored="changed", criterion="mse", steps=1), images_of(2)
+    clean, _ = method.corrupt(images)
+    corrupted = clean.clone()
+    corrupted[:, 1, :4] += 1  # one channel of some pixels
+    monkeypatch.setattr(method, "corrupt", lambda images: (clean, corrupted))
+    loss = method(images)["loss"]
+    restored = method.restored(corrupted)[0].detach()
+    assert loss.item() == pytest.approx(float((restored - clean)[:, :, :4].square().mean()), rel=1e-5)
+
+
 def test_without_steps_corrupted_images_are_the_negatives():
     method = tiny(steps=0, task="grayscale")
     images = images_of(4)
