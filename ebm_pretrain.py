@@ -184,9 +184,8 @@ def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
         # The gradient of alpha E rather than alpha times that of E: the same number, but what travels back through the
         # network is of the size of a step. In fp16 the gradient of E itself, 1e-4 and less, would underflow to zero.
         total = step_size * energy(x).sum()
-    with torch.autocast(
-        x.device.type, enabled=False
-    ):  # types are settled: autocast would cast large float32 ones to fp16
+    # The forward pass has settled the types. Autocast would now cast what is large and in float32 for that reason to fp16.
+    with torch.autocast(x.device.type, enabled=False):
         return torch.autograd.grad(total, x, create_graph=recording)[0]
 
 
@@ -558,11 +557,7 @@ LONG = {"epochs": 200, "task": "mixed"}
 
 RECIPES = {
     "imagenet": {},  # Tables 1 and 2, the defaults of Config
-    "imagenet --objective mae": {
-        "epochs": 400,
-        "base_lr": 1.5e-4,
-        "warmup_epochs": 40,
-    },  # Table 1; rate and warm-up are MAE's
+    "imagenet --objective mae": {"epochs": 400, "base_lr": 1.5e-4, "warmup_epochs": 40},  # Table 1; rate as in MAE
     "imagenet --model vit_base": LONG,  # Table 3; the longer row is --epochs 800
     "imagenet --model convnext_tiny": LONG,  # Table B
     "imagenet --model swin_tiny": LONG,
