@@ -173,11 +173,11 @@ def fit_energy(flags, stop_after=0):
     return method.state_dict()
 
 
-def gradients_of_levels(images, labels):
+def gradients_of_levels(images, labels, fields):
     """The gradients of every level of one cycle on this rank's share of each level's batch."""
     import test_mlo_mae
 
-    method = test_mlo_mae.tiny(unrolling=1)
+    method = test_mlo_mae.tiny(unrolling=1, **fields)
     recorder = test_mlo_mae.Recorder(method)
     parts = [torch.cat([mine(part) for part in x.split(4)]) for x in (images, labels)]
     method.update(method, [tuple(parts)], recorder)

@@ -7,6 +7,7 @@ import processes
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.func import functional_call
@@ -47,10 +48,10 @@ def tiny(**fields):
 
 
 class Recorder:
-    """A Stepper that keeps the gradients of every step, and moves nothing unless `rate` is given."""
+    """A Stepper of plain gradient descent that keeps the gradients of every step; with `moves` False it moves nothing."""
 
-    def __init__(self, method, rate=0.0):
-        self.method, self.rate, self.dtype, self.steps = method, rate, None, []
+    def __init__(self, method, moves=True):
+        self.method, self.moves, self.dtype, self.steps = method, moves, None, []
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         real = method.optimizer(method.config)
         for group in real.param_groups:
@@ -67,10 +68,10 @@ class Recorder:
     def step(self):
         found = {name: p.grad.clone() for name, p in self.method.named_parameters() if p.grad is not None}
         self.steps.append(found)
-        with torch.no_grad():
-            for name, parameter in self.method.named_parameters():
-                if name in found:
-                    parameter -= self.rate * found[name]
+        for group in self.param_groups if self.moves else ():
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data -= group["lr"] * parameter.grad
         self.zero_grad()
 
     def zero_grad(self, set_to_none=True):
@@ -310,7 +311,7 @@ def test_the_masking_network_learns_by_the_derivative_of_the_procedure(mask_grad
     images, labels = batch_of(method, 3, dtype=torch.float64)
     parts = list(zip(images.split(4), labels.split(4), strict=True))
     encoder, head, masking = (method.weights(x, copy=True) for x in ("autoencoder.encoder.", "head.", "masking."))
-    stepper = Recorder(method)
+    before, stepper = method.weights("autoencoder.", copy=True), Recorder(method)
     rates = [group["lr"] for group in stepper.param_groups]
     rates = (rates[0], rates[2])
     assert rates == (0.64, 1.28)
@@ -318,7 +319,7 @@ def test_the_masking_network_learns_by_the_derivative_of_the_procedure(mask_grad
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         _, after, last = run(masking)
         method.load_state_dict({**method.state_dict(), **after, **last})
-        method.learn_masks(parts[0][0], parts[1], parts[2], encoder, head, stepper)
+        method.learn_masks((parts[0][0], None), parts[1], parts[2], before, head, stepper)
         (found,) = stepper.steps
         assert set(found) == set(masking)
         if mask_gradient == "weight":  # the loss has no jumps along this direction
@@ -350,8 +351,8 @@ def test_each_level_moves_its_own_weights_alone(difference):
     before = snapshot(method)
     method.train_head(*parts[1], stepper)
     assert changed(before, method) == {"head"}
-    before, encoder = snapshot(method), method.weights("autoencoder.encoder.", copy=True)
-    method.learn_masks(parts[0][0], parts[1], parts[2], encoder, method.weights("head.", copy=True), stepper)
+    before, weights = snapshot(method), [method.weights(x, copy=True) for x in ("autoencoder.", "head.")]
+    method.learn_masks((parts[0][0], None), parts[1], parts[2], *weights, stepper)
     assert changed(before, method) == {"masking", "validation_loss"}
     before = snapshot(method)
     method.descend(method.reconstruction_loss(parts[0][0])[0], [method.autoencoder], stepper)
@@ -361,7 +362,7 @@ def test_each_level_moves_its_own_weights_alone(difference):
 @pytest.mark.parametrize("objective", mlo_mae.OBJECTIVES)
 def test_a_cycle_of_every_objective(objective):
     method = tiny(objective=objective, unrolling=2)
-    recorder = Recorder(method, rate=0.01)
+    recorder = Recorder(method)
     levels = 4 if method.learns_masks else 3
     out = method.update(method, [batch_of(method, levels)], recorder)
     moved = [{name.split(".")[0] for name in step} for step in recorder.steps]
@@ -373,14 +374,15 @@ def test_a_cycle_of_every_objective(objective):
     assert all(gradient.isfinite().all() for step in recorder.steps for gradient in step.values())
     if method.learns_masks:
         assert all(gradient.abs().max() > 0 for gradient in recorder.steps[-1].values())
-    assert set(out) == {"loss", "loss_head", "loss_validation", "probability", "entropy"}
+    own = {"loss_validation", "probability", "entropy"} if method.learns_masks else set()
+    assert set(out) == {"loss", "loss_head"} | own
     rows = method.pictures(batch_of(method, 1)[0])
     assert rows.shape == (4, 4, 3, 16, 16) and 0 <= rows.min() and rows.max() <= 1
 
 
 def test_two_levels_learn_from_labels_and_pixels_at_once():
     method = tiny(objective="blo", gamma=0.3)
-    recorder = Recorder(method)
+    recorder = Recorder(method, moves=False)
     images, labels = batch_of(method, 2)
     torch.manual_seed(0)
     method.update(method, [(images, labels)], recorder)
@@ -393,38 +395,139 @@ def test_two_levels_learn_from_labels_and_pixels_at_once():
         torch.testing.assert_close(recorder.steps[0][name], gradient)
 
 
-def test_fine_tuning_is_held_near_the_encoder_and_reaches_the_masks():
-    """Eq. 13: dL3/dT = dL3/dF' dF'/dE' dE'/dT with dF'/dE' = 2 eta lambda."""
-    method = tiny(objective="full", proximal=0.5).double()
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"hypergradient": "finite_difference", "radius": 1e-4},
+        {"normalization": "sum"},
+        {"mask_gradient": "straight_through"},
+        {"detach_tokens": True},
+        {"objective": "blo", "gamma": 0.4},
+        {"objective": "full", "proximal": 0.3},
+    ],
+)
+def test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps(fields):
+    """Autograd through plain gradient steps of all levels, as `update` makes them: Eq. 6 to 11, Eq. 5 and Eq. 13."""
+    method = tiny(**fields, unrolling=1).double()
+    config = method.config
     images, labels = batch_of(method, 3, dtype=torch.float64)
-    parts = list(zip(images.split(4), labels.split(4), strict=True))
-    encoder, tuned, head, masking = (
-        method.weights(x, copy=True) for x in ("autoencoder.encoder.", "tuned.", "head.", "masking.")
-    )
-    tuned = {name: value + 0.01 * randn(*value.shape) for name, value in tuned.items()}
+    (pretext, _), own, held_out = zip(images.split(4), labels.split(4), strict=True)
+    start = {name: p.detach().clone().requires_grad_() for name, p in method.named_parameters()}
 
-    def run(masking):
-        def loss(batch, level, *weights):
-            return functional_call(method, {k: v for w in weights for k, v in w.items()}, (*batch, level))
+    def loss(weights, batch, level):
+        return functional_call(method, weights, (*batch, level))
 
-        after = descend(lambda e, t: loss((parts[0][0], None), 1, e, t), encoder, masking, 0.64)
+    def step(weights, loss, prefixes, rates):
+        names = [name for name in weights if name.startswith(prefixes)]
+        gradients = torch.autograd.grad(loss, [weights[name] for name in names], create_graph=True)
+        rate = lambda name: next(r for prefix, r in rates.items() if name.startswith(prefix))
+        return weights | {name: weights[name] - rate(name) * g for name, g in zip(names, gradients, strict=True)}
 
-        def level_2(f, e):
-            pairs = zip(f.values(), e.values(), strict=True)
-            return loss(parts[1], 2, f, head) + 0.5 * sum((a - b).square().sum() for a, b in pairs)
-
-        last = descend(level_2, tuned, after, 0.64)
-        return loss(parts[2], 3, last, head), after, last
-
+    rates = {"autoencoder.": 0.64, "head.": 1.28, "tuned.": 0.64}
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        _, after, last = run(masking)
-        method.load_state_dict({**method.state_dict(), **after, **last})
+        level_1 = loss(start, (pretext, None), 1)
+        if config.objective == "blo":
+            after = step(start, 0.4 * level_1 + loss(start, own, 2), ("autoencoder.", "head."), rates)
+        else:
+            after = step(start, level_1, ("autoencoder.",), rates)
+            level_2, moving = loss(after, own, 2), ("head.",)
+            if config.objective == "full":
+                pairs = [
+                    (after[name], after["autoencoder.encoder." + name[6:]]) for name in after if name[:6] == "tuned."
+                ]
+                level_2 = level_2 + 0.3 * sum((f - e).square().sum() for f, e in pairs)
+                moving = ("tuned.", "head.")
+            after = step(after, level_2, moving, rates)
+        names = [name for name in start if name.startswith("masking.")]
+        true = torch.autograd.grad(loss(after, held_out, 3), [start[name] for name in names])
         recorder = Recorder(method)
-        method.learn_masks(parts[0][0], parts[1], parts[2], encoder, head, recorder)
-        leaves = {name: p.clone().requires_grad_() for name, p in masking.items()}
-        true = torch.autograd.grad(run(leaves)[0], list(leaves.values()))
-    for (name, gradient), expected in zip(recorder.steps[0].items(), true, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-10, msg=name)
+        out = method.update(method, [(images, labels)], recorder)
+    difference = config.hypergradient == "finite_difference"
+    for name, expected in zip(names, true, strict=True):
+        close = (
+            {"rtol": 1e-3, "atol": 1e-3 * float(expected.abs().max())} if difference else {"rtol": 1e-6, "atol": 1e-12}
+        )
+        torch.testing.assert_close(recorder.steps[-1][name], expected, **close, msg=name)
+    for name, parameter in method.named_parameters():
+        if not name.startswith("masking."):
+            torch.testing.assert_close(parameter.detach(), after[name].detach(), msg=name)
+    assert float(out["loss_validation"]) == pytest.approx(float(loss(after, held_out, 3).detach()), rel=1e-6)
+    assert float(out["loss"]) == pytest.approx(float(level_1.detach()), rel=1e-6)
+
+
+def test_without_learning_rate_factors_the_paths_weigh_as_in_the_code():
+    found = {}
+    for factors in (True, False):
+        method = tiny(lr_factors=factors, unrolling=1).double()
+        recorder = Recorder(method)
+        method.update(method, [batch_of(method, 3, dtype=torch.float64)], recorder)
+        found[factors] = recorder.steps[-1]["masking.fc2.bias"]
+    assert F.cosine_similarity(found[True], found[False], dim=0) < 0.9999
+    assert float(found[False].norm() / found[True].norm()) > 1 / 0.64 / 2
+
+
+def test_several_steps_below_count_the_last_one():
+    """With two unrolled steps, T's gradient is that of a cycle that starts after the first of them."""
+    images, labels = batch_of(tiny(), 4, dtype=torch.float64)
+    both = tiny(unrolling=2).double()
+    recorder = Recorder(both)
+    both.update(both, [(images, labels)], recorder)
+    one = tiny(unrolling=1).double()
+    one.descend(one.reconstruction_loss(images[:4])[0], [one.autoencoder], Recorder(one))
+    other = Recorder(one)
+    one.update(one, [(images[4:], labels[4:])], other)
+    for name, gradient in recorder.steps[-1].items():
+        torch.testing.assert_close(gradient, other.steps[-1][name])
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_has_nearly_the_gradient_of_float32(amp):
+    found = []
+    for precision in ("off", amp):
+        method = tiny(amp=precision, unrolling=1, head="code")
+        stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+        for group in stepper.optimizer.param_groups:
+            group["lr"] = 1e-3
+        keep = {}
+        real = method.masking_gradient
+        method.masking_gradient = lambda *a, real=real, keep=keep: keep.setdefault("found", real(*a))
+        torch.manual_seed(0)
+        method.update(method, [batch_of(method, 3)], stepper)
+        assert method.training and all(p.isfinite().all() for p in method.parameters())
+        found.append(torch.cat([g.flatten().float() for g in keep["found"][0].values()]))
+    assert F.cosine_similarity(*found, dim=0) > 0.97
+
+
+def test_probabilities_are_float32_whatever_the_precision():
+    method, images = tiny(), batch_of(tiny(), 1)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = method.encoder.embed(images)
+        _, probability = method.choose(tokens)
+    assert probability.dtype == torch.float32
+    torch.testing.assert_close(probability, method.masking(tokens.float()))
+
+
+def test_unlabelled_images_are_for_level_one_alone():
+    data = pictures_of(60)
+    data.labels[:20] = -1
+    common.VIT_SIZES["vit_test"] = {"dim": 16, "depth": 2, "heads": 2}
+    method = MultiLevelMAE(Config(**SMALL | {"model": "vit_test"}), data)
+    del common.VIT_SIZES["vit_test"]
+    assert len(method.held_out) == 8 and len(method.trained_on) == 32
+    assert min(method.held_out.min(), method.trained_on.min()) >= 20
+    seen = torch.cat([indices[: 4 * method.config.unrolling] for _, indices in method.plan(60, method.config, 0)])
+    assert (seen < 20).any() and not set(seen.tolist()) & set(method.held_out.tolist())
+
+
+def test_between_updates_the_masking_network_stands_still():
+    method = tiny(update_every=2)
+    stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+    for levels, still in ((3, False), (2, True)):
+        before = snapshot(method)
+        out = method.update(method, [batch_of(method, levels)], stepper)
+        assert ("masking" not in changed(before, method)) == still
+    assert out["loss_validation"] == method.validation_loss and out["loss_validation"] > 0
 
 
 def test_detached_tokens_keep_the_encoder_from_learning_through_the_masks():
@@ -501,12 +604,13 @@ def test_processes_share_each_levels_batch(monkeypatch):
             assert torch.equal(torch.cat([share[2 * level : 2 * level + 2] for share in shares]), expected)
 
 
-def test_two_processes_have_the_gradients_of_one():
-    method = tiny(unrolling=1)
+@pytest.mark.parametrize("fields", [{}, {"objective": "full", "proximal": 1.0}])
+def test_two_processes_have_the_gradients_of_one(fields):
+    method = tiny(unrolling=1, **fields)
     images, labels = batch_of(method, 3, seed=5)
     recorder = Recorder(method)
     method.update(method, [(images, labels)], recorder)
-    for steps in processes.start(processes.gradients_of_levels, images, labels):
+    for steps in processes.start(processes.gradients_of_levels, images, labels, fields):
         for name, gradient in ((name, g) for step in recorder.steps for name, g in step.items()):
             torch.testing.assert_close(steps[name], gradient, rtol=1e-3, atol=1e-7, msg=name)
 
@@ -574,7 +678,8 @@ def test_recipes_are_tables_11_and_12():
     for name in ("cifar10", "cifar100"):
         config = read("--data", name)
         assert (config.model, config.image_size, config.patch, config.epochs) == ("vit_base", 32, 2, 200)
-        assert (config.base_lr, config.head_lr, config.mask_lr, config.batch_size) == (1e-3, 1e-3, 1e-3, 128)
+        assert (config.base_lr, config.batch_size, config.weight_decay) == (1e-3, 128, 0.05)
+        assert (config.head_lr * 128 / 256, config.mask_lr * 128 / 256) == (1e-3, 1e-3)
         assert (config.unrolling, config.validation, config.level1_data) == (2, 0.2, "train")
 
 
@@ -583,12 +688,19 @@ def test_optimiser_has_groups_of_its_own_for_every_level():
     groups = method.optimizer(method.config).param_groups
     assert [group["lr_scale"] for group in groups] == [1, 1, 2, 2, 1, 1, 1, 1]
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0] * 4
+    assert [group["eps"] for group in groups] == [1e-8] * 4 + [1e-15] * 2 + [1e-8] * 2
+    assert all(p.ndim > 1 for group in groups[::2] for p in group["params"])
+    assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.95)}
     assert sum(len(group["params"]) for group in groups) == len(list(method.parameters()))
 
 
 def test_pretraining_goes_on_from_an_encoder(tmp_path):
     first = tiny(objective="mae")
     common.save_encoder(first.encoder, tmp_path / "encoder.pt")
+    common.VIT_SIZES["vit_other"] = {"dim": 32, "depth": 2, "heads": 2}
+    with pytest.raises(UserError, match="has dim 16; give the --model and --patch that fit it"):
+        tiny(start=str(tmp_path / "encoder.pt"), model="vit_other")
+    del common.VIT_SIZES["vit_other"]
     again = tiny(start=str(tmp_path / "encoder.pt"))
     for name, value in first.encoder.state_dict().items():
         assert torch.equal(value, again.encoder.state_dict()[name])
@@ -609,6 +721,9 @@ def test_pretraining_goes_on_from_an_encoder(tmp_path):
         ({"validation": 1.0}, "--validation 1.0 is no share"),
         ({"accumulate": 2}, "--accumulate does not work here"),
         ({"compile": True}, "--compile does not work here"),
+        ({"mask_lr": 0.0}, "--mask-lr 0.0 makes no sense; give more than 0"),
+        ({"temperature": 0.0}, "--temperature 0.0 makes no sense"),
+        ({"gamma": -1.0}, "--gamma -1.0 makes no sense"),
         ({"mask_ratio": 0.01}, "leaves no patch masked"),
         ({"mask_ratio_end": 0.99}, "leaves no patch masked or none visible"),
     ],
