@@ -286,7 +286,7 @@ RECIPES = {
     "cifar10": CIFAR,
     "cifar100": CIFAR,
     # Laptop recipes of ours.
-    "shapes": LAPTOP | {"epochs": 12, "base_lr": 8e-3, "head_lr": 8e-3, "mask_lr": 4e-3, "probe_every": 12},
+    "shapes": LAPTOP | {"epochs": 6, "base_lr": 8e-3, "head_lr": 8e-3, "mask_lr": 4e-3, "probe_every": 6},
     "cifar10 --model vit_micro": LAPTOP | {"epochs": 20, "base_lr": 4e-3, "head_lr": 4e-3, "mask_lr": 4e-3},
 }
 
