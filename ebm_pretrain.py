@@ -562,7 +562,7 @@ RECIPES = {
     "imagenet --model convnext_tiny": LONG,  # Table B
     "imagenet --model swin_tiny": LONG,
     # Laptop recipes of ours.
-    "shapes": LAPTOP | {"epochs": 6, "probe_every": 6},
+    "shapes": LAPTOP | {"epochs": 5, "probe_every": 5},
     "cifar10": LAPTOP | {"epochs": 10},
 }
 
