@@ -28,7 +28,7 @@ Where text and the authors' code differ, and what the text leaves open:
 * The loss of level I is a sum in Eq. 1; the code divides by the number of masked patches, which is the default here.
   A patch's own loss is the mean over its normalised pixels.
 * The hypergradient has the learning rates of Eq. 9 to 11; the code leaves them out (`--no-lr-factors`), which weighs the path
-  through the head 1 / eta_C times as much. With them that path is small: 0.002 of the other at the laptop recipe's rates.
+  through the head 1 / eta_C times as much. With them that path is small: 0.002 of the other at rates of 5e-4, untrained.
   Second derivatives are taken where the step started, as in Eq. 6; the code takes them where it ended. The steps themselves
   are AdamW's in both, while the formula is exact for plain gradient steps. Of several unrolled steps it differentiates the
   last one. The sign of Eq. 11 is a slip.
@@ -286,8 +286,8 @@ RECIPES = {
     "cifar10": CIFAR,
     "cifar100": CIFAR,
     # Laptop recipes of ours.
-    "shapes": LAPTOP | {"epochs": 6, "base_lr": 8e-3, "head_lr": 8e-3, "mask_lr": 4e-3, "probe_every": 6},
-    "cifar10 --model vit_micro": LAPTOP | {"epochs": 20, "base_lr": 4e-3, "head_lr": 4e-3, "mask_lr": 4e-3},
+    "shapes": LAPTOP | {"epochs": 6, "base_lr": 8e-3, "head_lr": 2e-2, "mask_lr": 2e-4, "probe_every": 6},
+    "cifar10 --model vit_micro": LAPTOP | {"epochs": 20, "base_lr": 4e-3, "head_lr": 1e-2, "mask_lr": 2e-4},
 }
 
 
