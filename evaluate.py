@@ -20,6 +20,8 @@ tran1/tran4  one or four transformer blocks on frozen tokens (FINOLA)       Tran
 finetune     every weight, with augmentation and layer-wise learning rates  Classifier, layer_groups
 clusters     do classes form clusters: figures without any training         davies_bouldin, class_cosines
 pictures     what there is to see                                           draw_pictures
+finola       FINOLA's curvature, differential equations and embeddings      look_into_finola, draw_finola
+energy       chains of an energy, what they leave of the error              look_into_energy, draw_energy
 
 The recipes are the papers' (RECIPES names the tables); what they leave open, or what differs here:
 * MAGMA gives no augmentation, momentum or decay for its linear probe. Here whole images are encoded once, and momentum is

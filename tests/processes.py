@@ -68,6 +68,22 @@ def gradient_of_gathered_loss(name, z):
     return {"loss": loss.detach(), "gradient": torch.cat(parts, dim=1)}
 
 
+class Recorder:
+    """A Stepper whose step keeps the gradients instead of using them."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        self.gradients = {name: p.grad.clone() for name, p in self.method.named_parameters() if p.requires_grad}
+
+
 def gradients_of_magma(fields, images, mask):
     """One step of Magma under DDP on this rank's share of the images: the gradients that DDP leaves behind."""
     import test_magma
@@ -76,22 +92,10 @@ def gradients_of_magma(fields, images, mask):
     accumulate = fields.get("accumulate", 1)
     model = torch.nn.parallel.DistributedDataParallel(method)
 
-    class Recorder:
-        """A Stepper whose step keeps the gradients instead of using them."""
-
-        def autocast(self):
-            return torch.autocast("cpu", enabled=False)
-
-        def backward(self, loss):
-            loss.backward()
-
-        def step(self):
-            self.gradients = {name: p.grad.clone() for name, p in method.named_parameters()}
-
     parts = [list(x.chunk(accumulate)) for x in (mine(images), mine(mask))]
     call = lambda images, labels: model(images, mask=labels)  # the mask comes in the place of the labels
     call.no_sync = model.no_sync
-    recorder = Recorder()
+    recorder = Recorder(method)
     method.update(call, list(zip(*parts, strict=True)), recorder)
     return recorder.gradients
 
@@ -135,19 +139,7 @@ def gradients_of_energy(images):
     method = test_ebm_pretrain.tiny(task="super_resolution")
     model = torch.nn.parallel.DistributedDataParallel(method)
 
-    class Recorder:
-        """A Stepper whose step keeps the gradients instead of using them."""
-
-        def autocast(self):
-            return torch.autocast("cpu", enabled=False)
-
-        def backward(self, loss):
-            loss.backward()
-
-        def step(self):
-            self.gradients = {name: p.grad.clone() for name, p in method.named_parameters() if p.requires_grad}
-
-    recorder = Recorder()
+    recorder = Recorder(method)
     method.update(model, [(part, None) for part in mine(images).chunk(2)], recorder)
     return recorder.gradients | {"alpha": method.log_alpha.item()}
 

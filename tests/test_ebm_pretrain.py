@@ -889,23 +889,13 @@ def test_two_processes_have_the_step_size_and_the_gradients_of_one():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+RUN = ["--model", "vit_micro", "--image-size", "16", "--patch", "8", "--grid", "8", "--scale", "4"]
+RUN += ["--batch-size", "8", "--workers", "0", "--warmup-epochs", "0"]
+
+
 def test_two_processes_train_probe_and_draw(tmp_path):
     """Process 0 alone probes and draws the untrained energy: nothing there may wait for the others."""
-    flags = [
-        "--model",
-        "vit_micro",
-        "--image-size",
-        "16",
-        "--patch",
-        "8",
-        "--grid",
-        "8",
-        "--scale",
-        "4",
-        "--epochs",
-        "1",
-    ]
-    flags += ["--batch-size", "8", "--workers", "0", "--warmup-epochs", "0", "--out", str(tmp_path / "run")]
+    flags = [*RUN, "--epochs", "1", "--out", str(tmp_path / "run")]
     first, second = processes.start(processes.fit_energy, flags)
     for name, weights in first.items():
         assert torch.equal(weights, second[name]), name
@@ -913,21 +903,7 @@ def test_two_processes_train_probe_and_draw(tmp_path):
 
 
 def test_resume_matches_an_uninterrupted_run(tmp_path):
-    flags = [
-        "--model",
-        "vit_micro",
-        "--image-size",
-        "16",
-        "--patch",
-        "8",
-        "--grid",
-        "8",
-        "--scale",
-        "4",
-        "--epochs",
-        "2",
-    ]
-    flags += ["--batch-size", "8", "--workers", "0", "--warmup-epochs", "0", "--probe-every", "0", "--task", "mixed"]
+    flags = [*RUN, "--epochs", "2", "--probe-every", "0", "--task", "mixed"]
     whole = processes.fit_energy([*flags, "--out", str(tmp_path / "whole")])
     stopped = [*flags, "--out", str(tmp_path / "stopped")]
     with pytest.raises(KeyboardInterrupt):
