@@ -15,7 +15,7 @@ Eq. 2, 3   head and validation                                MultiLevelMAE.clas
 Eq. 5      two levels instead of three (BLO-MAE)              --objective blo
 Eq. 6, 7   one step of each level                             MultiLevelMAE.update
 Eq. 8, 9   gradient of T through both                         hypergradient
-Eq. 10, 11 second derivatives, times a vector                 mixed_product(method="exact")
+Eq. 10, 11 second derivatives, times a vector                 mixed_product, forward and reverse
 Eq. 12     the same by a difference                           mixed_product(method="finite_difference")
 Eq. 13     fine-tuning in level II                            --objective full
 App. A.4   gradients through the selection                    soft_selection
@@ -156,24 +156,30 @@ def moved(at: dict, direction: dict, share: float) -> dict:
     return {name: value + share * direction[name] for name, value in at.items()}
 
 
-def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "exact", radius: float = 0.01) -> dict:
+def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "forward", radius: float = 0.01) -> dict:
     """How the gradient of loss(at, wanted) by `wanted` changes when `at` moves along `direction`: a matrix times a vector.
 
-    The matrix is the mixed second derivative of Eq. 10 or 11. exact: by forward-mode differentiation. finite_difference: from
-    the gradients at both ends of a step of length 2 `radius` (App. A.2, Eq. 12); both see the same random numbers. In float32
-    that is right to 3 or 4 digits where the loss is smooth, in bf16 to none.
+    The matrix is the mixed second derivative of Eq. 10 or 11. Exact are forward (forward-mode derivative of the gradient by
+    `wanted`: two passes, cheap where few layers lie behind `wanted`) and reverse (gradient of the slope along `direction`: cheap
+    where few lie behind `at`). finite_difference: from the gradients at both ends of a step of length 2 `radius` (App. A.2,
+    Eq. 12); both see the same random numbers. In float32 that is right to 3 or 4 digits where the loss is smooth, in bf16 to none.
     """
+    gradient = torch.func.grad(loss, argnums=1)
+    if method == "forward":
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+            return torch.func.jvp(lambda at: gradient(at, wanted), (at,), (direction,))[1]
+    if method == "reverse":
 
-    def gradient(at):
-        return torch.func.grad(loss, argnums=1)(at, wanted)
+        def slope(wanted):
+            slopes = torch.func.grad(loss)(at, wanted)
+            return sum((slopes[name] * direction[name]).sum() for name in at)
 
-    if method == "exact":
-        return torch.func.jvp(gradient, (at,), (direction,))[1]
+        return torch.func.grad(slope)(wanted)
     eps = radius / (float(sum(v.square().sum() for v in direction.values())) ** 0.5 + 1e-15)
     device = next(iter(at.values())).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        ahead = gradient(moved(at, direction, eps))
-    behind = gradient(moved(at, direction, -eps))
+        ahead = gradient(moved(at, direction, eps), wanted)
+    behind = gradient(moved(at, direction, -eps), wanted)
     return {name: (ahead[name] - behind[name]) / (2 * eps) for name in wanted}
 
 
@@ -190,24 +196,27 @@ def hypergradient(
     radius: float = 0.01,
     paths: tuple = ("head", "encoder"),
     mean=lambda gradient: gradient,
-) -> dict:
-    """The gradient of level III's loss by T through one gradient step of each level (Eq. 8 to 11) -> {name: tensor}.
+) -> tuple[dict, Tensor]:
+    """The gradient of level III's loss by T through one gradient step of each level (Eq. 8 to 11) -> {name: tensor}, that loss.
 
     level_1(encoder, masking), level_2(encoder, head) and level_3(encoder, head) are losses of parameters; `encoder` and `head`
     are pairs, before and after their step:
         E' = E - lr_encoder dL1/dE(E, T),   C' = C - lr_head dL2/dC(E', C).
-    With both learning rates at 1 it is what the authors' code computes. The path through the encoder is val -> E' -> T, that through the head
-    val -> C' -> E' -> T. `mean` averages a gradient over the processes: each sees a part of the batches, and a product of two
-    derivatives is not the mean of its parts.
+    With both learning rates at 1 it is what the authors' code computes. The path through the encoder is val -> E' -> T, that
+    through the head val -> C' -> E' -> T. `method` is exact or finite_difference. `mean` averages a gradient over the processes:
+    each sees a part of the batches, and a product of two derivatives is not the mean of its parts.
     """
     (encoder_before, encoder_after), (head_before, head_after) = encoder, head
-    by_encoder, by_head = (mean(g) for g in torch.func.grad(level_3, argnums=(0, 1))(encoder_after, head_after))
+    gradients, loss = torch.func.grad_and_value(level_3, argnums=(0, 1))(encoder_after, head_after)
+    by_encoder, by_head = (mean(g) for g in gradients)
     towards = {name: value if "encoder" in paths else torch.zeros_like(value) for name, value in by_encoder.items()}
     if "head" in paths:
-        product = mixed_product(lambda c, e: level_2(e, c), head_before, by_head, encoder_after, method, radius)
+        kind = "reverse" if method == "exact" else method  # one pass of the encoder instead of two
+        product = mixed_product(lambda c, e: level_2(e, c), head_before, by_head, encoder_after, kind, radius)
         towards = moved(towards, mean(product), -lr_head)  # dL3/dE', through both paths
-    product = mean(mixed_product(level_1, encoder_before, towards, masking, method, radius))
-    return {name: -lr_encoder * value for name, value in product.items()}
+    kind = "forward" if method == "exact" else method  # what lies behind T is small
+    product = mean(mixed_product(level_1, encoder_before, towards, masking, kind, radius))
+    return {name: -lr_encoder * value for name, value in product.items()}, loss
 
 
 def proximal_hypergradient(
@@ -222,16 +231,17 @@ def proximal_hypergradient(
     method: str = "exact",
     radius: float = 0.01,
     mean=lambda gradient: gradient,
-) -> dict:
+) -> tuple[dict, Tensor]:
     """As `hypergradient`, where level II fine-tunes an encoder F (Eq. 13): level_3(tuned) is a loss of F after its step,
         F' = F - lr_tuned d/dF (L2(F, C) + proximal |F - E'|^2),
     so the one path is val -> F' -> E' -> T, with dF'/dE' = 2 lr_tuned proximal. `encoder` is E before its step; the names of
     `tuned` are those of `encoder`.
     """
-    by_tuned = mean(torch.func.grad(level_3)(tuned))
-    towards = {name: 2 * lr_tuned * proximal * value for name, value in by_tuned.items()}
-    product = mean(mixed_product(level_1, encoder, towards, masking, method, radius))
-    return {name: -lr_encoder * value for name, value in product.items()}
+    by_tuned, loss = torch.func.grad_and_value(level_3)(tuned)
+    towards = {name: 2 * lr_tuned * proximal * value for name, value in mean(by_tuned).items()}
+    kind = "forward" if method == "exact" else method
+    product = mean(mixed_product(level_1, encoder, towards, masking, kind, radius))
+    return {name: -lr_encoder * value for name, value in product.items()}, loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,7 +591,6 @@ class MultiLevelMAE(Method):
         self.eval()  # no dropout
         with (
             torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),  # fused attention has no forward-mode derivative
             torch.autocast(unlabelled[0].device.type, torch.bfloat16, enabled=narrow),
         ):
             if config.objective == "full":
@@ -591,16 +600,15 @@ class MultiLevelMAE(Method):
 
                 tuned = {prefix + name.removeprefix("tuned."): value for name, value in self.weights("tuned.").items()}
                 options |= {"lr_encoder": lr_encoder, "lr_tuned": lr_encoder, "proximal": config.proximal}
-                gradient = proximal_hypergradient(level_1, of_tuned, encoder_before, tuned, masking, **options)
+                found = proximal_hypergradient(level_1, of_tuned, encoder_before, tuned, masking, **options)
             else:
                 options |= {"lr_encoder": lr_encoder, "lr_head": lr_head}
                 if config.objective == "blo":  # its head does not depend on E', and its level I is gamma times as much
                     options |= {"lr_encoder": config.gamma * lr_encoder, "paths": ("encoder",)}
                 encoder = (encoder_before, self.weights(prefix))
-                gradient = hypergradient(level_1, level_2, level_3, encoder, (head_before, head), masking, **options)
-            validation = level_3(head)
+                found = hypergradient(level_1, level_2, level_3, encoder, (head_before, head), masking, **options)
         self.train()
-        return gradient, validation
+        return found
 
     # What there is to see.
 

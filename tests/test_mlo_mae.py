@@ -193,9 +193,11 @@ def test_the_hypergradient_is_the_derivative_of_the_unrolled_procedure(seed, lr_
     last = descend(losses[1], head, after, lr_head, first=False)
     found = {}
     for paths, cut in ((("head", "encoder"), ""), (("head",), "encoder"), (("encoder",), "head")):
-        found[cut] = mlo_mae.hypergradient(
+        gradient, loss = mlo_mae.hypergradient(
             *losses, (encoder, after), (head, last), masking, lr_encoder, lr_head, paths=paths
-        )["t"]
+        )
+        found[cut] = gradient["t"]
+        torch.testing.assert_close(loss, losses[2](after, last))
         t = masking["t"].clone().requires_grad_()
         value = unrolled(losses, encoder, head, {"t": t}, lr_encoder, lr_head, cut)
         torch.testing.assert_close(found[cut], torch.autograd.grad(value, t)[0])
@@ -214,7 +216,7 @@ def test_without_learning_rates_it_is_the_authors_reading():
     matrix_2 = torch.func.jacrev(lambda e: torch.func.grad(losses[1], argnums=1)({"e": e}, head)["c"])(after["e"])
     matrix_1 = torch.func.jacrev(lambda t: torch.func.grad(losses[0])(encoder, {"t": t})["e"])(masking["t"])
     expected = -matrix_1.T @ (by_encoder["e"] - matrix_2.T @ by_head["c"])
-    found = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking)
+    found, _ = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking)
     torch.testing.assert_close(found["t"], expected)
 
 
@@ -232,7 +234,7 @@ def test_with_adam_below_the_formula_is_not_exact():
     true = torch.autograd.grad(value, t)[0]
     after = {"e": after["e"].detach()}
     last = descend(losses[1], head, after, 0.1, first=False)
-    found = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, 0.1, 0.1)["t"]
+    found = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, 0.1, 0.1)[0]["t"]
     assert not torch.allclose(found, true, rtol=0.5)
 
 
@@ -241,12 +243,23 @@ def test_differences_err_by_the_square_of_their_length():
     after = descend(losses[0], encoder, masking, 0.1)
     last = descend(losses[1], head, after, 0.1, first=False)
     rest = ((encoder, after), (head, last), masking, 0.1, 0.1)
-    exact = mlo_mae.hypergradient(*losses, *rest)["t"]
+    exact = mlo_mae.hypergradient(*losses, *rest)[0]["t"]
     errors = []
     for radius in (0.2, 0.1, 0.05, 0.025):
-        found = mlo_mae.hypergradient(*losses, *rest, method="finite_difference", radius=radius)["t"]
+        found = mlo_mae.hypergradient(*losses, *rest, method="finite_difference", radius=radius)[0]["t"]
         errors.append(float((found - exact).norm() / exact.norm()))
     assert all(3.5 < a / b < 4.5 for a, b in itertools.pairwise(errors)), errors
+
+
+@given(seeds)
+def test_both_orders_of_differentiation_agree(seed):
+    (_, level_2, _), encoder, head, _ = toy(seed % 1000)
+    direction = {"c": randn(3, seed=seed % 1000 + 20)}
+    found = [
+        mlo_mae.mixed_product(lambda c, e: level_2(e, c), head, direction, encoder, method)["e"]
+        for method in ("forward", "reverse")
+    ]
+    torch.testing.assert_close(*found)
 
 
 def test_the_two_gradients_of_a_difference_see_the_same_noise():
@@ -279,7 +292,7 @@ def test_a_problem_with_a_known_solution_converges_to_it():
     for _ in range(400):
         after = descend(level_1, encoder, masking, rate)
         last = descend(level_2, head, after, rate, first=False)
-        gradient = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, rate, rate)
+        gradient, _ = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, rate, rate)
         encoder, head, masking = after, last, {"t": masking["t"] - 0.3 * gradient["t"]}
     torch.testing.assert_close(masking["t"], torch.linalg.solve(b @ a, goal), rtol=1e-5, atol=1e-6)
 
