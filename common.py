@@ -37,9 +37,11 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import sys
 import tarfile
+import threading
 import time
 import typing
 import urllib.error
@@ -58,6 +60,11 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 class UserError(ValueError):
@@ -695,6 +702,15 @@ def average(x: Tensor) -> Tensor:
     return x
 
 
+def agree(number: int, device="cpu") -> int:
+    """The largest of the numbers that the processes give."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -1268,11 +1284,31 @@ class FolderImages:
             collate_fn=_stack,
             pin_memory=torch.device(device).type == "cuda",
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_parent,
         )
-        for batch in loader:
+        batches = iter(loader)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                reason = " ".join(str(error).split())
+                raise OtherProcessFailed(
+                    f"a process that decodes images died ({reason}); try fewer --workers"
+                ) from None
+            if batch is None:
+                return
             if isinstance(batch, str):
                 raise UserError(batch)
             yield [x.to(device, non_blocking=True) for x in batch]
+
+
+def _leave_signals_to_the_parent(_):
+    """Ctrl-C reaches every process of a terminal; the parent still wants the images of its current step."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:  # which ends a worker that its parent no longer needs
+            signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass
@@ -1462,7 +1498,8 @@ def save_pictures(rows: Tensor, path, side: int = 128):
     tiles = F.interpolate(rows.flatten(0, 1).float().cpu(), scale_factor=zoom, mode="nearest")
     tiles = F.pad(tiles, (2, 2, 2, 2), value=1.0).unflatten(0, rows.shape[:2])  # thin white frames
     sheet = rearrange(tiles, "r k c h w -> (r h) (k w) c")
-    Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()).save(path)
+    picture = Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
+    write_atomically(Path(path), lambda temporary: picture.save(temporary, format="PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1811,6 +1848,42 @@ def what_is_left(checkpoint: Path) -> str:
     return f"{kept}; start anew with a lower --base-lr or --amp off"
 
 
+class Stopped(RuntimeError):
+    """A signal ended the run after its current step, and it was saved; `number` is the signal's."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+"""Ctrl-C, a polite kill, and what Slurm can be told to send before a job's time is over."""
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """While it lasts, the signals that stop a run only add their number to the list that it gives; a second Ctrl-C stops at once."""
+    noted, first = [], 0.0
+
+    def note(number, frame):
+        nonlocal first
+        # torchrun passes Ctrl-C on to processes that have it already: that one is no second one.
+        if number == signal.SIGINT and signal.SIGINT in noted and time.monotonic() - first > 1:
+            raise KeyboardInterrupt
+        first = first or time.monotonic()
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other one do this
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Meter:
     """Means of logged scalars over an epoch, read from the device every few steps only, since each read waits for it."""
 
@@ -1843,12 +1916,22 @@ class Meter:
 
 
 def write_atomically(path: Path, write):
-    """write(temporary path), then move it over `path`: a kill at any moment leaves the old file or the new one."""
+    """write(temporary path), then move it over `path`: a kill at any moment leaves the old file or the new one.
+
+    Raises OSError where the disk is full or the folder cannot be written; the old file is still there.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk by a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        kept = "the file of before is intact" if path.exists() else "nothing was written"
+        raise OSError(f"cannot write {path} ({reason}); {kept}") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -1872,16 +1955,40 @@ def identity_of(method: Method, train, config: TrainConfig, stepper: Stepper) ->
     } | fields
 
 
+def lock_run(out: Path, resume: bool):
+    """Make a run folder, or with --resume take the one that is there, and lock it until the file that is returned closes.
+
+    The lock is the operating system's: it ends with the process, however that ends. Raises UserError where the run exists,
+    or another process is writing it.
+    """
+    try:
+        if not resume and out.exists():
+            raise FileExistsError
+        out.mkdir(parents=True, exist_ok=resume)
+        file = open(out / ".lock", "a")  # noqa: SIM115 (stays open for as long as the run)
+    except FileExistsError:
+        raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out") from None
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {out} ({error.strerror}); choose another by --out") from None
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # either one means that somebody has it
+        file.close()
+        raise UserError(f"another process is writing {out}; wait for it, or choose another folder by --out") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    return file
+
+
 def open_run(out: Path, identity: dict, config: TrainConfig) -> int:
-    """Make a new run folder, or with --resume find the checkpoint in it; returns the step to go on from, 0 for a new run.
+    """Begin the run in a locked folder, or with --resume find its checkpoint; returns the step to go on from, 0 for a new run.
 
     Raises UserError rather than overwrite a run, or go on with one that is not the same.
     """
-    if not config.resume and out.exists():
-        raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
     if config.resume and (out / "last.pt").exists():
         state = load_checkpoint(out / "last.pt")
-        old = state.get("identity") if isinstance(state, dict) else None
+        old = state.get("identity") if isinstance(state, dict) and "step" in state else None
         if old is None:
             raise UserError(f"{out / 'last.pt'} is not a checkpoint of a run; choose another folder by --out")
         differing = sorted(name for name in identity.keys() | old.keys() if old.get(name) != identity.get(name))
@@ -1893,13 +2000,9 @@ def open_run(out: Path, identity: dict, config: TrainConfig) -> int:
         raise UserError(f"{out} holds an encoder but no last.pt to go on from; choose another folder by --out")
     if config.resume:
         print(f"note: no checkpoint in {out} yet, starting from the beginning", flush=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
-        (out / "config.json").write_text(settings + "\n")
-        (out / "log.jsonl").write_text(log_header(identity, config))
-    except OSError as error:
-        raise UserError(f"cannot write the run folder {out} ({error.strerror}); choose another by --out") from None
+    settings = json.dumps({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
+    write_atomically(out / "config.json", lambda path: path.write_text(settings + "\n"))
+    write_atomically(out / "log.jsonl", lambda path: path.write_text(log_header(identity, config)))
     return 0
 
 
@@ -1974,7 +2077,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     Runs in one process or in each of several (torchrun). Writes the run folder `config.out`: config.json, log.jsonl,
     last.pt, encoder.pt, pictures.png. Everything random in step t comes from generators seeded by (seed, t, rank), so a
     run that was killed and resumed equals one that was not.
-    Raises UserError for a configuration that cannot run, NonFiniteLoss.
+    Raises UserError for a configuration that cannot run, NonFiniteLoss, and Stopped after a signal.
     """
     check_config(config)
     check_batch(config)
@@ -1983,6 +2086,31 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
             f"a batch of {config.batch_size} is larger than the data set of {len(train)}; lower --batch-size"
         )
     out = Path(config.out or f"runs/{method.name}-{Path(config.data).name}")
+    lock = []  # of process 0
+    on_rank_zero(lambda: lock.append(lock_run(out, config.resume)))
+    with contextlib.closing(lock[0]) if lock else contextlib.nullcontext(), noted_signals() as noted:
+        return run_epochs(method, train, test, config, out, noted)
+
+
+def restore_run(method: Method, stepper: Stepper, out: Path, first_step: int) -> "Meter":
+    """Put back the weights, the optimiser and the loss scaler of a checkpoint; returns the sums of its unfinished epoch."""
+    state = load_checkpoint(out / "last.pt")
+    if state["step"] != first_step:
+        raise UserError(f"{out / 'last.pt'} is at step {state['step']} here, at step {first_step} on process 0")
+    try:
+        method.load_state_dict(state["weights"])
+        stepper.optimizer.load_state_dict(state["optimizer"])
+        stepper.scaler.load_state_dict(state["scaler"])
+        return Meter(state["sums"], state["count"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{out / 'last.pt'} does not fit this version ({reason}); choose another folder by --out"
+        ) from None
+
+
+def run_epochs(method: Method, train, test, config: TrainConfig, out: Path, noted: list) -> dict:
+    """The body of `fit`, in a run folder that is locked; stops after the step in which a signal was noted."""
     device, steps = next(method.parameters()).device, method.steps_per_epoch(len(train), config)
     if world_size() > 1 and device.type == "cuda":
         method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
@@ -1990,16 +2118,9 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     identity = identity_of(method, train, config, stepper)
     first_step, meter, log = on_rank_zero(lambda: open_run(out, identity, config)), Meter(), []
     if first_step:
-        state = load_checkpoint(out / "last.pt")
-        if state["step"] != first_step:
-            raise UserError(f"{out / 'last.pt'} is at step {state['step']} here, at step {first_step} on process 0")
-        method.load_state_dict(state["weights"])
-        stepper.optimizer.load_state_dict(state["optimizer"])
-        stepper.scaler.load_state_dict(state["scaler"])
-        meter = Meter(state["sums"], state["count"])
+        meter = restore_run(method, stepper, out, first_step)
         header = log_header(identity, config)
         log = on_rank_zero(lambda: rewind_log(out / "log.jsonl", first_step // steps, header))
-        del state
 
     model = method
     if world_size() > 1:
@@ -2020,13 +2141,28 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
         write_atomically(out / "last.pt", lambda path: torch.save(state, path))
         save_weights()
 
+    def check_weights(step: int):
+        if not all(bool(p.isfinite().all()) for p in method.parameters()):  # a finite loss may have such a gradient
+            raise NonFiniteLoss(f"step {step}: the weights are not finite; {what_is_left(out / 'last.pt')}")
+
+    def stop(done: int, number: int):
+        """What a signal asks for: a checkpoint, and one line on how to go on."""
+        meter.flush(out / "last.pt")
+        check_weights(done - 1)
+        if done:
+            on_rank_zero(lambda: save(done))
+        bar.close()
+        name = signal.Signals(number).name
+        raise Stopped(f"stopped by {name} after {done} steps; go on with the same command and --resume", number)
+
     def encode(images: Tensor) -> Tensor:
         with stepper.autocast():
             return pooled_features(method.encoder, images)
 
     def finish_epoch(epoch: int, **extra):
         """Probe, draw and log an epoch that is over; epoch 0 is the untrained encoder."""
-        line = {"epoch": epoch, **meter.means(), **extra}
+        line = {"epoch": epoch, **meter.means()}
+        line |= ({"lr": learning_rate(epoch * steps - 1, steps, config)} if epoch else {}) | extra
         if config.probe_every and (epoch == config.epochs or epoch % config.probe_every == 0):
             method.eval()
             line |= method.probe(encode, train, test, config, **loading)
@@ -2065,11 +2201,17 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     plan = method.plan(len(train), config, first_step)
     scale = (config.crop_min, 1.0)
     batches = train.train_batches(plan, config.image_size, scale, config.flip, method.views, **loading)
+    often = 1 if device.type == "cpu" else 10  # steps between two readings of the device, each of which waits for it
     for epoch in range(first_step // steps, config.epochs):
         method.start_epoch(epoch)
         started, done = time.perf_counter(), 0
         for step in range(max(first_step, epoch * steps), (epoch + 1) * steps):
-            images, labels = next(batches)
+            try:
+                images, labels = next(batches)
+            except OtherProcessFailed:  # the signal was for the workers too
+                if not noted or world_size() > 1:
+                    raise
+                stop(step, noted[0])
             rate = learning_rate(step, steps, config)
             for group in stepper.optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -2077,18 +2219,20 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
             parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
             meter.add(step, method.update(model, parts, stepper))
             done += config.batch_size
-            if step % 10 == 0:
+            if step % often == 0:
                 meter.flush(out / "last.pt")
+            if (step % often == 0 or world_size() == 1) and (number := agree(noted[0] if noted else 0, device)):
+                stop(step + 1, number)
+            if step % 10 == 0:
                 bar.set_postfix(epoch=epoch + 1, loss=f"{meter.means()['loss']:.4f}", lr=f"{rate:.1e}", refresh=False)
             bar.update(config.batch_size)
         meter.flush(out / "last.pt")
-        if not all(bool(p.isfinite().all()) for p in method.parameters()):  # a finite loss may have such a gradient
-            raise NonFiniteLoss(f"step {step}: the weights are not finite; {what_is_left(out / 'last.pt')}")
+        check_weights(step)
         if rank() == 0:
             seconds = time.perf_counter() - started
             if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.epochs:
                 save((epoch + 1) * steps)  # before the probe, which may fail
-            finish_epoch(epoch + 1, lr=rate, images_per_second=round(done / seconds))
+            finish_epoch(epoch + 1, images_per_second=round(done / seconds))
         meter = Meter()
     bar.close()
     log = on_rank_zero(lambda: log)
@@ -2123,21 +2267,38 @@ def format_results(results: dict) -> str:
 def run_command(command, argv: list) -> int:
     """command(argv), with one clear line instead of a traceback; returns the exit code.
 
-    0, 1 for a run that had to stop, 2 for a user's mistake, 130 for Ctrl-C.
+    0, 1 for a run that had to stop, 2 for a user's mistake, 128 + its number for a signal (130 for Ctrl-C).
     """
     try:
         command(argv)
-    except (UserError, NonFiniteLoss, OtherProcessFailed, OSError) as error:
-        number = os.environ.get("RANK", "0")
-        print(f"error{f' of process {number}' if number != '0' else ''}: {error}", file=sys.stderr, flush=True)
-        code = 2 if isinstance(error, UserError) else 1
-        if dist.is_initialized():
-            os._exit(code)  # leaving in order would wait for processes that may be waiting for this one
-        return code
     except KeyboardInterrupt:
-        print("\nstopped; go on with the same command and --resume", file=sys.stderr)
-        return 130
+        message, code = "\nstopped at once; go on from the last checkpoint with the same command and --resume", 130
+    except Stopped as stopped:
+        message, code = str(stopped) if rank() == 0 else "", 128 + stopped.number
+    except Exception as error:
+        known = (UserError, NonFiniteLoss, OtherProcessFailed, OSError, MemoryError)
+        if not isinstance(error, known) and not (found := foreign_failure(error)):
+            raise
+        number = os.environ.get("RANK", "0")
+        text = str(error) if isinstance(error, known) else found
+        message = f"error{f' of process {number}' if number != '0' else ''}: {text or 'not enough memory'}"
+        code = 2 if isinstance(error, UserError) else 1
+    else:
+        if dist.is_initialized():
+            gc.collect()  # what still holds the group, before the group goes
+            dist.destroy_process_group()
+        return 0
+    print(message, file=sys.stderr, flush=True, end="\n" if message else "")
     if dist.is_initialized():
-        gc.collect()  # what still holds the group, before the group goes
-        dist.destroy_process_group()
-    return 0
+        os._exit(code)  # leaving in order would wait for processes that may be waiting for this one
+    return code
+
+
+def foreign_failure(error: Exception) -> str:
+    """What to say of an error of torch's that is no bug: too little memory, or another process that is gone; else nothing."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"not enough memory ({text}); lower --batch-size, or raise --accumulate"
+    if isinstance(error, RuntimeError) and world_size() > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
+        return f"another process is gone ({text})"
+    return ""

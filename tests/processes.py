@@ -2,6 +2,8 @@
 
 import gc
 import os
+import resource
+import signal
 import sys
 import tempfile
 import warnings
@@ -15,10 +17,16 @@ import torch.multiprocessing as mp
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 
+# A process that imports everything once, and of which each new process is a copy: real processes, in no time.
+LIBRARIES = ["reference", "pytest", "torch._dynamo", "torch._decomp.decompositions_for_jvp"]  # torch imports these late
+METHODS = ["ebm_pretrain", "finola", "magma", "mixedae", "mlo_mae", "evaluate"]
+mp.get_context("forkserver").set_forkserver_preload(["processes", *LIBRARIES, *METHODS])
+
+
 def start(function, *args, ranks=2):
     """Run function(*args) in each of several processes and return what each one returned, in rank order."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, (function, args, ranks, folder), nprocs=ranks)
+        mp.start_processes(_enter, (function, args, ranks, folder), nprocs=ranks, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
@@ -34,6 +42,76 @@ def _enter(rank, function, args, ranks, folder):
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads sometimes outlive the group, and then abort an interpreter that leaves in order
+
+
+def ends(function, *args, ranks=1):
+    """As `start`, for functions that may not come back: the exit code of each process, -9 where it was killed, and stderr."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("forkserver")
+        started = [context.Process(target=_end, args=(rank, function, args, ranks, folder)) for rank in range(ranks)]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(timeout=120)
+        assert all(process.exitcode is not None for process in started), "a process hangs"
+        texts = [(Path(folder) / f"{rank}.err").read_text() for rank in range(ranks)]
+        return [process.exitcode for process in started], texts
+
+
+def _end(rank, function, args, ranks, folder):
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(folder) / f"{rank}.{ending}", os.O_WRONLY | os.O_CREAT), number)
+    torch.set_num_threads(1)
+    if ranks > 1:
+        os.environ["RANK"] = str(rank)
+        store = dist.FileStore(str(Path(folder) / "store"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    code = function(*args)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train_with_fault(argv, fault="", at=0, victim=-1):
+    """train.py's command line on 40 small pictures, with something that goes wrong on one rank or (-1) on all; the exit code.
+
+    After step `at`: kill (SIGKILL), die (exit code 9), SIGTERM, SIGINT, SIGUSR1, twice (Ctrl-C, and again), full (no more room
+    on the disk), nan (a loss that is none). In the save number `at`: half (SIGKILL in the middle of a file).
+    """
+    import common
+    import train
+
+    def load_data(name, root, split, image_size, device, **_):
+        images, labels, masks = common.render_shapes(40, image_size, seed=split == "test")
+        return common.MemoryImages(images, labels, list(common.SHAPES), (0.4,) * 3, (0.3,) * 3, masks)
+
+    common.load_data = load_data
+    real, save, saved = common.Meter.add, torch.save, []
+
+    def add(self, step, values):
+        here = step == at and victim in (-1, common.rank())
+        if here and fault == "nan":
+            values = values | {"loss": values["loss"] * float("nan")}
+        real(self, step, values)
+        if here and fault in ("kill", "SIGTERM", "SIGINT", "SIGUSR1", "twice"):
+            number = {"kill": signal.SIGKILL, "twice": signal.SIGINT}.get(fault) or getattr(signal, fault)
+            os.kill(os.getpid(), number)
+            if fault == "twice":
+                common.time.monotonic = lambda: 1e9  # much later
+                os.kill(os.getpid(), number)
+        if here and fault == "die":
+            os._exit(9)
+        if here and fault == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+    def half(state, path):
+        saved.append(path)
+        if len(saved) == at:
+            Path(path).write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, path)
+
+    common.Meter.add, torch.save = add, half if fault == "half" else save
+    return train.main(argv)
 
 
 def mine(x):

