@@ -1033,9 +1033,18 @@ def read_cifar(name: str, home: Path, split: str, device="cpu") -> "MemoryImages
             raise UserError(f"{file} holds the label {parts[-1][:, label_bytes - 1].max()}, {name} ends at {count - 1}")
     records = torch.from_numpy(np.concatenate(parts)).to(device)
     labels, images = records[:, label_bytes - 1].long(), records[:, label_bytes:].reshape(-1, 3, 32, 32)
-    listed = next(home.glob(names + "*.txt"), None)
-    classes = listed.read_text().split() if listed else [str(i) for i in range(count)]
+    classes = class_names(next(home.glob(names + "*.txt"), None), count)
     return MemoryImages(images, labels, classes, **STATISTICS[name])
+
+
+def class_names(listed: Path | None, count: int) -> list:
+    """The words of a text file, one a class; numbers where there is no such file. Raises UserError for another number of words."""
+    if not listed or not listed.exists():
+        return [str(i) for i in range(count)]
+    names = listed.read_text(errors="replace").split()
+    if len(names) != count:
+        raise UserError(f"{listed} lists {len(names)} classes, expected {count}; mend or remove it")
+    return names
 
 
 def read_stl10(home: Path, split: str, device="cpu") -> "MemoryImages":
@@ -1065,8 +1074,7 @@ def read_stl10(home: Path, split: str, device="cpu") -> "MemoryImages":
         for chunk in torch.from_numpy(stored).split(4096):  # the unlabelled file is large: never hold it twice
             images[done : done + len(chunk)] = chunk.transpose(2, 3)
             done += len(chunk)
-    names = home / "class_names.txt"
-    classes = names.read_text().split() if names.exists() else [str(i) for i in range(10)]
+    classes = class_names(home / "class_names.txt", 10)
     return MemoryImages(images.to(device), torch.cat(labels).to(device), classes, **STATISTICS["stl10"])
 
 
@@ -1081,7 +1089,7 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
         listing = home / "val" / "val_annotations.txt"
         if not listing.exists():
             raise UserError(f"no {listing}; remove {home} and add --download, or give --root")
-        rows = [line.split("\t") for line in listing.read_text().splitlines() if line.strip()]
+        rows = [line.split("\t") for line in listing.read_text(errors="replace").splitlines() if line.strip()]
         strange = next((row for row in rows if len(row) < 2 or row[1] not in number), None)
         if strange:
             raise UserError(f"{listing} has the line {' '.join(strange)!r}, expected a file and a class of {train}")
@@ -1102,7 +1110,7 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
     bad = attempt_all(read, range(len(files)), "reading")
     good = keep_good([path for path, _ in files], bad, skip_bad_images)
     words = home / "words.txt"
-    lines = words.read_text().splitlines() if words.exists() else []
+    lines = words.read_text(errors="replace").splitlines() if words.exists() else []
     names = dict(line.split("\t", 1) for line in lines if "\t" in line)
     classes = [names.get(wnid, wnid).split(",")[0] for wnid in wnids]
     labels = torch.tensor([files[i][1] for i in good])
@@ -1162,6 +1170,8 @@ def check_images(paths: list) -> dict:
         indices = [int(i) for i in json.loads(cache.read_text()) if 0 <= int(i) < len(paths)]
 
     def read(i):
+        if not stat.S_ISREG(os.stat(paths[i]).st_mode):
+            raise OSError("not a plain file")  # a pipe or a device could be read for ever
         with Image.open(paths[i]) as image:
             image.draft("RGB", (1, 1))  # a JPEG at an eighth of its resolution: faster, and shows the same damage
             to_rgb(ImageOps.exif_transpose(image))

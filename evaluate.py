@@ -1461,8 +1461,11 @@ def read_settings(run: Path) -> dict:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{run / 'config.json'} cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{run / 'config.json'} holds no settings")
+    kinds = {"data": str, "root": str, "method": str, "image_size": int}
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name, kind()), kind) for name, kind in kinds.items()
+    ):
+        raise UserError(f"{run / 'config.json'} holds no settings of a run")
     return found
 
 

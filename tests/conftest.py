@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # many threads on a busy machine make small tensors very slow
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and so does a thread that spins while it waits for another
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # what is remembered between runs must not reach into the tests
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 
 import numpy as np
 import processes
@@ -901,11 +902,22 @@ def test_evaluate_counts_the_images_that_it_used(run_folder):
     assert (lines_of(run_folder)[0]["train_images"], lines_of(run_folder)[0]["test_images"]) == (33, 33)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "{}"])
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"data": 5}', '{"data": "shapes", "image_size": "x"}', "\x00"])
 def test_evaluate_survives_a_damaged_config(run_folder, text, capsys):
     (run_folder / "config.json").write_text(text)
     assert evaluate.main([str(run_folder)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_evaluate_ignores_settings_that_it_does_not_know_and_imports_no_stranger(run_folder, capsys):
+    path = run_folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"of_a_later_version": [1]}))
+    assert evaluate.main([str(run_folder), "--protocol", "knn", "pictures"]) == 0
+    assert "reconstructions.png" in capsys.readouterr().out
+    path.write_text(json.dumps(settings | {"method": "antigravity"}))
+    assert evaluate.main([str(run_folder), "--protocol", "knn", "pictures"]) == 0
+    assert "antigravity" not in sys.modules
 
 
 def test_pictures_go_on_without_reconstructions_that_do_not_fit(run_folder, capsys):

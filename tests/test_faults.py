@@ -1,16 +1,28 @@
 """What happens when something goes wrong: kills, signals, full disks, damaged files, strange flags, strange pictures."""
 
+import contextlib
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import typing
 from pathlib import Path
 
 import processes
 import pytest
+import test_common
+import test_data
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 import common
 import train
+from common import UserError
 
 RUN = "--epochs 2 --batch-size 8 --probe-every 0 --workers 0 --warmup-epochs 0 --amp off --device cpu"
 DECODER = "--image-size 16 --patch 4 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2"
@@ -203,3 +215,158 @@ def test_torchrun_ends_within_a_minute_of_a_dead_process(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+LAYOUTS = {
+    "cifar10": lambda root: test_common.write_cifar(root, "cifar10"),
+    "cifar100": lambda root: test_common.write_cifar(root, "cifar100"),
+    "stl10": test_data.write_stl10,
+    "tinyimagenet": test_data.write_tinyimagenet,
+    "folders": lambda root: test_common.write_folders(root, ending="jpg", size=(90, 60)),
+}
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(sorted(LAYOUTS)), st.data())
+def test_damaged_files_are_named_or_read_but_never_a_traceback(layout, data):
+    """Any file of any data set, cut, grown or with bytes flipped: a UserError, or a data set that can be read to its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        LAYOUTS[layout](root)
+        files = sorted(path for path in root.rglob("*") if path.is_file())
+        path = data.draw(st.sampled_from(files))
+        content = bytearray(path.read_bytes())
+        place = data.draw(st.integers(0, len(content)))
+        kind = data.draw(st.sampled_from(["cut", "grow", "flip", "empty", "gone"]))
+        if kind == "gone":
+            path.unlink()
+        else:
+            grown = content[:place] + data.draw(st.binary(min_size=1, max_size=40)) + content[place:]
+            flipped = content[:place] + bytes(255 - x for x in content[place : place + 5]) + content[place + 5 :]
+            path.write_bytes({"cut": content[:place], "grow": grown, "flip": flipped, "empty": b""}[kind])
+        for split in ("train", "test"):
+            try:
+                found = common.load_data(folder if layout == "folders" else layout, root, split)
+                assert -1 <= int(found.labels.min()) and int(found.labels.max()) < len(found.classes)
+                list(found.plain_batches(range(len(found)), 8))
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+def test_pictures_of_any_size_and_name_are_read(tmp_path):
+    root = test_common.write_folders(tmp_path / "büder und co", classes=("eine klasse", "ölçü 猫"), train=1, val=1)
+    for i, size in enumerate([(1, 1), (20_000, 10), (3, 4000)]):
+        Image.new("RGB", size, (200, 10 * i, 0)).save(root / "train" / "ölçü 猫" / f"bild nr. {i} ñ.png")
+    (root / "train" / "ölçü 猫" / "notes.txt").write_text("not a picture, and not taken for one")
+    data = common.load_data(str(root))
+    assert (len(data), data.classes) == (5, ["eine klasse", "ölçü 猫"])
+    (images, _), *_ = data.plain_batches(range(5), 8)
+    torch.testing.assert_close(images[-3:, 0], torch.full((3, 8, 8), 200 / 255))
+    ((crops, _),) = data.train_batches([(1, list(range(5)))], 8)
+    assert crops.shape == (5, 3, 8, 8)
+
+
+def test_what_only_looks_like_a_picture_is_named_at_once(tmp_path):
+    """A text, a pipe that nobody writes to, a device without end, a link to a file that is not for reading as a picture."""
+    root = test_common.write_folders(tmp_path / "set")
+    strange = [root / "train" / "bee" / f"{name}.jpg" for name in ("text", "pipe", "device", "secret")]
+    strange[0].write_text("no picture")
+    os.mkfifo(strange[1])
+    strange[2].symlink_to("/dev/zero")
+    (tmp_path / "secret").write_text("root:x:0:0")
+    strange[3].symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="^4 of 10 images cannot be read: ") as error:
+        common.load_data(str(root))
+    assert all(str(path) in str(error.value) for path in strange)
+    assert "root:x" not in str(error.value)
+    assert len(common.load_data(str(root), skip_bad_images=True)) == 6
+
+
+def test_one_class_is_enough_to_train(tmp_path):
+    root = test_common.write_folders(tmp_path / "set", classes=("one",), train=8, val=2)
+    flags = ["--data", str(root), "--probe-every", "1", "--epochs", "1"]
+    assert train.main(flags_of("magma", tmp_path / "run", *flags)) == 0
+    assert log_of(tmp_path / "run")[-1]["knn"] == 100
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_picture_that_vanishes_during_a_run_is_named(workers, tmp_path, capsys):
+    root = test_common.write_folders(tmp_path / "set", train=8)
+    victim, real = min((root / "train" / "bee").iterdir()), common.learning_rate
+
+    def rate(step, *rest):
+        victim.unlink(missing_ok=True)
+        return real(step, *rest)
+
+    flags = ["--data", str(root), "--epochs", "9", "--workers", str(workers)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(common, "learning_rate", rate)
+        assert train.main(flags_of("magma", tmp_path / "run", *flags)) == 2
+    assert f"error: {victim} cannot be read as an image (" in capsys.readouterr().err
+
+
+def test_a_decoding_process_that_dies_is_one_clear_error(tmp_path, monkeypatch, capsys):
+    root, parent, real = test_common.write_folders(tmp_path / "set", train=8), os.getpid(), common.decode_image
+
+    def decode(path, *rest):
+        if os.getpid() != parent and "3 " in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory is short
+        return real(path, *rest)
+
+    monkeypatch.setattr(common, "decode_image", decode)
+    assert train.main(flags_of("magma", tmp_path / "run", "--data", str(root), "--workers", "2")) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("error: a process that decodes images died (DataLoader worker (pid")
+    assert text.count("\n") == 1
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """One step was made."""
+
+
+def small_data(name, root, split, image_size, device, **_):
+    if image_size > 256:
+        raise UserError("larger than this test wants to draw")
+    images, labels, masks = common.render_shapes(16, image_size)
+    return common.MemoryImages(images, labels, list(common.SHAPES), (0.4,) * 3, (0.3,) * 3, masks)
+
+
+def enough(self, step, values):
+    raise Enough
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(FLAGS)), st.data())
+def test_no_value_of_any_flag_gives_a_traceback(method, data):
+    """A run with up to three strange settings makes a step, or ends with code 1 or 2 and one line."""
+    config_class = train.importlib.import_module(method).Config
+    hints = typing.get_type_hints(config_class)
+    free = {"data", "root", "download", "out", "device", "resume", "skip_bad_images", "compile", "start"}
+    numbers = ["-1", "0", "1", "2", "3", "7", "0.5", "-0.5", "nan", "inf", "1e-30", "1e30", "text", ""]
+    flags = []
+    for name in data.draw(st.lists(st.sampled_from(sorted(hints.keys() - free)), max_size=3, unique=True)):
+        if hints[name] is bool:
+            flags.append(data.draw(st.sampled_from(["--", "--no-"])) + name.replace("_", "-"))
+        else:
+            count = len(typing.get_args(hints[name])) or 1
+            flags += [
+                "--" + name.replace("_", "-"),
+                *data.draw(st.lists(st.sampled_from(numbers), min_size=count, max_size=count)),
+            ]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(common, "load_data", small_data)
+        patched.setattr(common.Meter, "add", enough)
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                code = train.main([*flags_of(method, f"{folder}/run"), *flags])
+            except Enough:
+                return
+        assert code in (1, 2), (code, flags)
+        assert errors.getvalue().startswith("error: ") and errors.getvalue().count("\n") == 1, errors.getvalue()
