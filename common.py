@@ -1296,29 +1296,18 @@ class FolderImages:
             generator=torch.Generator(),
             worker_init_fn=_leave_signals_to_the_parent,
         )
-        batches = iter(loader)
-        while True:
-            try:
-                batch = next(batches, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                reason = " ".join(str(error).split())
-                raise OtherProcessFailed(
-                    f"a process that decodes images died ({reason}); try fewer --workers"
-                ) from None
-            if batch is None:
-                return
+        for batch in loader:
             if isinstance(batch, str):
                 raise UserError(batch)
             yield [x.to(device, non_blocking=True) for x in batch]
 
 
 def _leave_signals_to_the_parent(_):
-    """Ctrl-C reaches every process of a terminal; the parent still wants the images of its current step."""
+    """Ctrl-C and a cluster's SIGTERM reach every process; the parent still wants the images of its current step."""
     for number in STOP_SIGNALS:
-        if number != signal.SIGTERM:  # which ends a worker that its parent no longer needs
-            signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)
+    # A parent that ends in disorder sends SIGTERM too, and waits: so this process lives on for half a minute at most.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 @dataclass
@@ -2159,8 +2148,7 @@ def run_epochs(method: Method, train, test, config: TrainConfig, out: Path, note
         """What a signal asks for: a checkpoint, and one line on how to go on."""
         meter.flush(out / "last.pt")
         check_weights(done - 1)
-        if done:
-            on_rank_zero(lambda: save(done))
+        on_rank_zero(lambda: save(done))
         bar.close()
         name = signal.Signals(number).name
         raise Stopped(f"stopped by {name} after {done} steps; go on with the same command and --resume", number)
@@ -2216,12 +2204,7 @@ def run_epochs(method: Method, train, test, config: TrainConfig, out: Path, note
         method.start_epoch(epoch)
         started, done = time.perf_counter(), 0
         for step in range(max(first_step, epoch * steps), (epoch + 1) * steps):
-            try:
-                images, labels = next(batches)
-            except OtherProcessFailed:  # the signal was for the workers too
-                if not noted or world_size() > 1:
-                    raise
-                stop(step, noted[0])
+            images, labels = next(batches)
             rate = learning_rate(step, steps, config)
             for group in stepper.optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -2309,6 +2292,8 @@ def foreign_failure(error: Exception) -> str:
     text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"not enough memory ({text}); lower --batch-size, or raise --accumulate"
+    if text.startswith("DataLoader worker"):  # torch raises this at whatever place the parent is
+        return f"a process that decodes images died ({text.strip()}); try fewer --workers"
     if isinstance(error, RuntimeError) and world_size() > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
         return f"another process is gone ({text})"
     return ""

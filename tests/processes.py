@@ -62,6 +62,7 @@ def _end(rank, function, args, ranks, folder):
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder) / f"{rank}.{ending}", os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of the processes that decode images, as outside the tests
     if ranks > 1:
         os.environ["RANK"] = str(rank)
         store = dist.FileStore(str(Path(folder) / "store"), ranks)
@@ -75,7 +76,8 @@ def train_with_fault(argv, fault="", at=0, victim=-1):
     """train.py's command line on 40 small pictures, with something that goes wrong on one rank or (-1) on all; the exit code.
 
     After step `at`: kill (SIGKILL), die (exit code 9), SIGTERM, SIGINT, SIGUSR1, twice (Ctrl-C, and again), full (no more room
-    on the disk), nan (a loss that is none). In the save number `at`: half (SIGKILL in the middle of a file).
+    on the disk), nan (a loss that is none). In the save number `at`: half (SIGKILL in the middle of a file). When a worker has
+    decoded `at` images: group (SIGTERM to the process and its workers, as a cluster does).
     """
     import common
     import train
@@ -84,7 +86,18 @@ def train_with_fault(argv, fault="", at=0, victim=-1):
         images, labels, masks = common.render_shapes(40, image_size, seed=split == "test")
         return common.MemoryImages(images, labels, list(common.SHAPES), (0.4,) * 3, (0.3,) * 3, masks)
 
-    common.load_data = load_data
+    def decode(*args):
+        decoded.append(1)
+        if len(decoded) == at:
+            os.killpg(0, signal.SIGTERM)
+        return decode_image(*args)
+
+    if "--data" not in argv:
+        common.load_data = load_data
+    decoded, decode_image = [], common.decode_image
+    if fault == "group":
+        os.setpgid(0, 0)
+        common.decode_image = decode
     real, save, saved = common.Meter.add, torch.save, []
 
     def add(self, step, values):

@@ -11,6 +11,7 @@ import tempfile
 import typing
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import test_common
@@ -25,13 +26,13 @@ import train
 from common import UserError
 
 RUN = "--epochs 2 --batch-size 8 --probe-every 0 --workers 0 --warmup-epochs 0 --amp off --device cpu"
-DECODER = "--image-size 16 --patch 4 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2"
+DECODER = "--image-size 16 --model vit_micro --patch 4 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2"
 FLAGS = {
     "ebm_pretrain": "--image-size 16 --patch 8 --grid 8 --scale 4 --model vit_micro --task mixed",
     "finola": "--image-size 64 --width micro --channels 16 --upsampler-width 16 --upsampler-blocks 1",
     "magma": f"{DECODER} --e-st 1 --e-dur 1",
     "mixedae": DECODER,
-    "mlo_mae": f"{DECODER} --model vit_micro --hidden 8 --validation 0.4 --update-every 2",
+    "mlo_mae": f"{DECODER} --hidden 8 --validation 0.4 --update-every 2",
 }
 
 
@@ -126,6 +127,18 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
 
 
+def test_a_signal_to_the_workers_too_saves(tmp_path):
+    root = test_common.write_folders(tmp_path / "set", train=16, ending="jpg")
+    flags = ["--data", str(root), "--workers", "1", "--epochs", "3"]
+    assert run("magma", tmp_path / "whole", *flags) == ([0], [""])
+    codes, (text,) = run("magma", tmp_path / "run", *flags, fault="group", at=60)
+    assert codes == [143]
+    assert text.startswith("stopped by SIGTERM after ") and text.count("\n") == 1
+    assert 1 <= common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] < 9
+    assert run("magma", tmp_path / "run", *flags, "--resume") == ([0], [""])
+    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+
+
 # --- the run folder --------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +228,16 @@ def test_torchrun_ends_within_a_minute_of_a_dead_process(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert common.load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
+def test_too_little_memory_is_one_clear_line(capsys):
+    assert common.run_command(lambda _: torch.empty(10**15), []) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("error: not enough memory (") and text.endswith(
+        "; lower --batch-size, or raise --accumulate\n"
+    )
+    assert common.run_command(lambda _: np.empty(10**18), []) == 1
+    assert capsys.readouterr().err.startswith("error: Unable to allocate ")
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -341,7 +364,7 @@ def enough(self, step, values):
     raise Enough
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(FLAGS)), st.data())
 def test_no_value_of_any_flag_gives_a_traceback(method, data):
     """A run with up to three strange settings makes a step, or ends with code 1 or 2 and one line."""
