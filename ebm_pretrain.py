@@ -76,7 +76,6 @@ from common import (
     pick_precision,
     pooled_features,
     probe,
-    random_mask,
     reconstruction_loss,
     unknown,
     unpatchify,
@@ -94,7 +93,10 @@ def gridded_mask(images: Tensor, patch: int, ratio: float, generator=None, fill:
     """
     height, width = images.shape[-2:]
     rows, columns = -(-height // patch), -(-width // patch)
-    blank = random_mask(len(images), rows * columns, ratio, generator, images.device).unflatten(1, (1, rows, columns))
+    cells = rows * columns
+    draw = torch.rand(len(images), cells, generator=generator, device=images.device)
+    blank = draw.argsort(dim=1).argsort(dim=1) >= cells - round(ratio * cells)  # (B, cells), exact counts in each row
+    blank = blank.unflatten(1, (1, rows, columns))
     blank = blank.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[..., :height, :width]  # (B, 1, H, W)
     return images.masked_fill(blank, fill)
 

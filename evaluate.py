@@ -435,7 +435,7 @@ PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "tran1
 class Config(common.TrainConfig):
     """The settings of all protocols; a recipe of RECIPES fills them, and flags have the last word."""
 
-    protocol: tuple[str, ...] = ("knn", "linear")  # any of knn linear tran1 tran4 finetune clusters pictures finola
+    protocol: tuple[str, ...] = ("knn", "linear")  # knn linear tran1 tran4 finetune clusters pictures finola energy
     recipe: str = ""  # linear: magma finola mae; tran1, tran4: finola; finetune: mae mae_code finola ebm mixedae
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with

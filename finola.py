@@ -128,7 +128,7 @@ class Finola(nn.Module):
     def __init__(self, dim: int, norm: str = "channel"):
         super().__init__()
         if norm not in NORMS:
-            raise UserError(unknown("--norm", norm, NORMS))
+            raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(NORMS)}")
         self.dim, self.norm = dim, norm
         for name in DIRECTIONS:
             setattr(self, name, nn.Parameter(torch.empty(dim, dim).uniform_(-(dim**-0.5), dim**-0.5)))
@@ -456,7 +456,7 @@ class FinolaAutoencoder(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
-        choices = {"variant": VARIANTS, "width": MOBILE_FORMERS, "origin": ORIGINS}
+        choices = {"variant": VARIANTS, "width": MOBILE_FORMERS, "origin": ORIGINS, "norm": NORMS}
         for field, names in choices.items():
             if getattr(config, field) not in names:
                 raise UserError(unknown("--" + field, getattr(config, field), names))

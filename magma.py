@@ -69,7 +69,6 @@ from common import (
     ViT,
     gather,
     reconstruction_loss,
-    resample,
     unknown,
 )
 
@@ -292,7 +291,7 @@ def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
         apart = (at[:, None] - at[None, :]).abs()
         weight = torch.exp(-0.5 * (apart / sigma) ** 2) * (apart <= radius)  # (B, side, side)
         matrices.append(weight / weight.sum(dim=2, keepdim=True))
-    images = resample(images, *matrices)
+    images = torch.einsum("bchw,bvw,buh->bcuv", images, matrices[1], matrices[0])
     solarized = torch.where(images >= 0.5, 1 - images, images)
     return torch.where((draw() < strength["solarize"])[..., None], solarized, images)
 

@@ -146,7 +146,7 @@ def test_maps_and_places_that_do_not_exist_are_refused():
     for place in ((-1, 0), (0, 3), (torch.tensor([3]), 0)):
         with pytest.raises(ValueError, match="leaves the map"):
             module.blockwise(randn(1, 3, 2, 2), 4, *place)
-    with pytest.raises(UserError, match="unknown --norm 'layer'"):
+    with pytest.raises(ValueError, match="unknown norm 'layer'; choose from channel, running, batch, none"):
         Finola(3, norm="layer")
 
 
