@@ -1179,7 +1179,7 @@ def check_images(paths: list) -> dict:
     bad = attempt_all(read, indices, "checking")
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, lambda file: file.write_text(json.dumps(list(bad))))
+        write_atomically(cache, lambda file: file.write(json.dumps(list(bad)).encode()))
     return bad
 
 
@@ -1498,7 +1498,7 @@ def save_pictures(rows: Tensor, path, side: int = 128):
     tiles = F.pad(tiles, (2, 2, 2, 2), value=1.0).unflatten(0, rows.shape[:2])  # thin white frames
     sheet = rearrange(tiles, "r k c h w -> (r h) (k w) c")
     picture = Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
-    write_atomically(Path(path), lambda temporary: picture.save(temporary, format="PNG"))
+    write_atomically(Path(path), lambda file: picture.save(file, format="PNG"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1915,22 +1915,25 @@ class Meter:
 
 
 def write_atomically(path: Path, write):
-    """write(temporary path), then move it over `path`: a kill at any moment leaves the old file or the new one.
+    """write(open binary file), then move it over `path`: a kill at any moment leaves the old file or the new one.
 
     Raises OSError where the disk is full or the folder cannot be written; the old file is still there.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk by a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError of its own
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):
+            cause = cause.__context__
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         kept = "the file of before is intact" if path.exists() else "nothing was written"
-        raise OSError(f"cannot write {path} ({reason}); {kept}") from error
+        raise OSError(f"cannot write {path} ({getattr(cause, 'strerror', None) or cause}); {kept}") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -2000,8 +2003,8 @@ def open_run(out: Path, identity: dict, config: TrainConfig) -> int:
     if config.resume:
         print(f"note: no checkpoint in {out} yet, starting from the beginning", flush=True)
     settings = json.dumps({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
-    write_atomically(out / "config.json", lambda path: path.write_text(settings + "\n"))
-    write_atomically(out / "log.jsonl", lambda path: path.write_text(log_header(identity, config)))
+    write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
+    write_atomically(out / "log.jsonl", lambda file: file.write(log_header(identity, config).encode()))
     return 0
 
 
@@ -2023,14 +2026,14 @@ def rewind_log(path: Path, last_epoch: int, header: str) -> list:
             elif isinstance(line, dict) and line.get("epoch", math.inf) <= last_epoch:
                 kept.append(line)
     lines = header + "".join(json.dumps(line) + "\n" for line in kept)
-    write_atomically(path, lambda file: file.write_text(lines))
+    write_atomically(path, lambda file: file.write(lines.encode()))
     return kept
 
 
-def save_encoder(encoder: nn.Module, path):
-    """Write an encoder so that `load_encoder` can rebuild it from the file alone."""
+def save_encoder(encoder: nn.Module, file):
+    """Write an encoder, to a path or an open file, so that `load_encoder` can rebuild it from the file alone."""
     fields = getattr(encoder, "fields", {})  # a module of a user's own may have none
-    torch.save({"kind": type(encoder).__name__, "fields": fields, "weights": encoder.state_dict()}, path)
+    torch.save({"kind": type(encoder).__name__, "fields": fields, "weights": encoder.state_dict()}, file)
 
 
 ENCODERS = {"ViT": ViT, "MobileFormer": MobileFormer}
@@ -2131,13 +2134,13 @@ def run_epochs(method: Method, train, test, config: TrainConfig, out: Path, note
         print_start(method, train, config, stepper, out, first_step // steps, steps)
 
     def save_weights():
-        write_atomically(out / "encoder.pt", lambda path: save_encoder(method.encoder, path))
+        write_atomically(out / "encoder.pt", lambda file: save_encoder(method.encoder, file))
 
     def save(step: int):
         state = {"identity": identity, "step": step, "sums": meter.sums, "count": meter.count}
         state |= {"weights": method.state_dict(), "optimizer": stepper.optimizer.state_dict()}
         state |= {"scaler": stepper.scaler.state_dict()}
-        write_atomically(out / "last.pt", lambda path: torch.save(state, path))
+        write_atomically(out / "last.pt", lambda file: torch.save(state, file))
         save_weights()
 
     def check_weights(step: int):

@@ -116,12 +116,12 @@ def train_with_fault(argv, fault="", at=0, victim=-1):
         if here and fault == "full":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
-    def half(state, path):
-        saved.append(path)
+    def half(state, file):
+        saved.append(file)
         if len(saved) == at:
-            Path(path).write_bytes(b"half a file")
+            os.write(file.fileno(), b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
-        save(state, path)
+        save(state, file)
 
     common.Meter.add, torch.save = add, half if fault == "half" else save
     return train.main(argv)

@@ -1,6 +1,7 @@
 """Patches, transformer, masked autoencoder, augmentation, data, probes and the parts of the loop."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -925,17 +926,17 @@ def test_write_atomically_leaves_the_old_file_when_the_write_dies(tmp_path, monk
     path = tmp_path / "file"
     path.write_text("old")
 
-    def die(temporary):
-        temporary.write_text("half")
+    def die(file):
+        file.write(b"half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         common.write_atomically(path, die)
     assert path.read_text() == "old"
     # The last moment before the new file is there.
-    monkeypatch.setattr(os, "replace", lambda *_: die(tmp_path / "other"))
+    monkeypatch.setattr(os, "replace", lambda *_: die(io.BytesIO()))
     with pytest.raises(OSError, match="disk full"):
-        common.write_atomically(path, lambda temporary: temporary.write_text("new"))
+        common.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_text() == "old"
 
 

@@ -146,8 +146,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_the_checkpoint(whole, tmp_path):
     codes, (text,) = run("magma", tmp_path / "run", fault="full", at=6)
     assert codes == [1]
     path = tmp_path / "run" / "last.pt"
-    assert text.startswith(f"error: cannot write {path} (") and text.endswith("; the file of before is intact\n")
-    assert text.count("\n") == 1
+    assert text == f"error: cannot write {path} (File too large); the file of before is intact\n"
     assert common.load_checkpoint(path)["step"] == 5
     assert not list(path.parent.glob("*.tmp"))
     assert run("magma", tmp_path / "run", "--resume")[0] == [0]
