@@ -3,11 +3,11 @@
 Axis letters, used in every shape comment of the project:
     B batch   V views   C channels   H W height, width   N patches   D width of a token   P values of a patch (p * p * C)
 
-Read it in sections, each stands alone:
-    1. Patches and positions      patchify, unpatchify, sincos_positions, random_mask
+Each section can be read alone:
+    1. Patches and positions      patchify, unpatchify, sincos_positions, random_mask, take
     2. Vision transformer         attend, ViT, VIT_SIZES
     3. Mobile-Former              MobileFormer, MOBILE_FORMERS
-    4. Masked autoencoder         MaskedAutoencoder (He et al. 2022), the baseline of three papers
+    4. Masked autoencoder         MaskedAutoencoder (He et al. 2022), the baseline of four papers
     5. Several processes          start_distributed, gather
     6. Augmentation               crop_boxes, resize_matrix, random_resized_crop
     7. Data                       load_data -> MemoryImages or FolderImages, render_shapes
@@ -120,6 +120,11 @@ def mask_from_noise(noise: Tensor, ratio: float) -> Tensor:
 def random_mask(batch: int, patches: int, ratio: float, generator=None, device="cpu") -> Tensor:
     """A bool (batch, patches) mask, True = masked, exactly round(ratio * patches) in each row, uniform over subsets."""
     return mask_from_noise(torch.rand(batch, patches, generator=generator, device=device), ratio)
+
+
+def visible_patches(mask: Tensor, count: int) -> Tensor:
+    """The `count` patches that each row of a mask (B, N) leaves: their indices (B, count) in row-major order."""
+    return mask.int().argsort(dim=1, stable=True)[:, :count]
 
 
 def take(tokens: Tensor, index: Tensor) -> Tensor:
@@ -541,6 +546,8 @@ class MaskedAutoencoder(nn.Module):
     The target of each patch is normalised by its own mean and variance unless `normalize_target` is False.
     """
 
+    captions = ("image", "masked image", "reconstruction")  # what `pictures` and `draw` show
+
     def __init__(
         self,
         encoder: ViT,
@@ -603,7 +610,7 @@ class MaskedAutoencoder(nn.Module):
             masked = int(mask[0].sum())
             if not (mask.sum(dim=1) == masked).all():
                 raise ValueError("the rows of a mask must hide the same number of patches, these differ")
-        visible = mask.int().argsort(dim=1, stable=True)[:, : patches - masked]  # (B, M) in row-major order
+        visible = visible_patches(mask, patches - masked)  # (B, M)
         encoded, hidden = self.encoder.encode(take(tokens, visible), hidden=True)
         return Reconstruction(self.decode(encoded, visible), self.target(images), mask, encoded, hidden)
 
@@ -1601,7 +1608,7 @@ class TrainConfig:
     image_size: int = 224  # side of the crops, in pixels
     crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
     flip: float = 0.5  # probability of a mirror image
-    epochs: int = 100
+    epochs: int = 100  # passes over the training images
     batch_size: int = 256  # images a step, over all processes and accumulated parts
     accumulate: int = 1  # parts a step is cut into, to save memory
     base_lr: float = 1.5e-4  # learning rate for a batch of 256; the real one is base_lr * batch_size / 256
@@ -1637,6 +1644,13 @@ def field_comments(config_class) -> dict:
             found = re.findall(r"^ {4}(\w+): [^#\n]*(?:# (.*))?$", inspect.getsource(cls), flags=re.MULTILINE)
             comments |= {name: text for name, text in found if text or name not in comments}
     return comments
+
+
+def check_choices(config, **choices):
+    """Raise UserError where a setting is not one of its choices: check_choices(config, model=VIT_SIZES)."""
+    for field, names in choices.items():
+        if getattr(config, field) not in names:
+            raise UserError(unknown("--" + field.replace("_", "-"), getattr(config, field), names))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1701,8 +1715,7 @@ def check_config(config: TrainConfig):
     for name, bound in least.items():
         if not bound <= getattr(config, name) < math.inf:  # false for nan too
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} makes no sense; give {bound} or more")
-    if config.amp not in ("auto", "bf16", "fp16", "off"):
-        raise UserError(unknown("--amp", config.amp, ("auto", "bf16", "fp16", "off")))
+    check_choices(config, amp=("auto", "bf16", "fp16", "off"))
     if not 0 < config.crop_min <= 1:
         raise UserError(f"--crop-min {config.crop_min} is not a share of the image; give more than 0, at most 1")
     if not 0 <= config.flip <= 1:
@@ -1781,8 +1794,8 @@ class Method(nn.Module):
     """The whole contract between a paper and the loop. Made as `Method(config, data)`; `data` knows mean, std, classes.
 
     `encoder` is what a run is for: it is saved in encoder.pt and probed. `views` is how many crops of each image
-    `forward` is given: (B, 3, H, W) for one, (B, views, 3, H, W) for more. Only process 0 calls `encoder` and `pictures`,
-    so these must not wait for the others.
+    `forward` is given: (B, 3, H, W) for one, (B, views, 3, H, W) for more. Only process 0 calls `encoder`, `probe` and
+    `pictures`, so these must not wait for the others.
     """
 
     name: str

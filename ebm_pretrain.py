@@ -9,7 +9,7 @@ has to be added to the model, and nothing thrown away after training but the hea
 
 Equation                                                      function
 Sec. 2.2   energy of an image                                 Energy
-Eq. 3, 4   gradient steps, stop-gradient between them         restore
+Eq. 3, 4   gradient steps, stop-gradient between them         descent, restore
 Eq. 4      error of every step                                restoration_loss
 Eq. 2      corrupted images as negatives (N = 0, Fig. A)      contrast_loss
 App. A.2   super-resolution, denoising, colorization          super_resolution, noise, grayscale
@@ -29,8 +29,8 @@ No code was released. What the text leaves open, and our choice:
 * The step size alpha is learned, but where it starts is not told. Pixel gradients of a fresh network are about 1e-4, so with
   alpha = 0.1 no pixel would move for epochs. Here alpha = exp(a) starts such that the first step on the first batch has a
   root mean square of 0.3; `a` has no weight decay. The head starts as nn.Linear does.
-* Eq. 4 has the squared error and divides by the number of steps; Listing 1 has SmoothL1 (beta 1) and adds the steps up. As in
-  the listing but for the sum: AdamW hardly sees a constant factor. `--criterion mse` is Eq. 4.
+* Eq. 4 has the squared error and divides by the number of steps; Listing 1 has SmoothL1 (beta 1) and adds the steps up. We
+  follow the listing, but average over the steps: AdamW hardly sees a constant factor. `--criterion mse` is Eq. 4.
 * All pixels count, as in Eq. 4 and the listing; `--scored changed` counts only those that the corruption changed.
 * N = 0 is "using corrupted images as negative", but no loss is given. Ours is softplus(E(x) - E(corrupted)), whose gradient is that
   of Eq. 2, weighted by how far the two are from being told apart; Eq. 2 itself has no lower bound.
@@ -41,7 +41,7 @@ No code was released. What the text leaves open, and our choice:
 * Super-resolution: bicubic with antialiasing, cut to the range of each channel; sides are rounded where s does not divide them.
 * Mixed: one of masks, super-resolution, noise and grey, drawn for each image, each at the strength of its own setting.
 * Warm-up 10 epochs; smallest crop 0.2, as in MAE.
-* The auto-encoders of Table 2 are the same encoder on the whole corrupted image, then MAE's decoder (8 blocks, width 512);
+* The autoencoders of Table 2 are the same encoder on the whole corrupted image, then MAE's decoder (8 blocks, width 512);
   their loss is that of the energy, on normalised pixels.
 * ConvNeXt-T and Swin-T have no stochastic depth here. ConvNeXt's last norm acts before the mean over places, not after it;
   the stems keep torch's own biases (`start_small` says why).
@@ -71,6 +71,7 @@ from common import (
     ViT,
     attend_plainly,
     average,
+    check_choices,
     features_of,
     labelled,
     pick_precision,
@@ -82,11 +83,11 @@ from common import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Corruptions: images (B, C, H, W) -> corrupted images. All draws come from `generator`, image by image independent.
+# Corruptions: images (B, C, H, W) -> corrupted images. All draws come from `generator`, for each image on its own.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gridded_mask(images: Tensor, patch: int, ratio: float, generator=None, fill: float = 0.0) -> Tensor:
+def gridded_mask(images: Tensor, patch: int, ratio: float, generator=None) -> Tensor:
     """Blank round(ratio * cells) of the squares of a grid, `patch` pixels a side, in each image (App. A.3).
 
     Squares at the right and lower border are cut off where `patch` does not divide the image.
@@ -98,7 +99,7 @@ def gridded_mask(images: Tensor, patch: int, ratio: float, generator=None, fill:
     blank = draw.argsort(dim=1).argsort(dim=1) >= cells - round(ratio * cells)  # (B, cells), exact counts in each row
     blank = blank.unflatten(1, (1, rows, columns))
     blank = blank.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[..., :height, :width]  # (B, 1, H, W)
-    return images.masked_fill(blank, fill)
+    return images.masked_fill(blank, 0)  # the mean colour
 
 
 def random_patches(
@@ -107,7 +108,6 @@ def random_patches(
     low: float,
     high: float,
     generator=None,
-    fill: float = 0.0,
     aspect: tuple[float, float] = (0.5, 2.0),
 ) -> Tensor:
     """Blank `count` rectangles anywhere in each image, each with a share U(low, high) of its area (App. A.3).
@@ -128,7 +128,7 @@ def random_patches(
     rows = covered((area * ratio / shape).sqrt(), draw[2], images.shape[-2]).float()
     columns = covered((area / ratio * shape).sqrt(), draw[3], images.shape[-1]).float()
     blank = torch.einsum("bkh,bkw->bhw", rows, columns) > 0.5
-    return images.masked_fill(blank[:, None], fill)
+    return images.masked_fill(blank[:, None], 0)
 
 
 def super_resolution(images: Tensor, scale: int) -> Tensor:
@@ -174,7 +174,7 @@ def mixed(corrupted: list, generator=None) -> Tensor:
 
 
 def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
-    """alpha dE/dx at x (B, C, H, W): one step downhill (Eq. 3); can be differentiated where gradients are recorded.
+    """alpha dE/dx at x (B, C, H, W): what a step downhill subtracts (Eq. 3); differentiable where gradients are recorded.
 
     `energy` maps images to (B,) or (B, 1). torch.compile cannot differentiate twice; a central difference of two gradients
     instead of the second derivative takes longer and is inexact (`python bench.py energy`).
@@ -437,7 +437,8 @@ class Energy(nn.Module):
     x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,) float32. `encoder` is any module
     that maps images in [0, 1] to features (B, D) or a map (B, D, H, W).
     `images` are some that it can take: they tell how wide the features are.
-    Raises UserError for batch norm: the energy of an image would depend on the other images of its batch; for other shapes.
+    Raises UserError for an encoder with batch norm, where the energy of an image would depend on the others of its batch,
+    and for one whose output has another shape.
     """
 
     def __init__(self, encoder: nn.Module, images: Tensor, mean: tuple = (0.0, 0.0, 0.0), std: tuple = (1.0, 1.0, 1.0)):
@@ -477,7 +478,7 @@ def trainable(module: nn.Module) -> list:
 def freeze_idle(method: Method, images: Tensor):
     """Freeze the weights that the loss of a method does not depend on: DDP would wait for their gradients for ever.
 
-    Raises UserError where a step cannot be differentiated, because of a kernel without a second derivative for one.
+    Raises UserError where that step fails, for example for want of a second derivative of a kernel.
     """
     trial = copy.deepcopy(method).eval()
     try:
@@ -549,7 +550,7 @@ class Config(TrainConfig):
     alpha_lr: float = 1.0  # learning rate of log alpha, relative to that of the weights
     decoder_dim: int = 512  # autoencoder, mae: width of the decoder
     decoder_depth: int = 8  # autoencoder, mae: blocks of the decoder
-    decoder_heads: int = 16  # autoencoder, mae: heads of the decoder
+    decoder_heads: int = 16  # autoencoder, mae: attention heads of the decoder
 
 
 LAPTOP = {"model": "vit_micro", "image_size": 32, "patch": 4, "grid": 4, "scale": 4, "batch_size": 64}
@@ -585,13 +586,13 @@ def build_encoder(config: Config, data) -> nn.Module:
     encoder = kind(**fields, **look)
     if config.image_size % encoder.stride:
         raise UserError(
-            f"--image-size {config.image_size} is not a multiple of {encoder.stride}, as {config.model} needs"
+            f"--image-size {config.image_size} is not a multiple of {encoder.stride}, which {config.model} needs"
         )
     return encoder
 
 
 class EnergyPretraining(Method):
-    """An energy that restores images, or the auto-encoders that the paper compares with.
+    """An energy that restores images, or the autoencoders that the paper compares with.
 
     `encoder` is any module of yours that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); by default, the
     one that `config.model` names. It must be twice differentiable, which is checked. Smooth activations are best: the
@@ -602,22 +603,19 @@ class EnergyPretraining(Method):
 
     def __init__(self, config: Config, data, encoder: nn.Module | None = None):
         super().__init__()
-        choices = {"objective": ("energy", "autoencoder", "mae"), "task": TASKS}
-        choices |= {"criterion": ("smooth_l1", "mse"), "scored": ("all", "changed")}
-        for field, names in choices.items():
-            if getattr(config, field) not in names:
-                raise UserError(unknown("--" + field, getattr(config, field), names))
+        check_choices(config, objective=("energy", "autoencoder", "mae"), task=TASKS)
+        check_choices(config, criterion=("smooth_l1", "mse"), scored=("all", "changed"))
         for field, least in {"grid": 1, "scale": 1, "steps": 0}.items():
             if getattr(config, field) < least:
                 raise UserError(f"--{field} {getattr(config, field)} makes no sense; give {least} or more")
         if not 0 < config.mask_ratio < 1:
-            raise UserError(f"--mask-ratio {config.mask_ratio} blanks nothing or all; give more than 0 and less than 1")
+            raise UserError(f"--mask-ratio {config.mask_ratio} blanks nothing or all; give more than 0, less than 1")
         if not config.first_step > 0:
             raise UserError(f"--first-step {config.first_step} moves no pixel; give more than 0")
         if config.compile and config.objective == "energy":
             raise UserError("--compile does not work here: torch.compile has no second derivatives")
         squares = math.ceil(config.image_size / config.grid) ** 2
-        if {"gridded", "mixed"} & {config.task} and not 0 < round(config.mask_ratio * squares) < squares:
+        if config.task in ("gridded", "mixed") and not 0 < round(config.mask_ratio * squares) < squares:
             raise UserError(
                 f"--grid {config.grid} makes {squares} square(s), of which --mask-ratio {config.mask_ratio} blanks none or all"
             )
@@ -639,7 +637,7 @@ class EnergyPretraining(Method):
                 encoder, *decoder, config.mask_ratio, normalize_target=config.objective == "mae"
             )
         self.to(images.device)
-        self.ready = True  # the trial steps by alpha = 1
+        self.ready = True  # the trial step takes alpha = 1
         freeze_idle(self, images)
         self.ready = False
         if own and config.objective == "energy":
@@ -686,13 +684,14 @@ class EnergyPretraining(Method):
         return self.log_alpha.exp()
 
     def restored(self, corrupted: Tensor, alpha: Tensor | None = None) -> list:
-        """Normalised images, corrupted (B, 3, H, W) -> after each step; an auto-encoder has one."""
+        """Corrupted images, normalised (B, 3, H, W) -> the list of what each step makes of them; an autoencoder has one step."""
         if self.config.objective == "energy":
             alpha = self.step_size(corrupted) if alpha is None else alpha
             return restore(self.energy, corrupted, self.config.steps or 1, alpha)
-        encoder, decoder = self.encoder, self.autoencoder
-        tokens = decoder.decoder_embed(encoder.encode(encoder.embed(corrupted * self.std + self.mean)))  # (B, 1 + N, d)
-        patches = decoder.predict(tokens[:, :1], tokens[:, 1:]).float()
+        encoder, autoencoder = self.encoder, self.autoencoder
+        encoded = encoder.encode(encoder.embed(corrupted * self.std + self.mean))  # (B, 1 + N, D)
+        tokens = autoencoder.decoder_embed(encoded)  # (B, 1 + N, d)
+        patches = autoencoder.predict(tokens[:, :1], tokens[:, 1:]).float()
         return [unpatchify(patches, encoder.patch, *corrupted.shape[-2:])]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
@@ -744,14 +743,14 @@ class EnergyPretraining(Method):
     @property
     def captions(self) -> tuple:
         if self.config.objective == "mae":
-            return ("image", "masked", "prediction")
+            return self.autoencoder.captions
         count = self.config.steps or 1
         steps = ["output"] if self.config.objective != "energy" else [f"step {i + 1}" for i in range(count)]
         return ("image", *[caption for task in self.tasks for caption in (task.replace("_", " "), *steps)])
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
-        """Rows of an image, then for each task the corrupted image and every step: (B, K, 3, H, W) in [0, 1]."""
+        """Rows of (image, then for each task the corrupted image and every step): (B, K, 3, H, W) in [0, 1]."""
         if self.config.objective == "mae":
             return self.autoencoder.pictures(images)
         columns = [(images - self.mean) / self.std]

@@ -71,6 +71,7 @@ from common import (
     MobileToFormer,
     TrainConfig,
     UserError,
+    check_choices,
     conv,
     features_of,
     initialize,
@@ -78,7 +79,6 @@ from common import (
     pick_precision,
     probe,
     sincos_positions,
-    unknown,
     unpatchify,
 )
 
@@ -193,7 +193,8 @@ class Finola(nn.Module):
         The block has half the side of the map and may lie anywhere, elsewhere in each image if row and col are (B,). It
         stays as it is; each other cell is one step right or left, one step down or up, or the mean of both orders of two
         steps, from the cell of the block that predicts it (Fig. 4).
-        Raises ValueError where the block does not fit, and for norms that have moving averages.
+        Raises ValueError where the block does not fit (where it lies is checked on CPUs alone), and for norms that have
+        moving averages.
         """
         if self.norm in ("running", "batch"):
             raise ValueError(f"a norm of {self.norm!r} is for maps that are unrolled from one vector")
@@ -456,10 +457,7 @@ class FinolaAutoencoder(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
-        choices = {"variant": VARIANTS, "width": MOBILE_FORMERS, "origin": ORIGINS, "norm": NORMS}
-        for field, names in choices.items():
-            if getattr(config, field) not in names:
-                raise UserError(unknown("--" + field, getattr(config, field), names))
+        check_choices(config, variant=VARIANTS, width=MOBILE_FORMERS, origin=ORIGINS, norm=NORMS)
         self.config, self.masked = config, config.variant != "finola"
         unit = 2 * STRIDE if self.masked else STRIDE
         if config.image_size % unit:
@@ -492,12 +490,12 @@ class FinolaAutoencoder(Method):
             row, column = self.start
             unused = {"right": column == self.size - 1, "left": column == 0}
             unused |= {"down": row == self.size - 1, "up": row == 0}
-            for name in [name for name, never in unused.items() if never]:  # would wait for a gradient for ever
-                getattr(self.finola, name).requires_grad_(False)
+            for name, idle in unused.items():  # DDP would wait for the gradient of an idle one for ever
+                getattr(self.finola, name).requires_grad_(not idle)
 
     @property
     def start(self) -> tuple[int, int]:
-        """Row and column of q in the map; in masked_e, where the visible block lies in the middle (`middle`)."""
+        """Row and column of q in the map; in masked_e, of the centre of a visible block in the middle (`middle`)."""
         if self.masked:
             return (self.size // 4 + self.size // 2 // 2,) * 2
         place = ORIGINS[self.config.origin]
@@ -505,7 +503,7 @@ class FinolaAutoencoder(Method):
 
     @property
     def captions(self) -> tuple:
-        return ("image", "what is seen", "prediction") if self.masked else ("image", "reconstruction")
+        return ("image", "masked image", "reconstruction") if self.masked else ("image", "reconstruction")
 
     def draw(self, batch: int, device) -> Tensor:
         """Where the visible block of each image starts, in cells: (B, 2), row and column, uniform."""

@@ -67,9 +67,9 @@ from common import (
     TrainConfig,
     UserError,
     ViT,
+    check_choices,
     gather,
     reconstruction_loss,
-    unknown,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,11 +309,11 @@ class Config(TrainConfig):
     model: str = "vit_base"  # vit_micro, vit_tiny, vit_small, vit_base or vit_large
     heads: int = 0  # attention heads of the encoder, 0 for those of its size (the paper's code has 12 in vit_tiny)
     patch: int = 16  # side of a patch, in pixels
-    pool: str = "cls"  # what is probed: cls (the paper) or mean, of the patch tokens
+    pool: str = "cls"  # what is probed: cls, the CLS token (the paper), or mean, of the patch tokens
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder
     decoder_heads: int = 16  # attention heads of the decoder
-    mask_ratio: float = 0.75  # share of the patches that are hidden
+    mask_ratio: float = 0.75  # share of the patches that are masked
     norm_pixels: bool = True  # normalise the pixels to predict patch by patch
     ssl: str = "mae"  # L_SSL of Eq. 1: mae, simclr or vicreg
     lam: float = 1.0  # lambda of Eq. 1, the weight of the regulariser; 0 is the baseline
@@ -351,6 +351,7 @@ RECIPES = {
     "shapes": LAPTOP | {"epochs": 24, "batch_size": 32, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 12},
     "cifar10": LAPTOP | {"epochs": 30, "batch_size": 64, "base_lr": 8e-3, "crop_min": 0.2, "e_dur": 20},
 }
+# Table 5: SimCLR and VICReg, with and without the regulariser.
 TABLE_5 = {"model": "vit_tiny", "heads": 3, "epochs": 1000, "batch_size": 256, "base_lr": 1e-3, "e_st": 10}
 TABLE_5 |= {"betas": (0.9, 0.999)}
 for _ssl in ("simclr", "vicreg"):
@@ -376,17 +377,15 @@ def gradient_if(weight: float):
 class Magma(Method):
     """Eq. 1: a self-supervised loss plus lambda times the manifold regulariser, in epochs e_st to e_st + e_dur - 1.
 
-    The loop calls `start_epoch` to switch the regulariser on and off; who lifts this out must too.
+    The loop calls `start_epoch` to switch the regulariser on and off; whoever lifts this out must call it too.
     """
 
     name = "magma"
 
     def __init__(self, config: Config, data):
         super().__init__()
-        choices = {"model": VIT_SIZES, "ssl": ("mae", "simclr", "vicreg"), "laplacian": LAPLACIANS}
-        for field, names in (choices | {"layer_pairs": ("last", "all")}).items():
-            if getattr(config, field) not in names:
-                raise UserError(unknown("--" + field.replace("_", "-"), getattr(config, field), names))
+        check_choices(config, model=VIT_SIZES, ssl=("mae", "simclr", "vicreg"))
+        check_choices(config, laplacian=LAPLACIANS, layer_pairs=("last", "all"))
         size = VIT_SIZES[config.model] | ({"heads": config.heads} if config.heads else {})
         depth = size["depth"]
         blocks = {layer % depth for layer in config.layers if -depth <= layer < depth}
@@ -412,7 +411,7 @@ class Magma(Method):
 
     @property
     def captions(self) -> tuple:
-        return ("image", "what is seen", "reconstruction") if self.config.ssl == "mae" else ("image", "view", "view")
+        return self.autoencoder.captions if self.config.ssl == "mae" else ("image", "view", "view")
 
     @property
     def encoder(self) -> ViT:
@@ -452,9 +451,10 @@ class Magma(Method):
         """Eq. 2's sum over layers: function(regularized, reference) for the pairs of K, from the outputs of all blocks."""
         chosen = [self.gathered(image_features(hidden[layer])) for layer in self.config.layers]  # each (B, D)
         if self.config.layer_pairs == "all":
-            return sum(function(l, k, *settings) for k, l in itertools.permutations(chosen, 2))
+            pairs = itertools.permutations(chosen, 2)
+            return sum(function(regularized, reference, *settings) for reference, regularized in pairs)
         *references, last = chosen
-        return sum(function(last, k, *settings) for k in references) / len(references)
+        return sum(function(last, reference, *settings) for reference in references) / len(references)
 
     def compare_views(self, views: Tensor) -> tuple[Tensor, Tensor, list]:
         """SimCLR or VICReg: views (B, 2, 3, H, W) -> loss, and of the first view the tokens and every block's output."""
@@ -468,8 +468,9 @@ class Magma(Method):
             loss = vicreg_loss(a, b, self.config.vicreg)
         return loss, encoded.chunk(2)[0], [layer.chunk(2)[0] for layer in hidden]
 
+    @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
-        """Rows of (image, masked image, reconstruction), or (image, two draws of its colours): (B, 3, 3, H, W)."""
+        """Rows of (image, masked image, reconstruction), or (image, two draws of its colours): (B, 3, 3, H, W) in [0, 1]."""
         if self.config.ssl == "mae":
             return self.autoencoder.pictures(images)
         return torch.stack([images, jitter(images, self.strength), jitter(images, self.strength)], dim=1)

@@ -16,6 +16,7 @@ unmixing        reconstruction of each image                  unmix, MixedAE.rec
 TopK            homologous attention                          topk_attention, top_keys
 Fig. 6          TopK sampling accuracy                        homologous_accuracy
 Eq. 7           homologous contrastive loss                   homologous_contrastive
+Eq. 8           total loss                                    MixedAE.forward
 App. B          segment embeddings                            segment_code
 
 Train it:  python train.py mixedae                                      on built-in pictures, on a laptop
@@ -36,13 +37,14 @@ Believed to be in the main paper, but not checked against it:
 Choices of ours:
 * 49 cells do not divide by 4: the counts of a group's images differ by one cell, and which image gets it is drawn.
 * Groups are consecutive images of a batch; cells stay in their places. The learning rate scales with clean images.
-* TopK acts in every block (`--attention-blocks`; the last one in the laptop recipes). A patch keeps the CLS token besides, and the CLS token keeps everything.
+* TopK acts in every block (`--attention-blocks`; the last one in the laptop recipes). A patch keeps the CLS token
+  besides, and the CLS token keeps everything.
 * The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, within a mixture.
 * Segment codes are added to patches, not to the CLS token, as they are (`--segment-scale`). They tell relatives apart by
   themselves, so the contrastive loss and the accuracy of TopK owe a part to them.
 * The laptop recipes centre the codes (`--segment-centred`), so that an encoder that is used without them later does not
   miss their mean, and keep homologous attention to the last block: learned in every block of a small model, it costs the
-  linear probe 1 to 3 points and finds 41 % relatives instead of 65 %.
+  linear probe 1 to 3 points and finds fewer relatives.
 * The decoder is MAE's; all images of a group get the CLS token of their mixture. Masked self-attention (`--attention
   oracle`) hides the CLS token from the patches; what it knows of other images still reaches the decoder.
 * `--mode mae` hides single patches, as MAE does, and gives each image of a group the code of its slot, so that the
@@ -69,13 +71,13 @@ from common import (
     UserError,
     ViT,
     attend,
-    normalize_patches,
+    check_choices,
     patchify,
     random_mask,
     reconstruction_loss,
     take,
-    unknown,
     unpatchify,
+    visible_patches,
     world_size,
 )
 
@@ -150,7 +152,7 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def sparse_softmax(scores: Tensor, keys: Tensor) -> Tensor:
-    """Softmax over the scores of the given keys (..., N, K), zero elsewhere: (..., N, N) -> the same.
+    """Softmax over the scores of the given keys (..., N, topk), zero elsewhere: (..., N, N) -> the same.
 
     Gradients reach these scores alone.
     """
@@ -186,12 +188,12 @@ def same_image(assignment: Tensor) -> Tensor:
 
 
 def homologous_accuracy(keys: Tensor, assignment: Tensor) -> Tensor:
-    """Fig. 6, TopK sampling accuracy: the share of kept keys (G, heads, N, K) that are homologous, M (G, N) -> scalar.
+    """Fig. 6, TopK sampling accuracy: the share of kept keys (G, heads, N, topk) that are homologous, M (G, N) -> scalar.
 
     Averaged over queries and heads; a query that keeps itself is right. Chance is about 1 / K, the share of an image in
     its mixture; the most is 1, or less where more keys are kept than an image has patches.
     """
-    of_key = assignment[:, None, None].expand(*keys.shape[:3], -1).gather(-1, keys)  # (G, heads, N, K)
+    of_key = assignment[:, None, None].expand(*keys.shape[:3], -1).gather(-1, keys)  # (G, heads, N, topk)
     return (of_key == assignment[:, None, :, None]).float().mean()
 
 
@@ -250,9 +252,9 @@ class Config(TrainConfig):
     cell: int = 2  # side of the cells that are mixed, in patches
     segment: str = "every"  # blocks whose input gets the segment code: every, first or off
     segment_scale: float = 1.0  # factor of the segment code
-    segment_centred: bool = False  # without what the codes of all slots share, and of unit length
+    segment_centred: bool = False  # take out of the codes what all slots share, and give each unit length
     attention: str = "topk"  # topk (homologous), global, or oracle (within the same image)
-    attention_blocks: tuple[int, ...] = ()  # blocks with that attention, counted as in Python; all without any
+    attention_blocks: tuple[int, ...] = ()  # blocks with that attention, negative ones from the end; none given: all
     topk: int = 0  # keys that a query keeps, 0 for round(patches / K)
     reconstruction: float = 1.0  # weight of the reconstruction loss
     contrast: float = 0.1  # weight of the homologous contrastive loss
@@ -283,10 +285,8 @@ class MixedAE(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
-        choices = {"model": VIT_SIZES, "mode": ("compose", "full", "mae"), "segment": ("every", "first", "off")}
-        for field, names in (choices | {"attention": ("topk", "global", "oracle")}).items():
-            if getattr(config, field) not in names:
-                raise UserError(unknown("--" + field, getattr(config, field), names))
+        check_choices(config, model=VIT_SIZES, mode=("compose", "full", "mae"))
+        check_choices(config, segment=("every", "first", "off"), attention=("topk", "global", "oracle"))
         size, k = VIT_SIZES[config.model], config.images_per_group
         vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
         rows, columns = vit.grid
@@ -323,14 +323,14 @@ class MixedAE(Method):
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
         share = config.batch_size // (world_size() * config.accumulate)
         if share % config.images_per_group:  # noticed before the first step
-            advice = f"groups of {config.images_per_group}; change --batch-size"
-            raise UserError(f"{share} images a process and part do not make {advice}")
+            given = f"--batch-size {config.batch_size} gives each process and part {share} images"
+            raise UserError(f"{given}, not a multiple of --images-per-group {config.images_per_group}")
         return super().optimizer(config)
 
     @property
     def captions(self) -> tuple:
         if self.config.mode == "mae":
-            return ("image", "what is seen", "reconstruction")
+            return self.autoencoder.captions
         numbers = range(1, self.config.images_per_group + 1)
         return (*[f"image {i}" for i in numbers], "mixture", *[f"reconstruction {i}" for i in numbers], "attention")
 
@@ -428,7 +428,7 @@ class MixedAE(Method):
         k, autoencoder, vit = self.config.images_per_group, self.autoencoder, self.encoder
         batch, patches = len(images), vit.grid[0] * vit.grid[1]
         mask = random_mask(batch, patches, autoencoder.mask_ratio, device=images.device)
-        visible = mask.int().argsort(dim=1, stable=True)[:, : patches - round(autoencoder.mask_ratio * patches)]
+        visible = visible_patches(mask, patches - round(autoencoder.mask_ratio * patches))
         slots = torch.arange(batch, device=images.device)[:, None].expand_as(visible) % k  # (B, M)
         encoded = self.encode(take(vit.embed(images), visible), slots, attend)
         tokens, slots = (rearrange(x, "(g k) m ... -> g (k m) ...", k=k) for x in (encoded[:, 1:], slots))
@@ -440,6 +440,7 @@ class MixedAE(Method):
 
         Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last of the
         blocks that `attention` acts in, lights up the mixture; relatives of the query are framed in white, the query in red.
+        Fewer than K images are repeated to make a group. With --mode mae, rows of (image, masked image, reconstruction).
         """
         config, k, vit = self.config, self.config.images_per_group, self.encoder
         images = images[torch.arange(max(k, len(images) // k * k)) % len(images)]  # whole groups
@@ -450,21 +451,12 @@ class MixedAE(Method):
         embedded = rearrange(vit.embed(images), "(g k) n d -> g k n d", k=k)
         seen = []
         encoded = self.encode(mix(embedded, assignment), assignment, self.attention(assignment, [], seen))
-        patches = patchify(vit.normalize(images), vit.patch)  # (B, N, P)
-        prediction = self.reconstruct(encoded, assignment).float()
-        if config.norm_pixels:
-            _, mean, std = normalize_patches(patches)
-            prediction = prediction * std + mean
-        prediction = torch.where(own_patches(assignment, k).flatten(0, 1)[..., None], patches, prediction)
-        mixture = mix(patches.unflatten(0, (-1, k)), assignment)  # (G, N, P)
-
-        def picture(x):  # (..., N, P) -> (..., 3, H, W), in [0, 1]
-            x = unpatchify(x.flatten(0, -3), vit.patch, height, width).unflatten(0, x.shape[:-2])
-            return (x * vit.std + vit.mean).clamp(0, 1)
-
-        sheet = torch.cat(
-            [images.unflatten(0, (-1, k)), picture(mixture)[:, None], picture(prediction).unflatten(0, (-1, k))], dim=1
-        )
+        hidden = ~own_patches(assignment, k).flatten(0, 1)  # (B, N)
+        drawn = self.autoencoder.draw(images, self.reconstruct(encoded, assignment).float(), hidden)[:, 2]
+        mixture = mix(patchify(images, vit.patch).unflatten(0, (-1, k)), assignment)  # (G, N, P)
+        mixture = unpatchify(mixture, vit.patch, height, width)  # (G, 3, H, W)
+        images, drawn = (x.unflatten(0, (-1, k)) for x in (images, drawn))  # (G, K, 3, H, W)
+        sheet = torch.cat([images, mixture[:, None], drawn], dim=1)
         zoom = max(1, 128 // height)  # room for frames
         sheet = sheet.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
         return torch.cat([sheet, self.attention_picture(sheet[:, k], seen[-1], assignment)[:, None]], dim=1)

@@ -1,6 +1,7 @@
 """MLO-MAE: a masking network learned from what the encoder is worth downstream, by three-level optimisation.
 
-"Downstream Task Guided Masking Learning in Masked Autoencoders Using Multi-Level Optimization" (arXiv 2402.18128).
+Guo, Hosseini, Zhang, Somayajula, Chowdhury, Gupta and Xie, "Downstream Task Guided Masking Learning in Masked Autoencoders
+Using Multi-Level Optimization" (arXiv 2402.18128, 2024).
 
 The idea: MAE masks patches at random. Here a small network T gives each patch a probability, and the most probable ones are
 masked. A mask is judged two levels later: level I trains an autoencoder on the masked images, level II a linear
@@ -17,7 +18,7 @@ Eq. 6, 7   one step of each level                             MultiLevelMAE.upda
 Eq. 8, 9   gradient of T through both                         hypergradient
 Eq. 10, 11 second derivatives, times a vector                 mixed_product, forward and reverse
 Eq. 12     the same by a difference                           mixed_product(method="finite_difference")
-Eq. 13     fine-tuning in level II                            --objective full
+Eq. 13     fine-tuning in level II                            proximal_hypergradient (--objective full)
 App. A.4   gradients through the selection                    soft_selection
 
 Train it:  python train.py mlo_mae                                    on built-in pictures, on a laptop
@@ -72,6 +73,7 @@ from common import (
     UserError,
     ViT,
     average,
+    check_choices,
     features_of,
     labelled,
     load_encoder,
@@ -84,6 +86,7 @@ from common import (
     take,
     unknown,
     unpatchify,
+    visible_patches,
     world_size,
 )
 
@@ -153,6 +156,7 @@ def weighted_reconstruction_loss(
 
 
 def moved(at: dict, direction: dict, share: float) -> dict:
+    """at + share * direction, name by name."""
     return {name: value + share * direction[name] for name, value in at.items()}
 
 
@@ -256,16 +260,16 @@ class Config(TrainConfig):
     epochs: int = 50  # passes of level II over its images
     batch_size: int = 256  # images of one step of one level, over all processes
     base_lr: float = 1e-4  # learning rate of the autoencoder for a batch of 256
-    head_lr: float = 4e-5  # that of the head, for a batch of 256
-    mask_lr: float = 4e-5  # that of the masking network, for a batch of 256
+    head_lr: float = 4e-5  # learning rate of the head, for a batch of 256
+    mask_lr: float = 4e-5  # learning rate of the masking network, for a batch of 256
     warmup_epochs: int = 0  # epochs in which the learning rate rises linearly
     crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
     model: str = "vit_base"  # vit_micro, vit_tiny, vit_small, vit_base or vit_large
     patch: int = 16  # side of a patch, in pixels
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder
-    decoder_heads: int = 16  # heads of the decoder
-    mask_ratio: float = 0.75  # r: share of the patches that is masked
+    decoder_heads: int = 16  # attention heads of the decoder
+    mask_ratio: float = 0.75  # r: share of the patches that are masked
     mask_ratio_end: float = 0.0  # r in the last epoch, reached linearly; 0 for no change (Table 17: 0.5 to 0.9)
     hidden: int = 512  # hidden width of the masking network
     objective: str = "mlo"  # mlo, blo (Eq. 5), full (Eq. 13); baselines: mae (random masks), fixed (one random mask)
@@ -339,16 +343,13 @@ class MultiLevelMAE(Method):
     """The three levels. A step of the loop is a cycle: `unrolling` steps of level I, one of II, and one of III."""
 
     name = "mlo_mae"
-    captions = ("image", "probability", "masked", "prediction")
+    captions = ("image", "probability", "masked image", "reconstruction")
 
     def __init__(self, config: Config, data):
         super().__init__()
-        choices = {"objective": OBJECTIVES, "hypergradient": ("exact", "finite_difference"), "head": ("linear", "code")}
-        choices |= {"mask_gradient": ("weight", "straight_through", "softsort"), "normalization": ("mean", "sum")}
-        choices |= {"level1_data": ("train", "all")}
-        for field, names in choices.items():
-            if getattr(config, field) not in names:
-                raise UserError(unknown("--" + field.replace("_", "-"), getattr(config, field), names))
+        check_choices(config, objective=OBJECTIVES, hypergradient=("exact", "finite_difference"))
+        check_choices(config, mask_gradient=("weight", "straight_through", "softsort"), normalization=("mean", "sum"))
+        check_choices(config, level1_data=("train", "all"), head=("linear", "code"))
         for field in ("unrolling", "update_every", "hidden"):
             if getattr(config, field) < 1:
                 raise UserError(f"--{field.replace('_', '-')} {getattr(config, field)} makes no sense; give 1 or more")
@@ -375,7 +376,7 @@ class MultiLevelMAE(Method):
         self.autoencoder = MaskedAutoencoder(encoder, *decoder, config.mask_ratio)
         if config.mask_ratio_end and not 0 < round(config.mask_ratio_end * patches) < patches:
             raise UserError(
-                f"--mask-ratio-end {config.mask_ratio_end} leaves no patch masked or none visible of {patches}"
+                f"--mask-ratio-end {config.mask_ratio_end} leaves no patch masked or none visible out of {patches}"
             )
         self.head = nn.Linear(encoder.dim, len(data.classes))
         if config.head == "code":
@@ -412,10 +413,10 @@ class MultiLevelMAE(Method):
 
     def plan(self, images: int, config: Config, first_step: int):
         """As `common.batch_plan`: (seed, indices) a step, those of level I, of II, and of III where T learns in it."""
-        unlabelled = torch.ones(images, dtype=torch.bool)
+        allowed = torch.ones(images, dtype=torch.bool)  # in level I
         if config.level1_data == "train":
-            unlabelled[self.held_out] = False
-        pools = [(unlabelled.nonzero()[:, 0], config.unrolling), (self.trained_on, 1), (self.held_out, 1)]
+            allowed[self.held_out] = False
+        pools = [(allowed.nonzero()[:, 0], config.unrolling), (self.trained_on, 1), (self.held_out, 1)]
         steps, share = self.steps_per_epoch(images, config), config.batch_size // world_size()
         for epoch in range(first_step // steps, config.epochs):
             orders = []
@@ -453,7 +454,7 @@ class MultiLevelMAE(Method):
         tokens = encoder.embed(images)  # (B, N, D)
         mask, probability = self.choose(tokens)
         seen = mask.shape[1] - round(self.ratio * mask.shape[1])
-        visible = mask.detach().int().argsort(dim=1, stable=True)[:, :seen]  # (B, M) in row-major order
+        visible = visible_patches(mask.detach(), seen)  # (B, M)
         if self.config.mask_gradient != "weight" and self.learns_masks:
             tokens = tokens * (1 - mask)[..., None]  # of visible ones times 1, with the gradient of the selection
         encoded = encoder.encode(take(tokens, visible))  # (B, 1 + M, D)
@@ -496,7 +497,7 @@ class MultiLevelMAE(Method):
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 
     def weights(self, prefix: str, copy: bool = False) -> dict:
-        """The parameters whose name begins so, without gradients: {name: tensor}."""
+        """The parameters whose name starts with `prefix`, without gradients: {name: tensor}; cloned with `copy`."""
         found = {name: p.detach() for name, p in self.named_parameters() if name.startswith(prefix)}
         return {name: p.clone() for name, p in found.items()} if copy else found
 
@@ -617,6 +618,7 @@ class MultiLevelMAE(Method):
         """kNN and linear accuracy, that of level II's head, and on shapes how much more often than by chance the object is
         masked (1 is chance).
         """
+        torch.manual_seed(config.seed)  # the same masks each time
         found = probe(encode, train, test, config.image_size, config.probe_images, **loading)
         precision = pick_precision(config.amp, self.fixed_noise.device)
         chosen = labelled(test, config.probe_images)
@@ -638,7 +640,7 @@ class MultiLevelMAE(Method):
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
-        """Rows of image, probabilities, masked image, prediction: (B, 4, 3, H, W).
+        """Rows of (image, probabilities, masked image, reconstruction): (B, 4, 3, H, W) in [0, 1].
 
         Probabilities go from blue to yellow, from the lowest to the highest of each image, however near these are.
         """

@@ -1,6 +1,6 @@
 """Train a method on a data set.
 
-python train.py magma                                   built-in pictures, two minutes on a laptop
+python train.py magma                                   built-in pictures, a few minutes on a laptop
 python train.py magma --data cifar10 --root DIR         a data set on disk
 python train.py magma --data DIR                        your own pictures: DIR/train/<class>/*, DIR/val/<class>/*
 python train.py magma --epochs 200 --resume             any field of the method's Config is a flag

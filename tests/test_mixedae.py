@@ -566,8 +566,8 @@ def test_batches_must_make_whole_groups():
     with pytest.raises(ValueError, match="3 assignments for 2 groups, mixed 1 times each"):
         tiny()(images_of(4), assignment=tiny().draw(3))
     for fields, message in (
-        ({"images_per_group": 3}, "8 images a .* groups of 3"),
-        ({"accumulate": 8}, "1 images a .* groups of 2"),
+        ({"images_per_group": 3}, "gives each process and part 8 images, not a multiple of --images-per-group 3"),
+        ({"accumulate": 8}, "gives each process and part 1 images, not a multiple of --images-per-group 2"),
     ):
         method = tiny(**fields)
         with pytest.raises(UserError, match=message):
