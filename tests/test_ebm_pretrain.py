@@ -958,7 +958,7 @@ def test_an_unknown_backbone_is_named():
 
 @pytest.mark.parametrize(("model", "stride"), [("convnext_micro", 8), ("swin_micro", 8), ("mobile_former_micro", 16)])
 def test_images_that_the_cells_do_not_fit_are_refused(model, stride):
-    with pytest.raises(UserError, match=f"--image-size 36 is not a multiple of {stride}, as {model} needs"):
+    with pytest.raises(UserError, match=f"--image-size 36 is not a multiple of {stride}, which {model} needs"):
         EnergyPretraining(Config(model=model, image_size=36, grid=4), DATA)
 
 
