@@ -1,0 +1,568 @@
+"""Do the tests notice a bug? One-line bugs ("mutants"), put into a copy of the code one at a time.
+
+python tests/mutants.py                        every mutant, two at a time
+python tests/mutants.py magma.py common.py     those of some files
+python tests/mutants.py --list                 what there is, without running it
+
+A mutant is killed where a test fails, as it should. One that survives is a bug that the tests would let through.
+For a class: break a line, guess which property fails, and look. Each entry of MUTANTS is one such exercise. It names a
+file and the tests that should notice; "-" is text that occurs once in that file, "+" what takes its place.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 120  # seconds; a mutant may make a test wait for ever
+
+MUTANTS = r"""
+magma.py tests/test_magma.py::test_squared_distances_matches_naive_loop
+- norms[None, :] - (gram + gram.T)
++ norms[None, :] - gram
+
+magma.py tests/test_magma.py::test_float32_keeps_the_gradient_of_nearly_collapsed_features
+- z = z - z.mean(dim=0, keepdim=True)
++ z = z - z.mean()
+
+magma.py tests/test_magma.py::test_eq_7_as_printed_would_reward_what_the_text_wants_to_penalize
+- device=w.device) - printed_laplacian(w)
++ device=w.device) + printed_laplacian(w)
+
+magma.py tests/test_magma.py::test_manifold_loss_matches_naive_loop_of_eq_6
+- @ regularized)).sum() / len(regularized) ** 2
++ @ regularized)).sum() / len(regularized)
+
+magma.py tests/test_magma.py::test_inverse_loss_keeps_the_digits_of_a_small_distance
+- squared_distances(regularized.double())
++ squared_distances(regularized)
+
+magma.py tests/test_magma.py::test_image_features_leave_the_cls_token_out
+- tokens[:, 1:].mean(dim=1)
++ tokens.mean(dim=1)
+
+magma.py tests/test_magma.py::test_vicreg_loss_matches_naive_loop
+- (square.sum() - square.diagonal().sum())
++ square.sum()
+
+magma.py tests/test_magma.py::test_jitter_ops_mean_what_they_say
+- + angle.sin() * axis
++
+
+magma.py tests/test_magma.py::test_regularizer_is_active_from_e_st_for_e_dur_epochs_and_measured_always
+- <= epoch < self.config.e_st + self.config.e_dur
++ <= epoch <= self.config.e_st + self.config.e_dur
+
+magma.py tests/test_magma.py::test_loss_is_eq_1
+- + config.uniformity * uniformity
++ + uniformity
+
+magma.py tests/test_magma.py::test_two_views_are_compared_and_the_first_is_regularized
+- views.transpose(0, 1).flatten(0, 1)
++ views.flatten(0, 1)
+
+magma.py tests/test_train.py::test_two_ranks_have_the_gradient_of_one_process[fields0]
+- return gather(features) if self.config.gather else features
++ return features
+
+mixedae.py tests/test_mixedae.py::test_the_image_with_one_more_cell_is_drawn
+- (rank + shift) % images_per_group
++ rank % images_per_group
+
+mixedae.py tests/test_mixedae.py::test_assignments_partition_the_positions_in_balance_and_in_cells
+- "g (h w) -> g (h p w q)"
++ "g (h w) -> g (h p q w)"
+
+mixedae.py tests/test_mixedae.py::test_topk_attention_matches_naive_loop
+- q.shape[-1] ** -0.5
++ q.shape[-2] ** -0.5
+
+mixedae.py tests/test_mixedae.py::test_topk_attention_survives_ties_and_overflow
+- return scores.clamp(-65504, 65504) if scores.dtype == torch.float16 else scores
++ return scores
+
+mixedae.py tests/test_mixedae.py::test_the_cls_token_sees_every_patch_and_is_seen_by_all
+  tests/test_mixedae.py::test_the_attention_of_the_method_matches_a_loop
+- torch.cat([always, keys + exempt], dim=-1)
++ torch.cat([always, keys], dim=-1)
+
+mixedae.py tests/test_mixedae.py::test_segment_code_is_a_sine_cosine_code_of_the_slot
+- F.normalize(code - code.mean(dim=0), dim=1)
++ F.normalize(code, dim=1)
+
+mixedae.py tests/test_mixedae.py::test_the_settings_reach_the_parts
+- config.topk or round(rows * columns / k)
++ config.topk or rows * columns // k
+
+mixedae.py tests/test_mixedae.py::test_oracle_attention_equals_separate_encodes_of_the_visible_patches
+- (1, 0, 0, 0), value=False)
++ (1, 0, 0, 0), value=True)
+
+mixedae.py tests/test_mixedae.py::test_segments_are_added_to_the_patches_at_the_input_of_blocks
+- F.pad(self.segments[slots], (0, 0, 1, 0))
++ F.pad(self.segments[slots], (0, 0, 0, 1))
+
+mixedae.py tests/test_mixedae.py::test_contrast_off_global_attention_and_no_segments_is_naive_mixing
+- mask = ~own_patches(assignment, k)
++ mask = own_patches(assignment, k)
+
+mixedae.py tests/test_mixedae.py::test_images_without_mixing_get_the_segments_of_their_slots_too
+- expand_as(visible) % k
++ expand_as(visible) // k
+
+mixedae.py tests/test_mixedae.py::test_batches_must_make_whole_groups
+- (world_size() * config.accumulate)
++ world_size()
+
+finola.py tests/test_finola.py::test_the_parallel_map_is_the_mean_of_both_walks_to_each_cell
+- F.linear(norm(z), matrix)
++ F.linear(norm(z), matrix.T)
+
+finola.py tests/test_finola.py::test_blockwise_matches_the_cell_by_cell_version_at_every_offset
+- (cell >= corner + block)
++ (cell > corner + block)
+
+finola.py tests/test_finola.py::test_states_keep_float32_under_autocast
+- q = q.to(self.right.dtype)[None]
++ q = q[None]
+
+finola.py tests/test_finola.py::test_transposing_or_mirroring_the_map_swaps_the_matrices
+- (across_first + along_first.transpose(0, 1)) / 2
++ across_first
+
+finola.py tests/test_finola.py::test_pde_residuals_match_the_step_by_step_version
+- line[:, : place + 1].flip(1)
++ line[:, :place].flip(1)
+
+finola.py tests/test_finola.py::test_gaussian_curvature_matches_eq_9_and_turns_with_the_surface
+- z_xx * z_yy - z_xy.square()
++ z_xx * z_yy + z_xy.square()
+
+finola.py tests/test_finola.py::test_mirrors_interpolations_and_components
+- return 2 * mean - q
++ return 2 * q - mean
+
+finola.py tests/test_finola.py::test_attention_pooling_is_attention_of_one_query_without_projections
+- "b (n c) h w -> b n (h w) c"
++ "b (c n) h w -> b n (h w) c"
+
+finola.py tests/test_finola.py::test_q_can_be_put_in_the_corners_and_matrices_without_use_are_frozen
+- {"right": column == self.size - 1, "left": column == 0}
++ {"right": column == 0, "left": column == self.size - 1}
+
+finola.py tests/test_finola.py::test_blocks_float_over_the_whole_grid
+- torch.randint(0, self.size // 2 + 1,
++ torch.randint(0, self.size // 2,
+
+finola.py tests/test_finola.py::test_masked_e_puts_q_at_the_centre_of_each_images_block
+- cut(canvas, half - corner, self.size)
++ cut(canvas, corner, self.size)
+
+finola.py tests/test_finola.py::test_the_probe_measures_psnr_of_test_images
+- torch.manual_seed(config.seed)  # the same blocks
++ pass  # the same blocks
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_a_gridded_mask_blanks_whole_squares_and_the_exact_share
+- -(-height // patch), -(-width // patch)
++ -(-height // patch), -(-height // patch)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_super_resolution_is_pillows_bicubic_and_repeated_pixels
+- mode="bicubic", antialias=True
++ mode="bicubic"
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_mixed_takes_each_image_from_one_corruption_and_all_equally_often
+- torch.randint(len(corrupted), (len(versions),)
++ torch.randint(len(corrupted) - 1, (len(versions),)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_on_a_quadratic_energy_everything_is_known
+- total = step_size * energy(x).sum()
++ total = energy(x).sum()
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_steps_are_single_steps_from_detached_images
+- x = x.detach() - descent(energy, x, step_size)
++ x = x - descent(energy, x, step_size)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_each_image_counts_alike_whatever_its_share_of_changed_pixels
+- (errors / weight.sum(dim=(1, 2, 3)).clamp_min(1)).mean()
++ (errors / weight.sum().clamp_min(1)).sum()
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_a_swin_block_is_attention_between_the_cells_of_a_window
+- torch.where(apart, -torch.inf, bias)
++ bias + 0 * apart
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_energy_takes_normalised_images
+- self.features(x * self.std + self.mean)
++ self.features(x)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_log_alpha_has_a_group_of_its_own_without_decay
+- "weight_decay": 0.0, "lr_scale": config.alpha_lr
++ "weight_decay": config.weight_decay, "lr_scale": config.alpha_lr
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_step_size_is_set_by_the_first_batch_and_learned_from_then_on
+- self.started.fill_(True)
++ self.ready = True
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_each_task_does_what_its_name_says
+- (grayscale(images) - self.mean) / self.std
++ grayscale(x)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_probe_says_what_is_left_task_by_task
+- torch.manual_seed(config.seed)  # the same corruptions
++ pass  # the same corruptions
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_mask_is_the_top_and_of_equals_the_first
+- descending=True, stable=True)
++ descending=True)
+
+mlo_mae.py tests/test_mlo_mae.py::test_weighted_loss_matches_the_loop_of_eq_1
+- (mask * probability * error).sum()
++ (mask * error).sum()
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_two_gradients_of_a_difference_see_the_same_noise
+- / (2 * eps)
++ / eps
+
+mlo_mae.py tests/test_mlo_mae.py::test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps
+- 2 * lr_tuned * proximal * value
++ lr_tuned * proximal * value
+
+mlo_mae.py tests/test_mlo_mae.py::test_what_level_three_sees_is_seen_by_no_other
+- allowed[self.held_out] = False
++ allowed[self.trained_on] = False
+
+mlo_mae.py tests/test_mlo_mae.py::test_processes_share_each_levels_batch
+- rank() * share : (rank() + 1) * share]
++ :share]
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_masking_network_learns_by_the_derivative_of_the_procedure
+- tokens * (1 - mask)[..., None]
++ tokens
+
+mlo_mae.py tests/test_mlo_mae.py::test_several_steps_below_count_the_last_one
+- (unlabelled[-1][0], None), own
++ (unlabelled[0][0], None), own
+
+mlo_mae.py tests/test_mlo_mae.py::test_detached_tokens_keep_the_encoder_from_learning_through_the_masks
+- tokens.detach() if self.config.detach_tokens else tokens
++ tokens
+
+mlo_mae.py tests/test_mlo_mae.py::test_half_precision_has_nearly_the_gradient_of_float32
+- self.train()
+-         return found
++ return found
+
+mlo_mae.py tests/test_mlo_mae.py::test_two_processes_have_the_gradients_of_one
+- "radius": config.radius, "mean": mean_over_processes
++ "radius": config.radius
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_probe_tells_the_heads_accuracy_and_how_often_the_object_is_masked
+- hidden.sum() / share.mean()
++ hidden.sum()
+
+common.py tests/test_common.py::test_patchify_roundtrips_and_matches_naive_loop
+- "b c (h p) (w q) -> b (h w) (p q c)"
++ "b c (h p) (w q) -> b (h w) (q p c)"
+
+common.py tests/test_common.py::test_random_mask_has_exact_counts_in_each_row
+- rank >= noise.shape[1] - round(
++ rank > noise.shape[1] - round(
+
+common.py tests/test_ebm_pretrain.py::test_a_swin_block_is_attention_between_the_cells_of_a_window
+- "b n (three h d) -> three b h n d"
++ "b n (h three d) -> three b h n d"
+
+common.py tests/test_mobile_former.py::test_a_block_does_what_the_released_one_does
+- (2 * b - 1) * x
++ 2 * b * x
+
+common.py tests/test_mobile_former.py::test_weights_start_as_in_the_released_network
+- module.kernel_size[0] ** 2 * module.out_channels
++ module.kernel_size[0] ** 2 * module.in_channels
+
+common.py tests/test_common.py::test_autoencoder_target_is_normalized_patch_by_patch
+- patches.var(dim=-1, keepdim=True)
++ patches.var(dim=-1, keepdim=True, correction=0)
+
+common.py tests/test_ebm_pretrain.py::test_two_processes_have_the_step_size_and_the_gradients_of_one
+- (x := x.detach().clone())
+-         x /= world_size()
++ (x := x.detach().clone())
+
+common.py tests/test_common.py::test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes
+- np.random.SeedSequence(numbers)
++ np.random.SeedSequence(sum(numbers))
+
+common.py tests/test_common.py::test_crop_boxes_fall_back_to_the_largest_centred_box
+- place = torch.where(found, draw[2:, :, 0], 0.5)
++ place = draw[2:, :, 0]
+
+common.py tests/test_common.py::test_random_resized_crop_is_the_identity_for_the_whole_image_and_mirrors_with_flip
+- torch.where(flipped, left + w, left)
++ left
+
+common.py tests/test_data.py::test_download_throws_away_what_has_another_md5
+- if digest.hexdigest() != md5:
++ if not digest.hexdigest():
+
+common.py tests/test_common.py::test_cifar_reads_the_official_binary_layout
+- records[:, label_bytes - 1].long()
++ records[:, 0].long()
+
+common.py tests/test_common.py::test_memory_batches_do_not_depend_on_where_a_run_resumes
+- self.images[indices].repeat_interleave(views, dim=0)
++ self.images[indices].repeat(views, 1, 1, 1)
+
+common.py tests/test_common.py::test_knn_accuracy_matches_naive_loop
+- topk(min(k, len(bank)), largest
++ topk(min(k + 1, len(bank)), largest
+
+common.py tests/test_common.py::test_probe_leaves_unlabelled_images_out
+- data.labels >= 0
++ data.labels > 0
+
+common.py tests/test_common.py::test_read_flags_puts_recipes_between_defaults_and_flags
+- config_class(**values | given)
++ config_class(**given | values)
+
+common.py tests/test_common.py::test_update_clips_the_true_gradient_under_loss_scaling
+- self.scaler.unscale_(self.optimizer)
++ pass
+
+common.py tests/test_mobile_former.py::test_tokens_have_no_weight_decay
+- (plain if parameter.ndim < 2 or name.endswith(
++ (plain if name.endswith(
+
+common.py tests/test_common.py::test_update_accumulates_the_gradient_of_the_whole_batch
+- stepper.backward(out["loss"] / len(batches))
++ stepper.backward(out["loss"])
+
+common.py tests/test_common.py::test_meter_averages_and_stops_at_a_loss_that_is_not_finite
+- total / max(1, self.count)
++ total
+
+common.py tests/test_common.py::test_load_checkpoint_runs_no_code_and_names_a_bad_file
+- weights_only=True
++ weights_only=False
+
+common.py tests/test_train.py::test_fit_writes_a_run_folder
+- mix_seed(config.seed, step, rank(), 2)
++ mix_seed(config.seed, rank(), 2)
+
+common.py tests/test_faults.py::test_a_signal_ends_the_current_step_and_saves[2-SIGTERM-143]
+- stop(step + 1, number)
++ stop(step, number)
+
+common.py tests/test_faults.py::test_a_signal_to_one_process_of_two_stops_both_after_the_same_step
+- dist.ReduceOp.MAX
++ dist.ReduceOp.MIN
+
+common.py tests/test_faults.py::test_a_run_folder_has_one_writer
+- fcntl.LOCK_EX | fcntl.LOCK_NB
++ fcntl.LOCK_UN
+
+common.py tests/test_faults.py::test_a_full_disk_is_a_clear_error_and_keeps_the_checkpoint
+- temporary.unlink(missing_ok=True)
++ path.unlink(missing_ok=True)
+
+common.py tests/test_faults.py::test_a_signal_to_the_workers_too_saves
+- lambda *_: signal.alarm(30)
++ signal.SIG_DFL
+
+evaluate.py tests/test_evaluate.py::test_class_cosines_match_naive_loop_over_pairs
+- (within - len(unit))
++ within
+
+evaluate.py tests/test_evaluate.py::test_random_erase_fills_one_box_of_a_share_of_the_images
+- device=images.device) < probability
++ device=images.device) > probability
+
+evaluate.py tests/test_evaluate.py::test_geometric_operations_match_pillow_and_fill_what_lies_outside
+- align_corners=False
++ align_corners=True
+
+evaluate.py tests/test_evaluate.py::test_rand_augment_draws_every_operation_for_some_images_at_its_magnitude
+- * (2 * torch.randint(2, (batch,)) - 1)
++
+
+evaluate.py tests/test_evaluate.py::test_rand_augment_leaves_its_input_alone_and_depends_on_the_seed_alone
+- images, batch = images.clone(), len(images)
++ batch = len(images)
+
+evaluate.py tests/test_evaluate.py::test_lars_matches_the_slow_version
+- 0.001 * weight / length
++ 0.001 * length / weight
+
+evaluate.py tests/test_evaluate.py::test_drop_path_drops_whole_images_and_keeps_the_mean
+- x * keep / (1 - rate)
++ x * keep
+
+evaluate.py tests/test_evaluate.py::test_layer_groups_are_those_of_mae
+- above = depth - int(
++ above = depth - 1 - int(
+
+evaluate.py tests/test_evaluate.py::test_soft_loss_is_cross_entropy_with_smoothed_labels_summed_over_heads
+- + smoothing / classes
++ + smoothing / (classes - 1)
+
+evaluate.py tests/test_evaluate.py::test_classifier_freezes_the_encoder_and_trains_the_head
+- if self.frozen:
+-             self.encoder.eval()
++ if not self.frozen:
++             self.encoder.eval()
+
+evaluate.py tests/test_evaluate.py::test_linear_probe_takes_the_features_it_is_told_to
+- (split, getattr(self.encoder, "pool", ""))
++ (split, "")
+
+evaluate.py tests/test_evaluate.py::test_protocols_work_on_tokens_and_on_maps[clusters-vit]
+- class_cosines(features - features.mean(dim=0), labels)
++ class_cosines(features, labels)
+
+evaluate.py tests/test_evaluate.py::test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended
+- , state.get("step")) == (digest(row.encoder), config.data, last)
++ ) == (digest(row.encoder), config.data)
+
+evaluate.py tests/test_evaluate.py::test_look_inside_sees_the_attention_and_the_keys_of_the_encoder
+- weights[:, :, 0, 1:]
++ weights[:, :, 1:, 0]
+
+evaluate.py tests/test_evaluate.py::test_principal_components_match_the_singular_values
+- vectors[:, -count:].flip(1)
++ vectors[:, -count:]
+
+evaluate.py tests/test_evaluate.py::test_evaluate_counts_the_images_that_it_used
+- for s in ("labelled", "test"))
++ for s in ("train", "test"))
+
+train.py tests/test_train.py::test_train_runs_a_method_by_name_and_prints_the_table
+- module.RECIPES, argv[1:]
++ {}, argv[1:]
+
+train.py tests/test_evaluate.py::test_evaluate_knn_is_the_figure_that_the_training_logged
+- for split in ("train", "test"))
++ for split in ("train", "train"))
+
+train.py tests/test_train.py::test_train_runs_a_method_by_name_and_prints_the_table
+- torch.manual_seed(config.seed)
++ torch.manual_seed(0)
+
+train.py tests/test_train.py::test_train_reads_class_folders_of_the_users_own
+- , "skip_bad_images": config.skip_bad_images}
++ }
+
+train.py tests/test_train.py::test_torchrun_trains_on_two_processes
+- if common.rank() == 0 and results:
++ if results:
+
+train.py tests/test_train.py::test_train_answers_a_mistake_with_one_line_and_code_2
+- return common.run_command(train, argv)
++ return common.run_command(train, argv) and 1
+"""
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    tests: list
+
+    def __str__(self):
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        shown = [text if len(text) <= 46 else text[:43] + "..." for text in (old, new or "nothing")]
+        return f"{self.file:<16}{' -> '.join(shown):<98}"
+
+    def put_into(self, code: dict) -> dict:
+        """The files {path: text} with this bug. Raises ValueError where its text is not there, or not once."""
+        if (count := code[self.file].count(self.old)) != 1:
+            raise ValueError(f"{self.old!r} occurs {count} times in {self.file}, not once; mend its mutant")
+        return code | {self.file: code[self.file].replace(self.old, self.new)}
+
+
+def read_mutants() -> list:
+    """The entries of MUTANTS: a file and tests, more tests where a line is indented, then the lines that differ."""
+    mutants = []
+    for block in MUTANTS.strip().split("\n\n"):
+        lines = block.splitlines()
+        old, new = ("\n".join(line[2:] for line in lines if line[0] == sign) for sign in "-+")
+        file, *tests = " ".join(line for line in lines if line[0] not in "-+").split()
+        mutants.append(Mutant(file, old, new, tests))
+    return mutants
+
+
+def run_tests(code: dict, tests: list, limit: float) -> str:
+    """Run tests on the files {path: text} -> "" where all pass, else the first that fails, or "the time limit".
+
+    Raises ValueError where pytest cannot even start them.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        for path, text in code.items():
+            (Path(name) / path).parent.mkdir(exist_ok=True)
+            (Path(name) / path).write_text(text)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        env = os.environ | {"CI": "true", "OMP_NUM_THREADS": "1", "TMPDIR": name}  # CI: random examples stay the same
+        with open(Path(name) / "output", "w+") as output:
+            streams = {"stdout": output, "stderr": subprocess.STDOUT}
+            child = subprocess.Popen(command, cwd=name, env=env, start_new_session=True, **streams)
+            try:
+                status = child.wait(limit)
+            except subprocess.TimeoutExpired:
+                return "the time limit"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)  # with the processes that a test has started
+            output.seek(0)
+            found = re.search(r"^(?:FAILED|ERROR:?) (.*?)(?: - .*)?$", output.read(), flags=re.MULTILINE)
+    failed = found[1] if found else f"exit code {status}"
+    if 2 <= status <= 5:
+        raise ValueError(f"pytest cannot start {' '.join(tests)} ({failed})")
+    return failed if status else ""
+
+
+def main(argv: list) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="*", metavar="file", help="whose mutants to run; all without any")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default: 2)")
+    parser.add_argument("--list", action="store_true", help="print the mutants without running them")
+    args, mutants = parser.parse_args(argv), read_mutants()
+    files = args.files or list(dict.fromkeys(mutant.file for mutant in mutants))
+    mutants = [mutant for mutant in mutants if mutant.file in files]
+    if args.list:
+        print("\n".join(f"{mutant}{' '.join(mutant.tests)}" for mutant in mutants))
+        return 0
+    code = {str(path.relative_to(ROOT)): path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}
+    tests = {file: {test for mutant in mutants if mutant.file == file for test in mutant.tests} for file in files}
+    survived, pool = [], concurrent.futures.ThreadPoolExecutor(args.jobs)
+    try:
+        if strange := [file for file in files if not tests[file]]:
+            raise ValueError(f"there are no mutants of {strange[0]!r}")
+        broken = [mutant.put_into(code) for mutant in mutants]
+        checks = [pool.submit(run_tests, code, sorted(names), 20 * LIMIT) for names in tests.values()]
+        for file, check in zip(files, checks, strict=True):
+            if failed := check.result():
+                raise ValueError(f"the tests of {file} fail without any mutant, at {failed}")
+        runs = [pool.submit(run_tests, c, m.tests, LIMIT) for m, c in zip(mutants, broken, strict=True)]
+        for mutant, run in zip(mutants, runs, strict=True):
+            killer = run.result()
+            survived += [] if killer else [mutant.file]
+            print(f"{mutant}{'killed by ' + killer.split('::')[-1] if killer else 'SURVIVED'}", flush=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for file in files:
+        count = sum(mutant.file == file for mutant in mutants)
+        print(f"{file}: {count - survived.count(file)} of {count} killed")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
