@@ -33,10 +33,6 @@ magma.py tests/test_magma.py::test_float32_keeps_the_gradient_of_nearly_collapse
 - z = z - z.mean(dim=0, keepdim=True)
 + z = z - z.mean()
 
-magma.py tests/test_magma.py::test_affinity_matches_naive_loop_of_eq_4
-- .sum() / (pairs - 1).clamp_min(1)
-+ .sum() / pairs.clamp_min(1)
-
 magma.py tests/test_magma.py::test_eq_7_as_printed_would_reward_what_the_text_wants_to_penalize
 - device=w.device) - printed_laplacian(w)
 + device=w.device) + printed_laplacian(w)
@@ -44,10 +40,6 @@ magma.py tests/test_magma.py::test_eq_7_as_printed_would_reward_what_the_text_wa
 magma.py tests/test_magma.py::test_manifold_loss_matches_naive_loop_of_eq_6
 - @ regularized)).sum() / len(regularized) ** 2
 + @ regularized)).sum() / len(regularized)
-
-magma.py tests/test_magma.py::test_detach_reference_keeps_the_gradient_out_of_the_reference
-- affinity(reference.detach() if detach_reference else reference
-+ affinity(reference
 
 magma.py tests/test_magma.py::test_inverse_loss_keeps_the_digits_of_a_small_distance
 - squared_distances(regularized.double())
@@ -57,10 +49,6 @@ magma.py tests/test_magma.py::test_image_features_leave_the_cls_token_out
 - tokens[:, 1:].mean(dim=1)
 + tokens.mean(dim=1)
 
-magma.py tests/test_magma.py::test_contrastive_loss_matches_naive_loop
-- .roll(len(a))
-+ .roll(1)
-
 magma.py tests/test_magma.py::test_vicreg_loss_matches_naive_loop
 - (square.sum() - square.diagonal().sum())
 + square.sum()
@@ -69,37 +57,13 @@ magma.py tests/test_magma.py::test_jitter_ops_mean_what_they_say
 - + angle.sin() * axis
 +
 
-magma.py tests/test_magma.py::test_jitter_ops_mean_what_they_say
-- shift = (brightness * (1 - contrast) * mean_luma)
-+ shift = ((1 - contrast) * mean_luma)
-
-magma.py tests/test_magma.py::test_jitter_ops_mean_what_they_say
-- weight / weight.sum(dim=2, keepdim=True)
-+ weight / weight.sum(dim=1, keepdim=True)
-
-magma.py tests/test_magma.py::test_jitter_ops_mean_what_they_say
-- torch.exp(-0.5 * (apart / sigma) ** 2)
-+ torch.exp(-((apart / sigma) ** 2))
-
-magma.py tests/test_magma.py::test_jitter_draws_for_each_image_on_its_own
-- torch.rand(batch, 1, 1, generator
-+ torch.rand(1, 1, 1, generator
-
 magma.py tests/test_magma.py::test_regularizer_is_active_from_e_st_for_e_dur_epochs_and_measured_always
 - <= epoch < self.config.e_st + self.config.e_dur
 + <= epoch <= self.config.e_st + self.config.e_dur
 
-magma.py tests/test_magma.py::test_regularizer_is_active_from_e_st_for_e_dur_epochs_and_measured_always
-- torch.is_grad_enabled() and weight != 0
-+ torch.is_grad_enabled()
-
 magma.py tests/test_magma.py::test_loss_is_eq_1
 - + config.uniformity * uniformity
 + + uniformity
-
-magma.py tests/test_magma.py::test_regularizer_sees_the_mean_of_the_visible_patches_of_the_chosen_blocks
-- in references) / len(references)
-+ in references)
 
 magma.py tests/test_magma.py::test_two_views_are_compared_and_the_first_is_regularized
 - views.transpose(0, 1).flatten(0, 1)
@@ -117,10 +81,6 @@ mixedae.py tests/test_mixedae.py::test_assignments_partition_the_positions_in_ba
 - "g (h w) -> g (h p w q)"
 + "g (h w) -> g (h p q w)"
 
-mixedae.py tests/test_mixedae.py::test_top_keys_are_the_largest_scores_of_any_sign
-- bits ^ (bits >> (size - 1) & torch.iinfo(bits.dtype).max)
-+ bits
-
 mixedae.py tests/test_mixedae.py::test_topk_attention_matches_naive_loop
 - q.shape[-1] ** -0.5
 + q.shape[-2] ** -0.5
@@ -134,14 +94,6 @@ mixedae.py tests/test_mixedae.py::test_the_cls_token_sees_every_patch_and_is_see
 - torch.cat([always, keys + exempt], dim=-1)
 + torch.cat([always, keys], dim=-1)
 
-mixedae.py tests/test_mixedae.py::test_homologous_contrastive_matches_naive_loop
-- same_image(assignment) & ~itself
-+ same_image(assignment)
-
-mixedae.py tests/test_mixedae.py::test_homologous_contrastive_matches_naive_loop
-- / (count > 0).sum().clamp_min(1)
-+ / count.numel()
-
 mixedae.py tests/test_mixedae.py::test_segment_code_is_a_sine_cosine_code_of_the_slot
 - F.normalize(code - code.mean(dim=0), dim=1)
 + F.normalize(code, dim=1)
@@ -149,10 +101,6 @@ mixedae.py tests/test_mixedae.py::test_segment_code_is_a_sine_cosine_code_of_the
 mixedae.py tests/test_mixedae.py::test_the_settings_reach_the_parts
 - config.topk or round(rows * columns / k)
 + config.topk or rows * columns // k
-
-mixedae.py tests/test_mixedae.py::test_attention_blocks_choose_where_it_acts
-- {block % depth for block in
-+ {block for block in
 
 mixedae.py tests/test_mixedae.py::test_oracle_attention_equals_separate_encodes_of_the_visible_patches
 - (1, 0, 0, 0), value=False)
@@ -165,14 +113,6 @@ mixedae.py tests/test_mixedae.py::test_segments_are_added_to_the_patches_at_the_
 mixedae.py tests/test_mixedae.py::test_contrast_off_global_attention_and_no_segments_is_naive_mixing
 - mask = ~own_patches(assignment, k)
 + mask = own_patches(assignment, k)
-
-mixedae.py tests/test_mixedae.py::test_contrast_off_global_attention_and_no_segments_is_naive_mixing
-- x[:, :1].repeat_interleave(k, dim=0)
-+ x[:, :1].repeat(k, 1, 1)
-
-mixedae.py tests/test_mixedae.py::test_full_mode_is_the_mean_over_its_mixtures
-- x.repeat_interleave(times, dim=0) for x
-+ x.repeat(times, 1, 1, 1) for x
 
 mixedae.py tests/test_mixedae.py::test_images_without_mixing_get_the_segments_of_their_slots_too
 - expand_as(visible) % k
@@ -190,14 +130,6 @@ finola.py tests/test_finola.py::test_blockwise_matches_the_cell_by_cell_version_
 - (cell >= corner + block)
 + (cell > corner + block)
 
-finola.py tests/test_finola.py::test_moving_averages_are_those_of_each_step_of_each_walk
-- 4 * stage + DIRECTIONS.index(direction)
-+ DIRECTIONS.index(direction)
-
-finola.py tests/test_finola.py::test_moving_averages_are_those_of_each_step_of_each_walk
-- .detach(), 0.1)
-+ .detach(), 0.9)
-
 finola.py tests/test_finola.py::test_states_keep_float32_under_autocast
 - q = q.to(self.right.dtype)[None]
 + q = q[None]
@@ -206,17 +138,9 @@ finola.py tests/test_finola.py::test_transposing_or_mirroring_the_map_swaps_the_
 - (across_first + along_first.transpose(0, 1)) / 2
 + across_first
 
-finola.py tests/test_finola.py::test_blockwise_matches_the_cell_by_cell_version_at_every_offset
-- (psi(beside) + phi(below)) / 2
-+ psi(beside)
-
 finola.py tests/test_finola.py::test_pde_residuals_match_the_step_by_step_version
 - line[:, : place + 1].flip(1)
 + line[:, :place].flip(1)
-
-finola.py tests/test_finola.py::test_curvature_of_surfaces_that_one_knows
-- 3 * x[0] - 3 * x[1] + x[2]
-+ 2 * x[0] - x[1]
 
 finola.py tests/test_finola.py::test_gaussian_curvature_matches_eq_9_and_turns_with_the_surface
 - z_xx * z_yy - z_xy.square()
@@ -225,14 +149,6 @@ finola.py tests/test_finola.py::test_gaussian_curvature_matches_eq_9_and_turns_w
 finola.py tests/test_finola.py::test_mirrors_interpolations_and_components
 - return 2 * mean - q
 + return 2 * q - mean
-
-finola.py tests/test_finola.py::test_mirrors_interpolations_and_components
-- eigenvectors.flip(1)
-+ eigenvectors
-
-finola.py tests/test_finola.py::test_gaussian_samples_have_the_mean_and_covariance
-- max(1, len(q) - 1)
-+ len(q)
 
 finola.py tests/test_finola.py::test_attention_pooling_is_attention_of_one_query_without_projections
 - "b (n c) h w -> b n (h w) c"
@@ -246,10 +162,6 @@ finola.py tests/test_finola.py::test_blocks_float_over_the_whole_grid
 - torch.randint(0, self.size // 2 + 1,
 + torch.randint(0, self.size // 2,
 
-finola.py tests/test_finola.py::test_masked_variants_see_the_block_and_are_judged_by_the_rest[masked_e]
-- images = cut(images, STRIDE * corner, STRIDE * self.size // 2)  # before
-+ pass  # before
-
 finola.py tests/test_finola.py::test_masked_e_puts_q_at_the_centre_of_each_images_block
 - cut(canvas, half - corner, self.size)
 + cut(canvas, corner, self.size)
@@ -262,17 +174,9 @@ ebm_pretrain.py tests/test_ebm_pretrain.py::test_a_gridded_mask_blanks_whole_squ
 - -(-height // patch), -(-width // patch)
 + -(-height // patch), -(-height // patch)
 
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_random_patches_match_the_loop_over_rectangles_and_pixels
-- aspect[0] * (aspect[1] / aspect[0]) ** draw[1]
-+ aspect[0] + (aspect[1] - aspect[0]) * draw[1]
-
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_super_resolution_is_pillows_bicubic_and_repeated_pixels
 - mode="bicubic", antialias=True
 + mode="bicubic"
-
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_noise_has_the_mean_and_the_variance_of_its_gamma
-- gamma.sqrt() * images
-+ gamma * images
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_mixed_takes_each_image_from_one_corruption_and_all_equally_often
 - torch.randint(len(corrupted), (len(versions),)
@@ -282,47 +186,21 @@ ebm_pretrain.py tests/test_ebm_pretrain.py::test_on_a_quadratic_energy_everythin
 - total = step_size * energy(x).sum()
 + total = energy(x).sum()
 
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_on_a_quadratic_energy_everything_is_known
-- create_graph=recording
-+ create_graph=False
-
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_fp16_keeps_a_gradient_that_would_be_lost_unscaled
-- enabled=False):
--         return torch.autograd.grad
-+ enabled=True):
-+         return torch.autograd.grad
-
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_steps_are_single_steps_from_detached_images
 - x = x.detach() - descent(energy, x, step_size)
 + x = x - descent(energy, x, step_size)
-
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_restoration_loss_matches_the_loop_of_eq_4
-- for x in restored) / len(restored)
-+ for x in restored)
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_each_image_counts_alike_whatever_its_share_of_changed_pixels
 - (errors / weight.sum(dim=(1, 2, 3)).clamp_min(1)).mean()
 + (errors / weight.sum().clamp_min(1)).sum()
 
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_contrast_has_the_gradient_of_eq_2_weighted_by_the_mistake
-- F.softplus(clean - corrupted)
-+ F.softplus(corrupted - clean)
-
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_a_swin_block_is_attention_between_the_cells_of_a_window
 - torch.where(apart, -torch.inf, bias)
 + bias + 0 * apart
 
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_patch_merging_takes_four_neighbours_column_by_column
-- (q p d)
-+ (p q d)
-
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_energy_takes_normalised_images
 - self.features(x * self.std + self.mean)
 + self.features(x)
-
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_a_kernel_without_second_derivative_is_refused
-- > 0.02 * sum(map(abs, slopes))
-+ > 2 * sum(map(abs, slopes))
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_log_alpha_has_a_group_of_its_own_without_decay
 - "weight_decay": 0.0, "lr_scale": config.alpha_lr
@@ -332,17 +210,9 @@ ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_step_size_is_set_by_the_fir
 - self.started.fill_(True)
 + self.ready = True
 
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_a_pixel_counts_where_any_of_its_channels_changed
-- .any(dim=1, keepdim=True)
-+ .all(dim=1, keepdim=True)
-
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_each_task_does_what_its_name_says
 - (grayscale(images) - self.mean) / self.std
 + grayscale(x)
-
-ebm_pretrain.py tests/test_ebm_pretrain.py::test_two_processes_have_the_step_size_and_the_gradients_of_one
-- average(alpha**-2).log() / -2
-+ alpha.log()
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_probe_says_what_is_left_task_by_task
 - torch.manual_seed(config.seed)  # the same corruptions
@@ -352,14 +222,6 @@ mlo_mae.py tests/test_mlo_mae.py::test_the_mask_is_the_top_and_of_equals_the_fir
 - descending=True, stable=True)
 + descending=True)
 
-mlo_mae.py tests/test_mlo_mae.py::test_soft_selections_have_the_values_of_the_mask_and_their_own_gradients
-- / temperature).softmax(dim=2)
-+ / temperature).softmax(dim=1)
-
-mlo_mae.py tests/test_mlo_mae.py::test_soft_selections_have_the_values_of_the_mask_and_their_own_gradients
-- hard + (soft - soft.detach())
-+ hard + (soft - soft).detach()
-
 mlo_mae.py tests/test_mlo_mae.py::test_weighted_loss_matches_the_loop_of_eq_1
 - (mask * probability * error).sum()
 + (mask * error).sum()
@@ -368,29 +230,13 @@ mlo_mae.py tests/test_mlo_mae.py::test_the_two_gradients_of_a_difference_see_the
 - / (2 * eps)
 + / eps
 
-mlo_mae.py tests/test_mlo_mae.py::test_the_two_gradients_of_a_difference_see_the_same_noise
-- with torch.random.fork_rng([device] if device.type == "cuda" else []):
-+ if True:
-
-mlo_mae.py tests/test_mlo_mae.py::test_the_hypergradient_is_the_derivative_of_the_unrolled_procedure
-- moved(towards, mean(product), -lr_head)
-+ moved(towards, mean(product), lr_head)
-
 mlo_mae.py tests/test_mlo_mae.py::test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps
 - 2 * lr_tuned * proximal * value
 + lr_tuned * proximal * value
 
 mlo_mae.py tests/test_mlo_mae.py::test_what_level_three_sees_is_seen_by_no_other
-- unlabelled[self.held_out] = False
-+ unlabelled[self.trained_on] = False
-
-mlo_mae.py tests/test_mlo_mae.py::test_what_level_three_sees_is_seen_by_no_other
-- step % config.update_every == 0
-+ step % config.update_every == 1
-
-mlo_mae.py tests/test_mlo_mae.py::test_the_mask_ratio_follows_its_curriculum
-- epoch / max(1, self.config.epochs - 1)
-+ epoch / self.config.epochs
+- allowed[self.held_out] = False
++ allowed[self.trained_on] = False
 
 mlo_mae.py tests/test_mlo_mae.py::test_processes_share_each_levels_batch
 - rank() * share : (rank() + 1) * share]
@@ -400,33 +246,13 @@ mlo_mae.py tests/test_mlo_mae.py::test_the_masking_network_learns_by_the_derivat
 - tokens * (1 - mask)[..., None]
 + tokens
 
-mlo_mae.py tests/test_mlo_mae.py::test_two_levels_learn_from_labels_and_pixels_at_once
-- config.gamma * loss + head_loss
-+ loss + head_loss
-
-mlo_mae.py tests/test_mlo_mae.py::test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps
-- before = self.weights("autoencoder.", copy=True) if last
-+ before = self.weights("autoencoder.") if last
-
 mlo_mae.py tests/test_mlo_mae.py::test_several_steps_below_count_the_last_one
 - (unlabelled[-1][0], None), own
 + (unlabelled[0][0], None), own
 
-mlo_mae.py tests/test_mlo_mae.py::test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps
-- level_1 = loss(unlabelled, 1, before)
-+ level_1 = loss(unlabelled, 1)
-
-mlo_mae.py tests/test_mlo_mae.py::test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps
-- {"lr_encoder": config.gamma * lr_encoder, "paths": ("encoder",)}
-+ {"lr_encoder": lr_encoder, "paths": ("encoder",)}
-
 mlo_mae.py tests/test_mlo_mae.py::test_detached_tokens_keep_the_encoder_from_learning_through_the_masks
 - tokens.detach() if self.config.detach_tokens else tokens
 + tokens
-
-mlo_mae.py tests/test_mlo_mae.py::test_each_level_moves_its_own_weights_alone
-- self.eval()  # no dropout
-+ self.train()
 
 mlo_mae.py tests/test_mlo_mae.py::test_half_precision_has_nearly_the_gradient_of_float32
 - self.train()
@@ -437,10 +263,6 @@ mlo_mae.py tests/test_mlo_mae.py::test_two_processes_have_the_gradients_of_one
 - "radius": config.radius, "mean": mean_over_processes
 + "radius": config.radius
 
-mlo_mae.py tests/test_mlo_mae.py::test_optimiser_has_groups_of_its_own_for_every_level
-- 0.0 if plain else config.weight_decay
-+ config.weight_decay
-
 mlo_mae.py tests/test_mlo_mae.py::test_the_probe_tells_the_heads_accuracy_and_how_often_the_object_is_masked
 - hidden.sum() / share.mean()
 + hidden.sum()
@@ -449,242 +271,114 @@ common.py tests/test_common.py::test_patchify_roundtrips_and_matches_naive_loop
 - "b c (h p) (w q) -> b (h w) (p q c)"
 + "b c (h p) (w q) -> b (h w) (q p c)"
 
-common.py tests/test_common.py::test_sincos_positions_matches_naive_loop
-- for axis in (columns, rows)
-+ for axis in (rows, columns)
-
 common.py tests/test_common.py::test_random_mask_has_exact_counts_in_each_row
 - rank >= noise.shape[1] - round(
 + rank > noise.shape[1] - round(
-
-common.py tests/test_common.py::test_attend_matches_the_fused_kernel
-- k.transpose(-2, -1)).softmax(dim=-1) @ v
-+ k.transpose(-2, -1)).softmax(dim=-2) @ v
 
 common.py tests/test_ebm_pretrain.py::test_a_swin_block_is_attention_between_the_cells_of_a_window
 - "b n (three h d) -> three b h n d"
 + "b n (h three d) -> three b h n d"
 
-common.py tests/test_ebm_pretrain.py::test_a_swin_block_is_attention_between_the_cells_of_a_window
-- self.mlp["fc1"](self.norm2(x))
-+ self.mlp["fc1"](x)
-
-common.py tests/test_common.py::test_vit_pools_the_mean_of_the_patches_or_the_cls_token
-- else encoded[:, 1:].mean(dim=1)
-+ else encoded.mean(dim=1)
-
 common.py tests/test_mobile_former.py::test_a_block_does_what_the_released_one_does
 - (2 * b - 1) * x
 + 2 * b * x
-
-common.py tests/test_mobile_former.py::test_cross_attention_matches_naive_loop
-- "b n (h d) -> b h n d", h=heads
-+ "b n (d h) -> b h n d", h=heads
 
 common.py tests/test_mobile_former.py::test_weights_start_as_in_the_released_network
 - module.kernel_size[0] ** 2 * module.out_channels
 + module.kernel_size[0] ** 2 * module.in_channels
 
-common.py tests/test_ebm_pretrain.py::test_batch_norm_is_refused_and_can_be_replaced
-- isinstance(child, nn.modules.batchnorm._BatchNorm)
-+ isinstance(child, nn.BatchNorm2d)
-
 common.py tests/test_common.py::test_autoencoder_target_is_normalized_patch_by_patch
 - patches.var(dim=-1, keepdim=True)
 + patches.var(dim=-1, keepdim=True, correction=0)
-
-common.py tests/test_common.py::test_reconstruction_loss_matches_naive_loop_and_ignores_visible_patches
-- return (error * mask).sum() / mask.sum()
-+ return (error * mask).mean()
-
-common.py tests/test_common.py::test_autoencoder_never_sees_masked_pixels
-- visible = mask.int()
-+ visible = (~mask).int()
-
-common.py tests/test_common.py::test_autoencoder_puts_visible_tokens_back_in_their_places
-- full + self.decoder_positions
-+ full
 
 common.py tests/test_ebm_pretrain.py::test_two_processes_have_the_step_size_and_the_gradients_of_one
 - (x := x.detach().clone())
 -         x /= world_size()
 + (x := x.detach().clone())
 
-common.py tests/test_train.py::test_gathered_loss_on_two_ranks_has_the_gradient_of_one_process
-- return _Gather.apply(x) if world_size() > 1 else x
-+ return _Gather.apply(x.detach()) + 0 * x.sum() if world_size() > 1 else x
-
-common.py tests/test_train.py::test_gathered_loss_on_two_ranks_has_the_gradient_of_one_process
-- dist.all_reduce(gradient)
-+ pass
-
 common.py tests/test_common.py::test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes
 - np.random.SeedSequence(numbers)
 + np.random.SeedSequence(sum(numbers))
-
-common.py tests/test_common.py::test_crop_boxes_lie_inside_and_keep_area_and_aspect
-- torch.exp(low + (high - low) * draw[1])
-+ ratio[0] + (ratio[1] - ratio[0]) * draw[1]
-
-common.py tests/test_common.py::test_crop_boxes_lie_inside_and_keep_area_and_aspect
-- (scale[0] + (scale[1] - scale[0]) * draw[0])
-+ (scale[0] + scale[1] * draw[0])
-
-common.py tests/test_common.py::test_crop_boxes_lie_inside_and_keep_area_and_aspect
-- (h <= height[:, None]) & (w <= width[:, None])
-+ (h <= height[:, None])
 
 common.py tests/test_common.py::test_crop_boxes_fall_back_to_the_largest_centred_box
 - place = torch.where(found, draw[2:, :, 0], 0.5)
 + place = draw[2:, :, 0]
 
-common.py tests/test_common.py::test_resample_matches_pillow_for_any_window
-- device=start.device) + 0.5) * step
-+ device=start.device)) * step
-
-common.py tests/test_common.py::test_resample_matches_pillow_for_any_window
-- step.abs().clamp_min(1)
-+ step.abs()
-
-common.py tests/test_common.py::test_resample_matches_pillow_for_any_window
-- weight / weight.sum(dim=-1, keepdim=True)
-+ weight / weight.sum(dim=-2, keepdim=True)
-
-common.py tests/test_common.py::test_resample_matches_pillow_for_any_window
-- rows.repeat_interleave(channels, dim=0)
-+ rows.repeat(channels, 1, 1)
-
 common.py tests/test_common.py::test_random_resized_crop_is_the_identity_for_the_whole_image_and_mirrors_with_flip
 - torch.where(flipped, left + w, left)
 + left
-
-common.py tests/test_common.py::test_raw_pixels_are_a_poor_classifier_of_shapes
-- seed=2 * seed + (split == "test")
-+ seed=seed
 
 common.py tests/test_data.py::test_download_throws_away_what_has_another_md5
 - if digest.hexdigest() != md5:
 + if not digest.hexdigest():
 
-common.py tests/test_data.py::test_unpack_refuses_a_malicious_tar_and_keeps_nothing_of_it
-- or ".." in parts
-+
-
 common.py tests/test_common.py::test_cifar_reads_the_official_binary_layout
 - records[:, label_bytes - 1].long()
 + records[:, 0].long()
-
-common.py tests/test_data.py::test_stl10_reads_the_official_binary_layout
-- chunk.transpose(2, 3)
-+ chunk
 
 common.py tests/test_common.py::test_memory_batches_do_not_depend_on_where_a_run_resumes
 - self.images[indices].repeat_interleave(views, dim=0)
 + self.images[indices].repeat(views, 1, 1, 1)
 
-common.py tests/test_common.py::test_folder_batches_do_not_depend_on_workers_or_on_where_a_run_resumes
-- mix_seed(seed, place, view)
-+ mix_seed(seed, view)
-
 common.py tests/test_common.py::test_knn_accuracy_matches_naive_loop
 - topk(min(k, len(bank)), largest
 + topk(min(k + 1, len(bank)), largest
-
-common.py tests/test_common.py::test_ridge_accuracy_picks_the_strength_by_true_leave_one_out
-- onehot - (onehot - fitted) / (1 - leverage)
-+ fitted
-
-common.py tests/test_common.py::test_ridge_accuracy_picks_the_strength_by_true_leave_one_out
-- (squares @ shrink + 1 / len(train))
-+ (squares @ shrink)
 
 common.py tests/test_common.py::test_probe_leaves_unlabelled_images_out
 - data.labels >= 0
 + data.labels > 0
 
-common.py tests/test_finola.py::test_the_probe_measures_psnr_of_test_images
-- torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:limit]
-+ torch.randperm(len(chosen))[:limit]
-
 common.py tests/test_common.py::test_read_flags_puts_recipes_between_defaults_and_flags
 - config_class(**values | given)
 + config_class(**given | values)
 
-common.py tests/test_common.py::test_learning_rate_rises_linearly_and_falls_as_a_cosine
-- * step / warmup
-+ * (step + 1) / warmup
-
-common.py tests/test_common.py::test_learning_rate_falls_tenfold_at_each_milestone
-- step >= epoch * steps_per_epoch
-+ step > epoch * steps_per_epoch
-
 common.py tests/test_common.py::test_update_clips_the_true_gradient_under_loss_scaling
 - self.scaler.unscale_(self.optimizer)
-+ pass
-
-common.py tests/test_evaluate.py::test_cached_linear_probe_equals_one_that_encodes_in_every_epoch
-- self.optimizer.zero_grad(set_to_none=True)
 + pass
 
 common.py tests/test_mobile_former.py::test_tokens_have_no_weight_decay
 - (plain if parameter.ndim < 2 or name.endswith(
 + (plain if name.endswith(
 
-common.py tests/test_common.py::test_optimizer_decays_matrices_only
-- "weight_decay": 0.0}]
-+ "weight_decay": config.weight_decay}]
-
 common.py tests/test_common.py::test_update_accumulates_the_gradient_of_the_whole_batch
 - stepper.backward(out["loss"] / len(batches))
 + stepper.backward(out["loss"])
-
-common.py tests/test_train.py::test_two_ranks_have_the_gradient_of_one_process[fields2]
-- last = i == len(batches) - 1
-+ last = False
 
 common.py tests/test_common.py::test_meter_averages_and_stops_at_a_loss_that_is_not_finite
 - total / max(1, self.count)
 + total
 
-common.py tests/test_common.py::test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes
-- * config.batch_size + rank() * share
-+ * config.batch_size
-
-common.py tests/test_common.py::test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes
-- manual_seed(mix_seed(config.seed, epoch, 0))
-+ manual_seed(mix_seed(config.seed, 0))
-
-common.py tests/test_common.py::test_write_atomically_leaves_the_old_file_when_the_write_dies
-- path.with_name(path.name + ".tmp")
-+ path
-
 common.py tests/test_common.py::test_load_checkpoint_runs_no_code_and_names_a_bad_file
 - weights_only=True
 + weights_only=False
-
-common.py tests/test_train.py::test_resume_matches_uninterrupted_run[flags0-7]
-- stepper.optimizer.load_state_dict(state["optimizer"])
-+ pass
-
-common.py tests/test_train.py::test_resume_matches_uninterrupted_run[flags0-7]
-- stepper.scaler.load_state_dict(state["scaler"])
-+ pass
 
 common.py tests/test_train.py::test_fit_writes_a_run_folder
 - mix_seed(config.seed, step, rank(), 2)
 + mix_seed(config.seed, rank(), 2)
 
-common.py tests/test_train.py::test_fit_writes_a_run_folder
-- rate * group.get("lr_scale", 1.0)
-+ rate
+common.py tests/test_faults.py::test_a_signal_ends_the_current_step_and_saves[2-SIGTERM-143]
+- stop(step + 1, number)
++ stop(step, number)
+
+common.py tests/test_faults.py::test_a_signal_to_one_process_of_two_stops_both_after_the_same_step
+- dist.ReduceOp.MAX
++ dist.ReduceOp.MIN
+
+common.py tests/test_faults.py::test_a_run_folder_has_one_writer
+- fcntl.LOCK_EX | fcntl.LOCK_NB
++ fcntl.LOCK_UN
+
+common.py tests/test_faults.py::test_a_full_disk_is_a_clear_error_and_keeps_the_checkpoint
+- temporary.unlink(missing_ok=True)
++ path.unlink(missing_ok=True)
+
+common.py tests/test_faults.py::test_a_signal_to_the_workers_too_saves
+- lambda *_: signal.alarm(30)
++ signal.SIG_DFL
 
 evaluate.py tests/test_evaluate.py::test_class_cosines_match_naive_loop_over_pairs
 - (within - len(unit))
 + within
-
-evaluate.py tests/test_evaluate.py::test_mix_labels_mixes_targets_by_what_is_seen
-- targets * share + targets.flip(0) * (1 - share)
-+ targets * (1 - share) + targets.flip(0) * share
 
 evaluate.py tests/test_evaluate.py::test_random_erase_fills_one_box_of_a_share_of_the_images
 - device=images.device) < probability
@@ -694,10 +388,6 @@ evaluate.py tests/test_evaluate.py::test_geometric_operations_match_pillow_and_f
 - align_corners=False
 + align_corners=True
 
-evaluate.py tests/test_evaluate.py::test_colour_operations_match_pillow
-- (values.shape[2] - last) // 255
-+ values.shape[2] // 255
-
 evaluate.py tests/test_evaluate.py::test_rand_augment_draws_every_operation_for_some_images_at_its_magnitude
 - * (2 * torch.randint(2, (batch,)) - 1)
 +
@@ -705,10 +395,6 @@ evaluate.py tests/test_evaluate.py::test_rand_augment_draws_every_operation_for_
 evaluate.py tests/test_evaluate.py::test_rand_augment_leaves_its_input_alone_and_depends_on_the_seed_alone
 - images, batch = images.clone(), len(images)
 + batch = len(images)
-
-evaluate.py tests/test_evaluate.py::test_transformer_head_knows_no_position_and_drops_only_while_training
-- self.norm(x).mean(dim=1)
-+ x.mean(dim=1)
 
 evaluate.py tests/test_evaluate.py::test_lars_matches_the_slow_version
 - 0.001 * weight / length
@@ -718,29 +404,13 @@ evaluate.py tests/test_evaluate.py::test_drop_path_drops_whole_images_and_keeps_
 - x * keep / (1 - rate)
 + x * keep
 
-evaluate.py tests/test_evaluate.py::test_add_drop_path_rises_from_the_first_block_to_the_last_and_stops_in_eval
-- rate * i / max(1, depth - 1)
-+ rate * i / depth
-
 evaluate.py tests/test_evaluate.py::test_layer_groups_are_those_of_mae
 - above = depth - int(
 + above = depth - 1 - int(
 
-evaluate.py tests/test_evaluate.py::test_layer_groups_are_those_of_mae
-- 0.0 if plain else weight_decay
-+ weight_decay if plain else 0.0
-
 evaluate.py tests/test_evaluate.py::test_soft_loss_is_cross_entropy_with_smoothed_labels_summed_over_heads
 - + smoothing / classes
 + + smoothing / (classes - 1)
-
-evaluate.py tests/test_evaluate.py::test_cached_linear_probe_equals_one_that_encodes_in_every_epoch
-- common.mix_seed(config.seed, epoch, 0)
-+ common.mix_seed(config.seed, 0)
-
-evaluate.py tests/test_evaluate.py::test_cached_linear_probe_equals_one_that_encodes_in_every_epoch
-- common.learning_rate(epoch * steps + step
-+ common.learning_rate(step
 
 evaluate.py tests/test_evaluate.py::test_classifier_freezes_the_encoder_and_trains_the_head
 - if self.frozen:
@@ -748,17 +418,9 @@ evaluate.py tests/test_evaluate.py::test_classifier_freezes_the_encoder_and_trai
 + if not self.frozen:
 +             self.encoder.eval()
 
-evaluate.py tests/test_evaluate.py::test_cached_linear_probe_equals_one_that_encodes_in_every_epoch
-- accuracies(head.eval()(queries), truth)
-+ accuracies(head(queries), truth)
-
 evaluate.py tests/test_evaluate.py::test_linear_probe_takes_the_features_it_is_told_to
 - (split, getattr(self.encoder, "pool", ""))
 + (split, "")
-
-evaluate.py tests/test_evaluate.py::test_knn_has_two_metrics
-- queries, labels, config.k)
-+ queries, labels)
 
 evaluate.py tests/test_evaluate.py::test_protocols_work_on_tokens_and_on_maps[clusters-vit]
 - class_cosines(features - features.mean(dim=0), labels)
@@ -768,10 +430,6 @@ evaluate.py tests/test_evaluate.py::test_finetuning_from_a_probed_decoder_starts
 - , state.get("step")) == (digest(row.encoder), config.data, last)
 + ) == (digest(row.encoder), config.data)
 
-evaluate.py tests/test_evaluate.py::test_a_network_from_random_weights_has_no_layer_decay
-- layer_decay=1.0)  # it would
-+ layer_decay=config.layer_decay)  # it would
-
 evaluate.py tests/test_evaluate.py::test_look_inside_sees_the_attention_and_the_keys_of_the_encoder
 - weights[:, :, 0, 1:]
 + weights[:, :, 1:, 0]
@@ -779,14 +437,6 @@ evaluate.py tests/test_evaluate.py::test_look_inside_sees_the_attention_and_the_
 evaluate.py tests/test_evaluate.py::test_principal_components_match_the_singular_values
 - vectors[:, -count:].flip(1)
 + vectors[:, -count:]
-
-evaluate.py tests/test_finola.py::test_what_the_analysis_measures
-- mean.expand_as(images), mask)
-+ mean.expand_as(images))
-
-evaluate.py tests/test_finola.py::test_what_the_analysis_measures
-- z[:, :, row_0:, column_0:], right, down)
-+ z[:, :, row_0:, column_0:], down, right)
 
 evaluate.py tests/test_evaluate.py::test_evaluate_counts_the_images_that_it_used
 - for s in ("labelled", "test"))
@@ -808,10 +458,6 @@ train.py tests/test_train.py::test_train_reads_class_folders_of_the_users_own
 - , "skip_bad_images": config.skip_bad_images}
 + }
 
-train.py tests/test_train.py::test_train_runs_a_method_by_name_and_prints_the_table
-- "image_size": config.image_size, "device": device}
-+ "device": device}
-
 train.py tests/test_train.py::test_torchrun_trains_on_two_processes
 - if common.rank() == 0 and results:
 + if results:
@@ -819,10 +465,6 @@ train.py tests/test_train.py::test_torchrun_trains_on_two_processes
 train.py tests/test_train.py::test_train_answers_a_mistake_with_one_line_and_code_2
 - return common.run_command(train, argv)
 + return common.run_command(train, argv) and 1
-
-train.py tests/test_train.py::test_torchrun_trains_on_two_processes
-- sys.exit(main(sys.argv[1:]))
-+ main(sys.argv[1:])
 """
 
 

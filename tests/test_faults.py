@@ -251,7 +251,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(LAYOUTS)), st.data())
 def test_damaged_files_are_named_or_read_but_never_a_traceback(layout, data):
     """Any file of any data set, cut, grown or with bytes flipped: a UserError, or a data set that can be read to its end."""
@@ -363,7 +363,7 @@ def enough(self, step, values):
     raise Enough
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(FLAGS)), st.data())
 def test_no_value_of_any_flag_gives_a_traceback(method, data):
     """A run with up to three strange settings makes a step, or ends with code 1 or 2 and one line."""
