@@ -242,7 +242,7 @@ mlo_mae.py tests/test_mlo_mae.py::test_processes_share_each_levels_batch
 - rank() * share : (rank() + 1) * share]
 + :share]
 
-mlo_mae.py tests/test_mlo_mae.py::test_the_masking_network_learns_by_the_derivative_of_the_procedure
+mlo_mae.py tests/test_mlo_mae.py::test_soft_selections_act_on_the_visible_tokens_too
 - tokens * (1 - mask)[..., None]
 + tokens
 

@@ -219,9 +219,10 @@ def test_duplicates_are_pulled_nowhere():
 
 @pytest.mark.parametrize("form", ["normalized", "unnormalized"])
 def test_float32_keeps_the_gradient_of_nearly_collapsed_features(form):
-    """Mean 30, spread 0.01: the uncentred Gram matrix and cdist lose all of it."""
-    x = (30 + 0.01 * randn(64, 192, seed=1)).float()
-    y = (30 + 0.01 * randn(64, 192, seed=2)).float()
+    """Each feature has a mean of about 30, or -30, and spread 0.01: the uncentred Gram matrix and cdist lose all of it."""
+    mean = 30 * randn(1, 192, seed=3)
+    x = (mean + 0.01 * randn(64, 192, seed=1)).float()
+    y = (mean + 0.01 * randn(64, 192, seed=2)).float()
     loss = lambda y, x: magma.manifold_loss(y, x, form=form)
     for ours, exact in zip(gradients(loss, y, x), gradients(loss, y.double(), x.double()), strict=True):
         assert ((ours - exact).norm() / exact.norm()) < 1e-3

@@ -325,6 +325,11 @@ def test_segment_code_is_a_sine_cosine_code_of_the_slot():
         angle = slot / 10000 ** (i / 3)
         assert code[slot, i] == pytest.approx(math.sin(angle), abs=1e-6)
         assert code[slot, 3 + i] == pytest.approx(math.cos(angle), abs=1e-6)
+    centred = mixedae.segment_code(4, 16, centred=True)
+    torch.testing.assert_close(centred.norm(dim=1), torch.ones(4))
+    away = mixedae.segment_code(4, 16).double()
+    away = away - away.mean(dim=0)
+    torch.testing.assert_close(centred.double(), away / away.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("segment", "blocks"), [("off", []), ("first", [0]), ("every", [0, 1, 2, 3, 4, 5])])

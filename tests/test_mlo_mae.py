@@ -140,6 +140,16 @@ def test_soft_selections_have_the_values_of_the_mask_and_their_own_gradients(bat
     torch.testing.assert_close(gradients["softsort"], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["weight", "straight_through", "softsort"])
+def test_soft_selections_act_on_the_visible_tokens_too(kind):
+    """By the weights of Eq. 1 alone no gradient comes through the prediction; with a soft selection one does (App. A.4)."""
+    method = tiny(mask_gradient=kind)
+    images, _ = batch_of(method, 1)
+    prediction = method.reconstruct(images)[0]
+    (gradient,) = torch.autograd.grad(prediction.square().sum(), method.masking.fc2.bias, allow_unused=True)
+    assert (gradient is None) if kind == "weight" else (gradient.abs().max() > 1e-6)
+
+
 def test_masking_network_is_that_of_table_11():
     torch.manual_seed(0)
     network = MaskingNetwork(6, 4).double()
