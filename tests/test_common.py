@@ -633,6 +633,16 @@ def test_folder_batches_do_not_depend_on_workers_or_on_where_a_run_resumes(tmp_p
     assert not torch.equal(batches[0][0][:, 0], batches[0][0][:, 1])
 
 
+def test_views_of_an_image_stand_side_by_side():
+    colours = torch.arange(6, dtype=torch.uint8) * 40
+    images = colours[:, None, None, None].expand(6, 3, 16, 16).contiguous()
+    data = MemoryImages(images, torch.arange(6), list("abcdef"), (0, 0, 0), (1, 1, 1))
+    ((views, labels),) = data.train_batches([(1, [4, 0, 5, 2])], 8, views=3)
+    assert views.shape == (4, 3, 3, 8, 8)
+    expected = (colours[labels].float() / 255)[:, None, None, None, None].expand_as(views)
+    torch.testing.assert_close(views, expected, atol=1e-5, rtol=0)
+
+
 def test_memory_batches_do_not_depend_on_where_a_run_resumes():
     data = MemoryImages(*common.render_shapes(6, 16)[:2], list(SHAPES), (0, 0, 0), (1, 1, 1))
     whole = list(data.train_batches(plan_of(4), 12, views=2))

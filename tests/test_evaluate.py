@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import sys
+import types
 
 import numpy as np
 import processes
@@ -735,6 +736,23 @@ def test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended(tmp_path,
     with pytest.raises(UserError, match=r"finetune-stripes was trained otherwise \(origin \w+ -> \w+\)"):
         evaluate.run("finetune", row, dataclasses.replace(config, resume=True))
     assert "holds no finished probe of this encoder" in capsys.readouterr().out
+
+
+def test_finetuning_does_not_start_from_a_probe_that_is_not_finished(tmp_path, capsys):
+    row, path = row_of(tiny_vit()), tmp_path / "tran1-stripes" / "last.pt"
+    evaluate.run("tran1", row, small("tran1", tmp_path, **QUICK))
+    state = common.load_checkpoint(path)
+    torch.save(state | {"step": state["step"] - 1}, path)
+    evaluate.run("finetune", row, small("finetune", tmp_path, head="tran1", **QUICK))
+    assert "holds no finished probe of this encoder" in capsys.readouterr().out
+
+
+def test_the_gap_of_cosines_is_that_of_centred_features():
+    features, labels = 3 + randn(40, 8), torch.arange(40) % 4
+    found = evaluate.run_clusters(types.SimpleNamespace(features=lambda *_: (features, labels)), None)
+    same, different = reference.class_cosines(features - features.mean(dim=0), labels)
+    assert found["cosine_gap"] == pytest.approx(float(same - different), abs=1e-6)
+    assert found["cosine_ratio"] != pytest.approx(float(same / different), rel=0.1)
 
 
 def test_finetuning_learns_and_logs_its_test_accuracy(tmp_path):

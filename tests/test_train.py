@@ -118,6 +118,20 @@ def test_train_runs_a_method_by_name_and_prints_the_table(tmp_path, capsys):
     assert all(re.fullmatch(r" +\d+\.\d +\d+\.\d", row[20:]) for row in table[1:])
 
 
+def test_train_hands_on_seed_and_data_flags(monkeypatch):
+    made, asked = [], []
+    monkeypatch.setattr(common, "fit", lambda method, *_: made.append(method.state_dict()) or {})
+    monkeypatch.setattr(common, "load_data", lambda name, **options: asked.append((name, options)) or DATA)
+    for seed in (0, 1, 1):
+        flags = ["--seed", str(seed), "--skip-bad-images", "--download", "--root", "there", "--image-size", "8"]
+        assert train.main(["magma", *flags]) == 0
+    assert same_weights(made[1], made[2])
+    assert not same_weights(made[0], made[1])
+    wanted = {"root": "there", "image_size": 8, "download": True, "skip_bad_images": True}
+    assert [options["split"] for _, options in asked[:2]] == ["train", "test"]
+    assert all(name == "shapes" and wanted.items() <= options.items() for name, options in asked)
+
+
 def test_train_reads_class_folders_of_the_users_own(tmp_path, capsys):
     test_common.write_folders(tmp_path / "mine", train=4, size=(40, 40), ending="jpg")
     flags = "--model vit_micro --image-size 32 --epochs 1 --batch-size 8 --workers 1 --decoder-depth 1"
@@ -175,6 +189,17 @@ def test_the_same_seed_gives_the_same_log_and_another_seed_another(tmp_path):
         logs.append(without_times(log_of(tmp_path / name)))
     assert logs[0] == logs[1]
     assert logs[0] != logs[2]
+
+
+def test_each_step_has_draws_of_its_own(tmp_path):
+    class Drawing(magma.Magma):
+        def update(self, model, batches, stepper):
+            drawn.append(float(torch.rand(())))
+            return super().update(model, batches, stepper)
+
+    drawn = []
+    fit(tmp_path / "run", "--probe-every", "0", method_class=Drawing)
+    assert len(set(drawn)) == len(drawn) == 20
 
 
 def test_an_existing_run_is_never_overwritten(tmp_path):
