@@ -543,10 +543,10 @@ def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Ten
 class MaskedAutoencoder(nn.Module):
     """MAE (He et al. 2022): the encoder sees only visible patches, a light decoder predicts the pixels of all patches.
 
-    The target of each patch is normalised by its own mean and variance unless `normalize_target` is False.
+    The target of each patch is normalised by its own mean and variance unless `norm_pixels` is False.
     """
 
-    captions = ("image", "masked image", "reconstruction")  # what `pictures` and `draw` show
+    captions = ("image", "masked image", "reconstruction")  # what `pictures` and `pictures_of` show
 
     def __init__(
         self,
@@ -555,7 +555,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int = 8,
         decoder_heads: int = 16,
         mask_ratio: float = 0.75,
-        normalize_target: bool = True,
+        norm_pixels: bool = True,
     ):
         super().__init__()
         patches = encoder.grid[0] * encoder.grid[1]
@@ -565,7 +565,7 @@ class MaskedAutoencoder(nn.Module):
             raise UserError(
                 f"a decoder of width {decoder_dim}, {decoder_depth} blocks, {decoder_heads} heads cannot be built"
             )
-        self.encoder, self.mask_ratio, self.normalize_target = encoder, mask_ratio, normalize_target
+        self.encoder, self.mask_ratio, self.norm_pixels = encoder, mask_ratio, norm_pixels
         self.decoder_embed = nn.Linear(encoder.dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
@@ -580,7 +580,7 @@ class MaskedAutoencoder(nn.Module):
     def target(self, images: Tensor) -> Tensor:
         """The pixels to predict: images (B, 3, H, W) in [0, 1] -> (B, N, P)."""
         patches = patchify(self.encoder.normalize(images), self.encoder.patch)
-        return normalize_patches(patches)[0] if self.normalize_target else patches
+        return normalize_patches(patches)[0] if self.norm_pixels else patches
 
     def decode(self, encoded: Tensor, visible: Tensor) -> Tensor:
         """CLS and visible tokens (B, 1 + M, D) with their patch index (B, M) -> predicted patches (B, N, P)."""
@@ -618,13 +618,13 @@ class MaskedAutoencoder(nn.Module):
     def pictures(self, images: Tensor) -> Tensor:
         """Rows of (image, masked image, reconstruction): (B, 3, H, W) -> (B, 3, 3, H, W), values in [0, 1]."""
         prediction, _, mask, _, _ = self(images)
-        return self.draw(images, prediction, mask)
+        return self.pictures_of(images, prediction, mask)
 
-    def draw(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
+    def pictures_of(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
         """`pictures` for predicted patches (B, N, P) and a mask (B, N)."""
         height, width = images.shape[-2:]
         patches = patchify(self.encoder.normalize(images), self.encoder.patch)  # (B, N, P)
-        if self.normalize_target:  # give each predicted patch the brightness and contrast of the true one
+        if self.norm_pixels:  # give each predicted patch the brightness and contrast of the true one
             _, mean, std = normalize_patches(patches)
             prediction = prediction.float() * std + mean
         grey = torch.zeros_like(patches)  # the mean colour of the data set
@@ -1402,7 +1402,7 @@ def render_shapes(count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor,
     step = max(1, 2**20 // size**2)  # keep the working set in the cache
     for i in range(0, count, step):
         part = slice(i, i + step)
-        images[part], masks[part] = _draw(draws[part], labels[part], size, radius, slope)
+        images[part], masks[part] = _paint(draws[part], labels[part], size, radius, slope)
     return images, labels, masks
 
 
@@ -1434,7 +1434,7 @@ def _outlines(angles: int = 720) -> tuple[Tensor, Tensor]:
     heart = list(zip(np.sin(t) ** 3, (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16))
     outlines = {
         "circle": np.full(angles, 0.8),
-        "ring": np.full(angles, 0.9),  # with a hole, see `_draw`
+        "ring": np.full(angles, 0.9),  # with a hole, see `_paint`
         "square": polygon((0.75, 0.75), (-0.75, 0.75), (-0.75, -0.75), (0.75, -0.75)),
         "triangle": spikes(3, 0.5),
         "star": spikes(5, 0.42),
@@ -1449,7 +1449,7 @@ def _outlines(angles: int = 720) -> tuple[Tensor, Tensor]:
     return radius, slope
 
 
-def _draw(draws: Tensor, labels: Tensor, size: int, radius: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+def _paint(draws: Tensor, labels: Tensor, size: int, radius: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Render one part of `render_shapes`: draws (N, 24), labels (N,) -> uint8 (N, 3, S, S), bool (N, S, S)."""
     column = iter(draws.unbind(dim=1))
 

@@ -634,7 +634,7 @@ class EnergyPretraining(Method):
                 raise UserError(f"--objective {config.objective} needs a vit, not {type(encoder).__name__}")
             decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
             self.autoencoder = MaskedAutoencoder(
-                encoder, *decoder, config.mask_ratio, normalize_target=config.objective == "mae"
+                encoder, *decoder, config.mask_ratio, norm_pixels=config.objective == "mae"
             )
         self.to(images.device)
         self.ready = True  # the trial step takes alpha = 1

@@ -397,6 +397,85 @@ class PatchUpsampler(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Decoders for detection (Table 11)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DecoderBlock(nn.Module):
+    """ "M-F+" or "M-F-" of Table 11: a Mobile-Former block whose Mobile part is a transformer block, or bneck-lite.
+
+    These parts have no dynamic ReLU and need no token, so they run before the queries' part, a choice. After the last block
+    nothing reads the map, so nothing is added to it.
+    """
+
+    def __init__(self, kind: str, dim: int, last: bool = False, heads: int = 8):
+        super().__init__()
+        self.mobile = Block(dim, heads, mlp_ratio=8) if kind == "+" else LiteBottleneck(dim, 2 * dim, dim)
+        self.to_former, self.former = MobileToFormer(dim, dim), Block(dim, heads)
+        self.to_mobile = None if last else FormerToMobile(dim, dim)
+
+    def forward(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W), (B, Q, C)
+        if isinstance(self.mobile, Block):
+            tokens = self.mobile(rearrange(x, "b c h w -> b (h w) c"))
+            x = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+        else:
+            x = self.mobile(x)
+        queries = self.former(self.to_former(queries, x))
+        return self.to_mobile(x, queries) if self.to_mobile else x, queries
+
+
+class MFDecoder(nn.Module):
+    """MF-Dec-522 or MF-Dec-211 (Table 11): object queries for DETR, refined at 1/32, 1/16 and 1/8 of the image.
+
+    `depths` are (5, 2, 2) or (2, 1, 1) blocks; `coarse` and `fine` the widths of the encoder's output at 1/16 and of its
+    map at 1/8, 2880 and 192 for MF-W2880.
+    The text does not say how the encoder's maps come in, nor how wide the blocks are. Published multiply-adds grow with the
+    encoder's width as if each scale added a 1 x 1 convolution of its map; so it is here. With DETR's 2048 hidden units for
+    the map, and a transformer block of ratio 4 for the queries, parameters lie within 2.5 % of the published ones.
+    Multiply-adds do not: at 800 x 1333 MF-Dec-522 has 8 G less than published, whatever the encoder. Choices, too: a lite
+    bottleneck twice as wide within, 8 heads, batch norm, no dropout, sine-cosine positions added to the map at each scale,
+    DETR's prediction heads after each block.
+    """
+
+    def __init__(
+        self, depths: tuple = (5, 2, 2), coarse: int = 2880, fine: int = 192, classes: int = 91, queries: int = 100
+    ):
+        super().__init__()
+        dim = 256
+        self.queries = nn.Parameter(torch.empty(queries, dim))
+        self.down = nn.Sequential(conv(coarse, coarse, 3, stride=2, groups=coarse), conv(coarse, dim))  # "down-conv"
+        self.lateral = nn.ModuleList([conv(coarse, dim), conv(fine, dim)])
+        self.up = nn.ModuleList(nn.Sequential(conv(dim, dim, 3, groups=dim), conv(dim, dim)) for _ in range(2))
+        self.stages = nn.ModuleList(
+            nn.ModuleList(DecoderBlock(kind, dim, i == 2 and j == depth - 1) for j in range(depth))
+            for i, (kind, depth) in enumerate(zip("+--", depths, strict=True))
+        )
+        self.norm, self.classify = nn.LayerNorm(dim), nn.Linear(dim, classes + 1)
+        self.locate = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4), nn.Sigmoid()
+        )
+        nn.init.normal_(self.queries)
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps (B, coarse, H/16, W/16) and (B, fine, H/8, W/8) -> for L blocks, class logits (L, B, Q, classes + 1), the
+        last of which is "no object", and boxes (L, B, Q, 4): centre x, y, width, height in shares of the image.
+        """
+        queries, outputs = self.queries.expand(len(coarse), -1, -1), []
+        x = self.down(coarse)  # (B, 256, H/32, W/32)
+        for scale, blocks in enumerate(self.stages):
+            if scale:
+                encoded = self.lateral[scale - 1]((coarse, fine)[scale - 1])
+                x = self.up[scale - 1](F.interpolate(x, encoded.shape[2:], mode="bilinear")) + encoded
+            positions = sincos_positions(*x.shape[2:], x.shape[1]).to(x)
+            x = x + rearrange(positions, "(h w) c -> c h w", h=x.shape[2])
+            for block in blocks:
+                x, queries = block(x, queries)
+                outputs.append(queries)
+        outputs = self.norm(torch.stack(outputs))  # (L, B, Q, 256)
+        return self.classify(outputs), self.locate(outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -501,11 +580,7 @@ class FinolaAutoencoder(Method):
         place = ORIGINS[self.config.origin]
         return (self.size // 2, self.size // 2) if place is None else tuple(x % self.size for x in place)
 
-    @property
-    def captions(self) -> tuple:
-        return ("image", "masked image", "reconstruction") if self.masked else ("image", "reconstruction")
-
-    def draw(self, batch: int, device) -> Tensor:
+    def draw_corners(self, batch: int, device) -> Tensor:
         """Where the visible block of each image starts, in cells: (B, 2), row and column, uniform."""
         return torch.randint(0, self.size // 2 + 1, (batch, 2), device=device)
 
@@ -552,7 +627,7 @@ class FinolaAutoencoder(Method):
     def forward(self, images: Tensor, labels: Tensor | None = None, corner: Tensor | None = None) -> dict:
         """Loss and PSNR of images (B, 3, H, W); masked variants take the corners of the blocks (B, 2) or draw them."""
         if self.masked and corner is None:
-            corner = self.draw(len(images), images.device)
+            corner = self.draw_corners(len(images), images.device)
         prediction = self.upsampler(self.feature_map(images, corner)).float()
         mask = self.scored(images, corner)
         error = (prediction - self.encoder.normalize(images)).square().mean(dim=1, keepdim=True)  # (B, 1, H, W)
@@ -575,91 +650,16 @@ class FinolaAutoencoder(Method):
         quality = features_of(measure, test, chosen, config.image_size, **loading)[0].mean()
         return probe(encode, train, test, config.image_size, config.probe_images, **loading) | {"psnr": float(quality)}
 
+    @property
+    def captions(self) -> tuple:
+        return ("image", "masked image", "reconstruction") if self.masked else ("image", "reconstruction")
+
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
         """Rows of (image, reconstruction), or (image, visible block, prediction around it): (B, K, 3, H, W) in [0, 1]."""
         if not self.masked:
             return torch.stack([images, self.decode(self.feature_map(images)).clamp(0, 1)], dim=1)
-        corner = self.draw(len(images), images.device)
+        corner = self.draw_corners(len(images), images.device)
         mask, prediction = self.scored(images, corner), self.decode(self.feature_map(images, corner)).clamp(0, 1)
         seen = torch.where(mask > 0, self.encoder.mean, images)
         return torch.stack([images, seen, torch.where(mask > 0, prediction, images)], dim=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Detection
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class DecoderBlock(nn.Module):
-    """ "M-F+" or "M-F-" of Table 11: a Mobile-Former block whose Mobile part is a transformer block, or bneck-lite.
-
-    These parts have no dynamic ReLU and need no token, so they run before the queries' part, a choice. After the last block
-    nothing reads the map, so nothing is added to it.
-    """
-
-    def __init__(self, kind: str, dim: int, last: bool = False, heads: int = 8):
-        super().__init__()
-        self.mobile = Block(dim, heads, mlp_ratio=8) if kind == "+" else LiteBottleneck(dim, 2 * dim, dim)
-        self.to_former, self.former = MobileToFormer(dim, dim), Block(dim, heads)
-        self.to_mobile = None if last else FormerToMobile(dim, dim)
-
-    def forward(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W), (B, Q, C)
-        if isinstance(self.mobile, Block):
-            tokens = self.mobile(rearrange(x, "b c h w -> b (h w) c"))
-            x = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
-        else:
-            x = self.mobile(x)
-        queries = self.former(self.to_former(queries, x))
-        return self.to_mobile(x, queries) if self.to_mobile else x, queries
-
-
-class MFDecoder(nn.Module):
-    """MF-Dec-522 or MF-Dec-211 (Table 11): object queries for DETR, refined at 1/32, 1/16 and 1/8 of the image.
-
-    `depths` are (5, 2, 2) or (2, 1, 1) blocks; `coarse` and `fine` the widths of the encoder's output at 1/16 and of its
-    map at 1/8, 2880 and 192 for MF-W2880.
-    The text does not say how the encoder's maps come in, nor how wide the blocks are. Published multiply-adds grow with the
-    encoder's width as if each scale added a 1 x 1 convolution of its map; so it is here. With DETR's 2048 hidden units for
-    the map, and a transformer block of ratio 4 for the queries, parameters lie within 2.5 % of the published ones.
-    Multiply-adds do not: at 800 x 1333 MF-Dec-522 has 8 G less than published, whatever the encoder. Choices, too: a lite
-    bottleneck twice as wide within, 8 heads, batch norm, no dropout, sine-cosine positions added to the map at each scale,
-    DETR's prediction heads after each block.
-    """
-
-    def __init__(
-        self, depths: tuple = (5, 2, 2), coarse: int = 2880, fine: int = 192, classes: int = 91, queries: int = 100
-    ):
-        super().__init__()
-        dim = 256
-        self.queries = nn.Parameter(torch.empty(queries, dim))
-        self.down = nn.Sequential(conv(coarse, coarse, 3, stride=2, groups=coarse), conv(coarse, dim))  # "down-conv"
-        self.lateral = nn.ModuleList([conv(coarse, dim), conv(fine, dim)])
-        self.up = nn.ModuleList(nn.Sequential(conv(dim, dim, 3, groups=dim), conv(dim, dim)) for _ in range(2))
-        self.stages = nn.ModuleList(
-            nn.ModuleList(DecoderBlock(kind, dim, i == 2 and j == depth - 1) for j in range(depth))
-            for i, (kind, depth) in enumerate(zip("+--", depths, strict=True))
-        )
-        self.norm, self.classify = nn.LayerNorm(dim), nn.Linear(dim, classes + 1)
-        self.locate = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4), nn.Sigmoid()
-        )
-        nn.init.normal_(self.queries)
-
-    def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B, coarse, H/16, W/16) and (B, fine, H/8, W/8) -> for L blocks, class logits (L, B, Q, classes + 1), the
-        last of which is "no object", and boxes (L, B, Q, 4): centre x, y, width, height in shares of the image.
-        """
-        queries, outputs = self.queries.expand(len(coarse), -1, -1), []
-        x = self.down(coarse)  # (B, 256, H/32, W/32)
-        for scale, blocks in enumerate(self.stages):
-            if scale:
-                encoded = self.lateral[scale - 1]((coarse, fine)[scale - 1])
-                x = self.up[scale - 1](F.interpolate(x, encoded.shape[2:], mode="bilinear")) + encoded
-            positions = sincos_positions(*x.shape[2:], x.shape[1]).to(x)
-            x = x + rearrange(positions, "(h w) c -> c h w", h=x.shape[2])
-            for block in blocks:
-                x, queries = block(x, queries)
-                outputs.append(queries)
-        outputs = self.norm(torch.stack(outputs))  # (L, B, Q, 256)
-        return self.classify(outputs), self.locate(outputs)

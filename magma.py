@@ -410,15 +410,35 @@ class Magma(Method):
         self.projector = nn.Sequential(*layers)
 
     @property
-    def captions(self) -> tuple:
-        return self.autoencoder.captions if self.config.ssl == "mae" else ("image", "view", "view")
-
-    @property
     def encoder(self) -> ViT:
         return self.autoencoder.encoder if self.config.ssl == "mae" else self.backbone
 
     def start_epoch(self, epoch: int):
         self.active = self.config.e_st <= epoch < self.config.e_st + self.config.e_dur
+
+    def gathered(self, features: Tensor) -> Tensor:
+        return gather(features) if self.config.gather else features
+
+    def over_layers(self, function, hidden: list, *settings) -> Tensor:
+        """Eq. 2's sum over layers: function(regularized, reference) for the pairs of K, from the outputs of all blocks."""
+        chosen = [self.gathered(image_features(hidden[layer])) for layer in self.config.layers]  # each (B, D)
+        if self.config.layer_pairs == "all":
+            pairs = itertools.permutations(chosen, 2)
+            return sum(function(regularized, reference, *settings) for reference, regularized in pairs)
+        *references, last = chosen
+        return sum(function(last, reference, *settings) for reference in references) / len(references)
+
+    def compare_views(self, views: Tensor) -> tuple[Tensor, Tensor, list]:
+        """SimCLR or VICReg: views (B, 2, 3, H, W) -> loss, and of the first view the tokens and every block's output."""
+        images = jitter(views.transpose(0, 1).flatten(0, 1), self.strength)  # (2B, 3, H, W), all first views first
+        encoded, hidden = self.backbone.encode(self.backbone.embed(images), hidden=True)
+        # The projector sees one view at a time: the statistics of its batch norm are those of a view.
+        a, b = (self.gathered(self.projector(x)) for x in self.backbone.pooled(encoded).chunk(2))  # (B, D) each
+        if self.config.ssl == "simclr":
+            loss = contrastive_loss(a, b, self.config.temperature)
+        else:
+            loss = vicreg_loss(a, b, self.config.vicreg)
+        return loss, encoded.chunk(2)[0], [layer.chunk(2)[0] for layer in hidden]
 
     def forward(self, images: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> dict:
         """Eq. 1 for images (B, 3, H, W), with a mask (B, N) or a random one, or for two views (B, 2, 3, H, W)."""
@@ -444,29 +464,9 @@ class Magma(Method):
             loss = loss + push * terms["inverse"]
         return {"loss": loss, **terms}
 
-    def gathered(self, features: Tensor) -> Tensor:
-        return gather(features) if self.config.gather else features
-
-    def over_layers(self, function, hidden: list, *settings) -> Tensor:
-        """Eq. 2's sum over layers: function(regularized, reference) for the pairs of K, from the outputs of all blocks."""
-        chosen = [self.gathered(image_features(hidden[layer])) for layer in self.config.layers]  # each (B, D)
-        if self.config.layer_pairs == "all":
-            pairs = itertools.permutations(chosen, 2)
-            return sum(function(regularized, reference, *settings) for reference, regularized in pairs)
-        *references, last = chosen
-        return sum(function(last, reference, *settings) for reference in references) / len(references)
-
-    def compare_views(self, views: Tensor) -> tuple[Tensor, Tensor, list]:
-        """SimCLR or VICReg: views (B, 2, 3, H, W) -> loss, and of the first view the tokens and every block's output."""
-        images = jitter(views.transpose(0, 1).flatten(0, 1), self.strength)  # (2B, 3, H, W), all first views first
-        encoded, hidden = self.backbone.encode(self.backbone.embed(images), hidden=True)
-        # The projector sees one view at a time: the statistics of its batch norm are those of a view.
-        a, b = (self.gathered(self.projector(x)) for x in self.backbone.pooled(encoded).chunk(2))  # (B, D) each
-        if self.config.ssl == "simclr":
-            loss = contrastive_loss(a, b, self.config.temperature)
-        else:
-            loss = vicreg_loss(a, b, self.config.vicreg)
-        return loss, encoded.chunk(2)[0], [layer.chunk(2)[0] for layer in hidden]
+    @property
+    def captions(self) -> tuple:
+        return self.autoencoder.captions if self.config.ssl == "mae" else ("image", "view", "view")
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:

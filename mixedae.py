@@ -327,14 +327,7 @@ class MixedAE(Method):
             raise UserError(f"{given}, not a multiple of --images-per-group {config.images_per_group}")
         return super().optimizer(config)
 
-    @property
-    def captions(self) -> tuple:
-        if self.config.mode == "mae":
-            return self.autoencoder.captions
-        numbers = range(1, self.config.images_per_group + 1)
-        return (*[f"image {i}" for i in numbers], "mixture", *[f"reconstruction {i}" for i in numbers], "attention")
-
-    def draw(self, groups: int) -> Tensor:
+    def draw_assignment(self, groups: int) -> Tensor:
         """M for some groups: (G, N); in full mode (G * K, N), the K mixtures of a group one after the other."""
         k, grid = self.config.images_per_group, self.encoder.grid
         device = self.segments.device
@@ -391,8 +384,21 @@ class MixedAE(Method):
         full = unmix(x[:, 1:], assignment, autoencoder.mask_token[0, 0], k)  # (G, K, N, d)
         return autoencoder.predict(x[:, :1].repeat_interleave(k, dim=0), full.flatten(0, 1))
 
+    def without_mixing(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """MAE on each image alone: (B, 3, H, W) -> predicted patches (B, N, P), mask (B, N), and the visible tokens of each
+        group (G, K * M, D) with the number of the image that they come from (G, K * M).
+        """
+        k, autoencoder, vit = self.config.images_per_group, self.autoencoder, self.encoder
+        batch, patches = len(images), vit.grid[0] * vit.grid[1]
+        mask = random_mask(batch, patches, autoencoder.mask_ratio, device=images.device)
+        visible = visible_patches(mask, patches - round(autoencoder.mask_ratio * patches))
+        slots = torch.arange(batch, device=images.device)[:, None].expand_as(visible) % k  # (B, M)
+        encoded = self.encode(take(vit.embed(images), visible), slots, attend)
+        tokens, slots = (rearrange(x, "(g k) m ... -> g (k m) ...", k=k) for x in (encoded[:, 1:], slots))
+        return autoencoder.decode(encoded, visible), mask, tokens, slots
+
     def forward(self, images: Tensor, labels: Tensor | None = None, assignment: Tensor | None = None) -> dict:
-        """The losses for images (B, 3, H, W), B a multiple of K, with M as `draw` makes it, or a random one."""
+        """The losses for images (B, 3, H, W), B a multiple of K, with M as `draw_assignment` makes it, or a random one."""
         config, k, accuracies = self.config, self.config.images_per_group, []
         if len(images) % k:
             raise ValueError(f"{len(images)} images do not make groups of {k}")
@@ -401,7 +407,7 @@ class MixedAE(Method):
             loss = reconstruction_loss(prediction, self.autoencoder.target(images), mask)
         else:
             groups = len(images) // k
-            assignment = self.draw(groups) if assignment is None else assignment
+            assignment = self.draw_assignment(groups) if assignment is None else assignment
             times = k if config.mode == "full" else 1  # mixtures of a group
             if len(assignment) != groups * times:
                 raise ValueError(f"{len(assignment)} assignments for {groups} groups, mixed {times} times each")
@@ -421,45 +427,12 @@ class MixedAE(Method):
             terms["homologous"] = torch.stack(accuracies).float().mean()
         return {"loss": config.reconstruction * loss + config.contrast * contrast} | terms
 
-    def without_mixing(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """MAE on each image alone: (B, 3, H, W) -> predicted patches (B, N, P), mask (B, N), and the visible tokens of each
-        group (G, K * M, D) with the number of the image that they come from (G, K * M).
-        """
-        k, autoencoder, vit = self.config.images_per_group, self.autoencoder, self.encoder
-        batch, patches = len(images), vit.grid[0] * vit.grid[1]
-        mask = random_mask(batch, patches, autoencoder.mask_ratio, device=images.device)
-        visible = visible_patches(mask, patches - round(autoencoder.mask_ratio * patches))
-        slots = torch.arange(batch, device=images.device)[:, None].expand_as(visible) % k  # (B, M)
-        encoded = self.encode(take(vit.embed(images), visible), slots, attend)
-        tokens, slots = (rearrange(x, "(g k) m ... -> g (k m) ...", k=k) for x in (encoded[:, 1:], slots))
-        return autoencoder.decode(encoded, visible), mask, tokens, slots
-
-    @torch.no_grad()
-    def pictures(self, images: Tensor) -> Tensor:
-        """A row a group: the K images, the mixture, the K reconstructions, and the attention of one query.
-
-        Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last of the
-        blocks that `attention` acts in, lights up the mixture; relatives of the query are framed in white, the query in red.
-        Fewer than K images are repeated to make a group. With --mode mae, rows of (image, masked image, reconstruction).
-        """
-        config, k, vit = self.config, self.config.images_per_group, self.encoder
-        images = images[torch.arange(max(k, len(images) // k * k)) % len(images)]  # whole groups
-        if config.mode == "mae":
-            return self.autoencoder.draw(images, *self.without_mixing(images)[:2])
-        height, width = images.shape[-2:]
-        assignment = self.draw(len(images) // k)[:: k if config.mode == "full" else 1]
-        embedded = rearrange(vit.embed(images), "(g k) n d -> g k n d", k=k)
-        seen = []
-        encoded = self.encode(mix(embedded, assignment), assignment, self.attention(assignment, [], seen))
-        hidden = ~own_patches(assignment, k).flatten(0, 1)  # (B, N)
-        drawn = self.autoencoder.draw(images, self.reconstruct(encoded, assignment).float(), hidden)[:, 2]
-        mixture = mix(patchify(images, vit.patch).unflatten(0, (-1, k)), assignment)  # (G, N, P)
-        mixture = unpatchify(mixture, vit.patch, height, width)  # (G, 3, H, W)
-        images, drawn = (x.unflatten(0, (-1, k)) for x in (images, drawn))  # (G, K, 3, H, W)
-        sheet = torch.cat([images, mixture[:, None], drawn], dim=1)
-        zoom = max(1, 128 // height)  # room for frames
-        sheet = sheet.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
-        return torch.cat([sheet, self.attention_picture(sheet[:, k], seen[-1], assignment)[:, None]], dim=1)
+    @property
+    def captions(self) -> tuple:
+        if self.config.mode == "mae":
+            return self.autoencoder.captions
+        numbers = range(1, self.config.images_per_group + 1)
+        return (*[f"image {i}" for i in numbers], "mixture", *[f"reconstruction {i}" for i in numbers], "attention")
 
     def attention_picture(self, mixture: Tensor, weights: Tensor, assignment: Tensor) -> Tensor:
         """The mixture (G, 3, H, W) lit by the attention of the central patch, with frames around its relatives.
@@ -484,3 +457,30 @@ class MixedAE(Method):
         red = torch.tensor([1.0, 0.1, 0.1], device=mixture.device)[:, None, None]
         itself = torch.arange(rows * columns, device=mixture.device) == query
         return torch.where(enlarge(itself.expand_as(assignment)) & frame, red, out)
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> Tensor:
+        """A row a group: the K images, the mixture, the K reconstructions, and the attention of one query.
+
+        Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last of the
+        blocks that `attention` acts in, lights up the mixture; relatives of the query are framed in white, the query in red.
+        Fewer than K images are repeated to make a group. With --mode mae, rows of (image, masked image, reconstruction).
+        """
+        config, k, vit = self.config, self.config.images_per_group, self.encoder
+        images = images[torch.arange(max(k, len(images) // k * k)) % len(images)]  # whole groups
+        if config.mode == "mae":
+            return self.autoencoder.pictures_of(images, *self.without_mixing(images)[:2])
+        height, width = images.shape[-2:]
+        assignment = self.draw_assignment(len(images) // k)[:: k if config.mode == "full" else 1]
+        embedded = rearrange(vit.embed(images), "(g k) n d -> g k n d", k=k)
+        seen = []
+        encoded = self.encode(mix(embedded, assignment), assignment, self.attention(assignment, [], seen))
+        hidden = ~own_patches(assignment, k).flatten(0, 1)  # (B, N)
+        restored = self.autoencoder.pictures_of(images, self.reconstruct(encoded, assignment).float(), hidden)[:, 2]
+        mixture = mix(patchify(images, vit.patch).unflatten(0, (-1, k)), assignment)  # (G, N, P)
+        mixture = unpatchify(mixture, vit.patch, height, width)  # (G, 3, H, W)
+        images, restored = (x.unflatten(0, (-1, k)) for x in (images, restored))  # (G, K, 3, H, W)
+        sheet = torch.cat([images, mixture[:, None], restored], dim=1)
+        zoom = max(1, 128 // height)  # room for frames
+        sheet = sheet.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
+        return torch.cat([sheet, self.attention_picture(sheet[:, k], seen[-1], assignment)[:, None]], dim=1)

@@ -95,7 +95,7 @@ from common import (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def in_float32(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -145,7 +145,7 @@ def weighted_reconstruction_loss(
     mean: over masked patches, as the code. sum: that of Eq. 1, divided by the number of images. A patch's error is the mean over
     its pixels.
     """
-    error = (in_float32(prediction) - in_float32(target)).square().mean(dim=-1)  # (B, N)
+    error = (widen(prediction) - widen(target)).square().mean(dim=-1)  # (B, N)
     total = (mask * probability * error).sum()
     return total / (len(error) if normalization == "sum" else mask.detach().sum())
 
@@ -343,7 +343,6 @@ class MultiLevelMAE(Method):
     """The three levels. A step of the loop is a cycle: `unrolling` steps of level I, one of II, and one of III."""
 
     name = "mlo_mae"
-    captions = ("image", "probability", "masked image", "reconstruction")
 
     def __init__(self, config: Config, data):
         super().__init__()
@@ -435,12 +434,24 @@ class MultiLevelMAE(Method):
         first, last = self.config.mask_ratio, self.config.mask_ratio_end or self.config.mask_ratio
         self.ratio = first + (last - first) * epoch / max(1, self.config.epochs - 1)
 
+    def optimizer(self, config: Config) -> torch.optim.Optimizer:
+        """AdamW for all levels, each in groups of its own: a step moves those that have a gradient, and no others."""
+        groups = []
+        modules = ((self.autoencoder, config.base_lr), (self.head, config.head_lr), (self.masking, config.mask_lr))
+        for module, rate in (*modules, (self.tuned, config.base_lr)):
+            for plain in (False, True) if module is not None else ():
+                chosen = [p for name, p in module.named_parameters() if (p.ndim < 2 or name.endswith("token")) == plain]
+                scale = {"lr_scale": rate / config.base_lr, "weight_decay": 0.0 if plain else config.weight_decay}
+                eps = 1e-15 if module is self.masking else 1e-8
+                groups.append({"params": chosen, "eps": eps} | scale)
+        return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
+
     # The losses of the levels.
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) -> what is masked, numbers 0 and 1, and the probability of each patch; both (B, N)."""
         if self.learns_masks:
-            seen, config = in_float32(tokens.detach() if self.config.detach_tokens else tokens), self.config
+            seen, config = widen(tokens.detach() if self.config.detach_tokens else tokens), self.config
             with torch.autocast(tokens.device.type, enabled=False):
                 probability = self.masking(seen)
             return soft_selection(probability, self.ratio, config.mask_gradient, config.temperature), probability
@@ -460,7 +471,7 @@ class MultiLevelMAE(Method):
         encoded = encoder.encode(take(tokens, visible))  # (B, 1 + M, D)
         return self.autoencoder.decode(encoded, visible), self.autoencoder.target(images), mask, probability
 
-    def reconstruction_loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def pretraining_loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Level I, Eq. 1, and the probabilities (B, N)."""
         prediction, target, mask, probability = self.reconstruct(images)
         return weighted_reconstruction_loss(
@@ -474,27 +485,15 @@ class MultiLevelMAE(Method):
 
     def classification_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Levels II and III, Eq. 2 and 3: cross-entropy of the head on features (B, D)."""
-        return F.cross_entropy(in_float32(self.head(features)), labels)
+        return F.cross_entropy(widen(self.head(features)), labels)
 
     def forward(self, images: Tensor, labels: Tensor | None = None, level: int = 1) -> Tensor:
         """The loss of a level as a scalar, for `torch.func.functional_call`: the loop calls `update`, never this."""
         if level == 1:
-            return self.reconstruction_loss(images)[0]
+            return self.pretraining_loss(images)[0]
         return self.classification_loss(self.features(images), labels)
 
     # A cycle.
-
-    def optimizer(self, config: Config) -> torch.optim.Optimizer:
-        """AdamW for all levels, each in groups of its own: a step moves those that have a gradient, and no others."""
-        groups = []
-        modules = ((self.autoencoder, config.base_lr), (self.head, config.head_lr), (self.masking, config.mask_lr))
-        for module, rate in (*modules, (self.tuned, config.base_lr)):
-            for plain in (False, True) if module is not None else ():
-                chosen = [p for name, p in module.named_parameters() if (p.ndim < 2 or name.endswith("token")) == plain]
-                scale = {"lr_scale": rate / config.base_lr, "weight_decay": 0.0 if plain else config.weight_decay}
-                eps = 1e-15 if module is self.masking else 1e-8
-                groups.append({"params": chosen, "eps": eps} | scale)
-        return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 
     def weights(self, prefix: str, copy: bool = False) -> dict:
         """The parameters whose name starts with `prefix`, without gradients: {name: tensor}; cloned with `copy`."""
@@ -514,36 +513,6 @@ class MultiLevelMAE(Method):
             parameter.grad = gradients[i]
         stepper.step()
 
-    def update(self, model: nn.Module, batches: list, stepper) -> dict:
-        """Eq. 6 to 8: steps of the autoencoder, one of the head, and one of T where its images came along."""
-        ((images, labels),) = batches
-        config, size = self.config, self.config.batch_size // world_size()
-        parts = list(zip(images.split(size), labels.split(size), strict=True))
-        unlabelled, own, held_out = parts[: config.unrolling], parts[config.unrolling], parts[config.unrolling + 1 :]
-        joint, total = config.objective == "blo", 0.0
-        for i, (batch, _) in enumerate(unlabelled):
-            last = held_out and i == len(unlabelled) - 1
-            before = self.weights("autoencoder.", copy=True) if last else None
-            with stepper.autocast():
-                loss, probability = self.reconstruction_loss(batch)
-                head_loss = self.classification_loss(self.features(own[0]), own[1]) if joint else None
-            total = total + loss.detach() / config.unrolling
-            if joint:
-                self.descend(config.gamma * loss + head_loss, [self.autoencoder, self.head], stepper)
-            else:
-                self.descend(loss, [self.autoencoder], stepper)
-        head_before = self.weights("head.", copy=True)
-        if not joint:
-            head_loss = self.train_head(*own, stepper)
-        logged = {"loss": total, "loss_head": head_loss.detach()}
-        if not self.learns_masks:
-            return logged
-        if held_out:
-            self.learn_masks((unlabelled[-1][0], None), own, held_out[0], before, head_before, stepper)
-        p = probability.detach().clamp(1e-6, 1 - 1e-6)
-        entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean() / math.log(2)  # bits
-        return logged | {"loss_validation": self.validation_loss.clone(), "probability": p.mean(), "entropy": entropy}
-
     def train_head(self, images: Tensor, labels: Tensor, stepper) -> Tensor:
         """Level II: the head on fixed features (Eq. 7), or with the encoder F of Eq. 13, held near E by lambda."""
         with stepper.autocast():
@@ -559,20 +528,12 @@ class MultiLevelMAE(Method):
         self.descend(loss, modules, stepper)
         return loss
 
-    def learn_masks(self, unlabelled: tuple, own: tuple, held_out: tuple, before: dict, head_before: dict, stepper):
-        """Level III: one step of T (Eq. 8). `before` is the autoencoder, `head_before` the head, before their last step."""
-        gradient, loss = self.masking_gradient(unlabelled, own, held_out, before, head_before, stepper)
-        self.validation_loss.copy_(average(loss))
-        for name, parameter in self.named_parameters():
-            if name in gradient:
-                parameter.grad = gradient[name].to(parameter)
-        if self.config.clip:
-            nn.utils.clip_grad_norm_(self.masking.parameters(), self.config.clip)
-        stepper.optimizer.step()  # these gradients were never scaled
-        stepper.optimizer.zero_grad(set_to_none=True)
+    def masking_gradient(self, unlabelled, training, validation, before, head_before, stepper) -> tuple[dict, Tensor]:
+        """The hypergradient {name of T's parameter: tensor}, and the loss of level III.
 
-    def masking_gradient(self, unlabelled, own, held_out, before, head_before, stepper) -> tuple[dict, Tensor]:
-        """The hypergradient {name of T's parameter: tensor}, and the loss of level III."""
+        `unlabelled`, `training` and `validation` are (images, labels) of the last step of each level; `before` are the weights
+        of the autoencoder and `head_before` those of the head, before their last step.
+        """
         config, rates = self.config, [group["lr"] for group in stepper.optimizer.param_groups]
         lr_encoder, lr_head = (rates[0], rates[2]) if config.lr_factors else (1.0, 1.0)
 
@@ -583,7 +544,7 @@ class MultiLevelMAE(Method):
             return run
 
         level_1 = loss(unlabelled, 1, before)  # with the decoder as it was, too
-        level_2, level_3 = loss(own, 2), loss(held_out, 3)
+        level_2, level_3 = loss(training, 2), loss(validation, 3)
         prefix = "autoencoder.encoder."
         encoder_before = {name: value for name, value in before.items() if name.startswith(prefix)}
         head, masking = self.weights("head."), self.weights("masking.")
@@ -591,10 +552,7 @@ class MultiLevelMAE(Method):
         # A difference of gradients needs every digit. A derivative does not, but fp16 is too narrow for it.
         narrow = stepper.dtype == torch.bfloat16 and config.hypergradient == "exact"
         self.eval()  # no dropout
-        with (
-            torch.no_grad(),
-            torch.autocast(unlabelled[0].device.type, torch.bfloat16, enabled=narrow),
-        ):
+        with torch.no_grad(), torch.autocast(unlabelled[0].device.type, torch.bfloat16, enabled=narrow):
             if config.objective == "full":
 
                 def of_tuned(weights):
@@ -611,6 +569,48 @@ class MultiLevelMAE(Method):
                 found = hypergradient(level_1, level_2, level_3, encoder, (head_before, head), masking, **options)
         self.train()
         return found
+
+    def learn_masks(self, unlabelled, training, validation, before, head_before, stepper):
+        """Level III: one step of T (Eq. 8). Arguments as for `masking_gradient`."""
+        gradient, loss = self.masking_gradient(unlabelled, training, validation, before, head_before, stepper)
+        self.validation_loss.copy_(average(loss))
+        for name, parameter in self.named_parameters():
+            if name in gradient:
+                parameter.grad = gradient[name].to(parameter)
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.masking.parameters(), self.config.clip)
+        stepper.optimizer.step()  # these gradients were never scaled
+        stepper.optimizer.zero_grad(set_to_none=True)
+
+    def update(self, model: nn.Module, batches: list, stepper) -> dict:
+        """Eq. 6 to 8: steps of the autoencoder, one of the head, and one of T where its images came along."""
+        ((images, labels),) = batches
+        config, size = self.config, self.config.batch_size // world_size()
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        count, joint, total = config.unrolling, config.objective == "blo", 0.0
+        unlabelled, training, validation = parts[:count], parts[count], parts[count + 1 :]
+        for i, (batch, _) in enumerate(unlabelled):
+            last = validation and i == count - 1
+            before = self.weights("autoencoder.", copy=True) if last else None
+            with stepper.autocast():
+                loss, probability = self.pretraining_loss(batch)
+                head_loss = self.classification_loss(self.features(training[0]), training[1]) if joint else None
+            total = total + loss.detach() / count
+            if joint:
+                self.descend(config.gamma * loss + head_loss, [self.autoencoder, self.head], stepper)
+            else:
+                self.descend(loss, [self.autoencoder], stepper)
+        head_before = self.weights("head.", copy=True)
+        if not joint:
+            head_loss = self.train_head(*training, stepper)
+        logged = {"loss": total, "loss_head": head_loss.detach()}
+        if not self.learns_masks:
+            return logged
+        if validation:
+            self.learn_masks((unlabelled[-1][0], None), training, validation[0], before, head_before, stepper)
+        p = probability.detach().clamp(1e-6, 1 - 1e-6)
+        entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean() / math.log(2)  # bits
+        return logged | {"loss_validation": self.validation_loss.clone(), "probability": p.mean(), "entropy": entropy}
 
     # What there is to see.
 
@@ -638,6 +638,8 @@ class MultiLevelMAE(Method):
             found["object"] = float((share * hidden).sum() / hidden.sum() / share.mean())
         return found
 
+    captions = ("image", "probability", "masked image", "reconstruction")
+
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
         """Rows of (image, probabilities, masked image, reconstruction): (B, 4, 3, H, W) in [0, 1].
@@ -649,5 +651,5 @@ class MultiLevelMAE(Method):
         heat = ((probability - low) / (high - low).clamp_min(1e-6))[..., None].expand(-1, -1, self.encoder.patch**2 * 3)
         heat = unpatchify(heat, self.encoder.patch, *images.shape[-2:])  # (B, 3, H, W)
         heat = torch.stack([heat[:, 0], heat[:, 1], 1 - heat[:, 2]], dim=1)
-        drawn = self.autoencoder.draw(images, prediction, mask.bool())
-        return torch.cat([drawn[:, :1], heat[:, None], drawn[:, 1:]], dim=1)
+        rows = self.autoencoder.pictures_of(images, prediction, mask.bool())
+        return torch.cat([rows[:, :1], heat[:, None], rows[:, 1:]], dim=1)

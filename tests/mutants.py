@@ -248,8 +248,8 @@ mlo_mae.py tests/test_mlo_mae.py::test_soft_selections_act_on_the_visible_tokens
 + tokens
 
 mlo_mae.py tests/test_mlo_mae.py::test_several_steps_below_count_the_last_one
-- (unlabelled[-1][0], None), own
-+ (unlabelled[0][0], None), own
+- (unlabelled[-1][0], None), training
++ (unlabelled[0][0], None), training
 
 mlo_mae.py tests/test_mlo_mae.py::test_detached_tokens_keep_the_encoder_from_learning_through_the_masks
 - tokens.detach() if self.config.detach_tokens else tokens

@@ -248,7 +248,7 @@ def test_autoencoder_target_is_normalized_patch_by_patch():
     target = model.target(images)
     torch.testing.assert_close(target.mean(dim=-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(target.std(dim=-1), torch.ones(2, 4), atol=1e-4, rtol=0)
-    model.normalize_target = False
+    model.norm_pixels = False
     torch.testing.assert_close(model.target(images), common.patchify(model.encoder.normalize(images), 4))
 
 

@@ -848,7 +848,7 @@ def test_the_autoencoder_sees_the_corrupted_image_and_nothing_else():
     hidden = autoencoder.decoder_embed(encoder.encode(encoder.embed(corrupted * DATA_STD + DATA_MEAN)))
     patches = autoencoder.predict(hidden[:, :1], hidden[:, 1:])
     torch.testing.assert_close(common.patchify(out, 4), patches)
-    assert not autoencoder.mask_token.requires_grad and not autoencoder.normalize_target
+    assert not autoencoder.mask_token.requires_grad and not autoencoder.norm_pixels
 
 
 def test_mae_is_the_masked_autoencoder():
@@ -858,7 +858,7 @@ def test_mae_is_the_masked_autoencoder():
     torch.manual_seed(1)
     out = method.autoencoder(images)
     torch.testing.assert_close(loss, common.reconstruction_loss(out.prediction, out.target, out.mask))
-    assert method.autoencoder.normalize_target and out.mask.float().mean() == 0.5
+    assert method.autoencoder.norm_pixels and out.mask.float().mean() == 0.5
 
 
 def test_accumulated_parts_add_up():

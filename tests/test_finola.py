@@ -550,7 +550,7 @@ def test_training_draws_its_blocks(variant):
 
 
 def test_blocks_float_over_the_whole_grid():
-    corners = tiny(variant="masked_b").draw(500, "cpu")
+    corners = tiny(variant="masked_b").draw_corners(500, "cpu")
     assert {tuple(corner) for corner in corners.tolist()} == set(itertools.product(range(3), repeat=2))
 
 

@@ -103,7 +103,7 @@ def test_mixing_patches_is_mixing_pixels():
 @pytest.mark.parametrize("k", [2, 4])
 def test_full_mode_sees_every_patch_of_every_image_once(k):
     method = tiny(mode="full", images_per_group=k)
-    assignment = method.draw(3).view(3, k, 16)  # the mixtures of each group
+    assignment = method.draw_assignment(3).view(3, k, 16)  # the mixtures of each group
     for image in range(k):
         assert torch.equal((assignment == image).sum(dim=1), torch.ones(3, 16, dtype=torch.long))
 
@@ -232,7 +232,7 @@ def test_oracle_attention_equals_separate_encodes_of_the_visible_patches():
     """The control of Table A4a: attention within the same image is MAE's encoder on each image's own patches."""
     method = tiny(attention="oracle", segment="off").double()
     vit, k = method.encoder, 2
-    assignment = method.draw(3)
+    assignment = method.draw_assignment(3)
     embedded = vit.embed(images_of(6).double()).unflatten(0, (3, k))
     mixed = mixedae.mix(embedded, assignment)
 
@@ -252,7 +252,7 @@ def test_oracle_attention_equals_separate_encodes_of_the_visible_patches():
 def test_the_cls_token_sees_every_patch_and_is_seen_by_all():
     """A choice of ours: with one key a query, patches still get the CLS token besides."""
     method = tiny(topk=1, segment="off")
-    assignment, seen = method.draw(1), []
+    assignment, seen = method.draw_assignment(1), []
     mixed = mixedae.mix(method.encoder.embed(images_of(2))[None], assignment)
     method.encode(mixed, assignment, method.attention(assignment, [], seen))
     assert len(seen) == 6
@@ -335,7 +335,7 @@ def test_segment_code_is_a_sine_cosine_code_of_the_slot():
 @pytest.mark.parametrize(("segment", "blocks"), [("off", []), ("first", [0]), ("every", [0, 1, 2, 3, 4, 5])])
 def test_segments_are_added_to_the_patches_at_the_input_of_blocks(segment, blocks):
     method = tiny(segment=segment, attention="global")
-    vit, assignment = method.encoder, method.draw(2)
+    vit, assignment = method.encoder, method.draw_assignment(2)
     mixed = mixedae.mix(vit.embed(images_of(4)).unflatten(0, (2, 2)), assignment)
     x = torch.cat([vit.cls_token.expand(2, -1, -1), mixed], dim=1)
     for i, block in enumerate(vit.blocks):
@@ -351,7 +351,7 @@ def test_segments_are_added_to_the_patches_at_the_input_of_blocks(segment, block
 def test_contrast_off_global_attention_and_no_segments_is_naive_mixing():
     """The naive baseline written out: mix, encode, unmix, decode, loss on what came from others."""
     method = tiny(attention="global", segment="off", contrast=0.0)
-    images, assignment = images_of(4), method.draw(2)
+    images, assignment = images_of(4), method.draw_assignment(2)
     out = method(images, assignment=assignment)
     autoencoder, vit = method.autoencoder, method.encoder
     mixed = mixedae.mix(vit.embed(images).unflatten(0, (2, 2)), assignment)
@@ -377,7 +377,7 @@ def test_loss_is_eq_8():
 
 def test_full_mode_is_the_mean_over_its_mixtures():
     full, compose = tiny(mode="full"), tiny(mode="compose")
-    images, assignment = images_of(4), full.draw(2)
+    images, assignment = images_of(4), full.draw_assignment(2)
     parts = [compose(images, assignment=assignment[s::2]) for s in range(2)]  # the first and the second of each group
     out = full(images, assignment=assignment)
     for name in ("reconstruction", "contrast"):
@@ -448,7 +448,7 @@ def test_homologous_accuracy_is_logged_for_topk_attention_alone_and_over_all_blo
     for fields in ({"attention": "oracle"}, {"attention": "global"}, {"mode": "mae"}):
         assert "homologous" not in tiny(**fields)(images_of(4))
     method = tiny(topk=3, cell=1)  # larger cells make M symmetric, and hide a mistake in the order of patches
-    assignment, seen = method.draw(2), []
+    assignment, seen = method.draw_assignment(2), []
     out = method(images_of(4), assignment=assignment)
     mixed = mixedae.mix(method.encoder.embed(images_of(4)).unflatten(0, (2, 2)), assignment)
     method.encode(mixed, assignment, method.attention(assignment, [], seen))
@@ -460,7 +460,7 @@ def test_the_attention_of_the_method_matches_a_loop():
     """The patches that are most similar, and the CLS token besides, which sees all."""
     method = tiny(topk=3)
     q, k, v = (randn(2, 3, 17, 4, seed=i) for i in range(3))
-    out = method.attention(method.draw(2), [])(q, k, v)
+    out = method.attention(method.draw_assignment(2), [])(q, k, v)
     for g, h, i in itertools.product(range(2), range(3), range(17)):
         scores = q[g, h, i] @ k[g, h].T / 2
         keys = list(range(17)) if i == 0 else [0, *(scores[1:].argsort(descending=True)[:3] + 1).tolist()]
@@ -471,7 +471,7 @@ def test_the_attention_of_the_method_matches_a_loop():
 def test_attention_survives_overflow_in_fp16(attention):
     method = tiny(attention=attention)
     huge = torch.full((2, 3, 17, 64), 200.0, dtype=torch.float16)
-    assert method.attention(method.draw(2), [], [])(huge, huge, huge).isfinite().all()
+    assert method.attention(method.draw_assignment(2), [], [])(huge, huge, huge).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -493,7 +493,7 @@ def test_the_method_runs_under_autocast(fields, dtype):
 def test_masked_self_attention_keeps_images_apart_in_the_encoder():
     """The supplement's control prevents leakage: what another image shows does not reach the patches of this one."""
     method, images = tiny(attention="oracle", segment="off"), images_of(2)
-    assignment = method.draw(1)
+    assignment = method.draw_assignment(1)
     changed = torch.cat([images[:1], 1 - images[1:]])
     tokens = [
         method.encode(
@@ -508,7 +508,7 @@ def test_masked_self_attention_keeps_images_apart_in_the_encoder():
 
 def test_contrast_is_taken_on_the_encoded_patches_with_its_temperature():
     method, images = tiny(temperature=0.7), images_of(4)
-    assignment = method.draw(2)
+    assignment = method.draw_assignment(2)
     mixed = mixedae.mix(method.encoder.embed(images).unflatten(0, (2, 2)), assignment)
     encoded = method.encode(mixed, assignment, method.attention(assignment, []))
     expected = mixedae.homologous_contrastive(encoded[:, 1:], assignment, 0.7)
@@ -519,19 +519,19 @@ def test_the_settings_reach_the_parts():
     method = tiny(image_size=32, images_per_group=5, batch_size=5, pool="cls", norm_pixels=False, segment_scale=0.5)
     assert method.topk == 13  # round(64 / 5)
     assert method.encoder.pool == "cls"
-    assert not method.autoencoder.normalize_target
+    assert not method.autoencoder.norm_pixels
     assert method.encoder.mean.flatten().tolist() == [0.5] * 3
     assert method.encoder.std.flatten().tolist() == [0.25] * 3
     torch.testing.assert_close(method.segments, 0.5 * mixedae.segment_code(5, 96))
-    cells = method.draw(20).view(20, 4, 2, 4, 2)
+    cells = method.draw_assignment(20).view(20, 4, 2, 4, 2)
     assert (cells == cells[:, :, :1, :, :1]).all()
-    assert (tiny(cell=1).draw(20).view(20, 2, 2, 2, 2).diff(dim=2) != 0).any()
+    assert (tiny(cell=1).draw_assignment(20).view(20, 2, 2, 2, 2).diff(dim=2) != 0).any()
 
 
 def test_mixtures_do_not_depend_on_hidden_patches():
     """What an image loses to the others must not reach its prediction."""
     method, images = tiny(), images_of(2)
-    assignment = method.draw(1)
+    assignment = method.draw_assignment(1)
     hidden = F.interpolate((assignment != 0).view(1, 1, 4, 4).float(), scale_factor=4)
     changed = images.clone()
     changed[:1] = torch.where(hidden == 1, 1 - images[:1], images[:1])
@@ -569,7 +569,7 @@ def test_batches_must_make_whole_groups():
     with pytest.raises(ValueError, match="3 images do not make groups of 2"):
         tiny()(images_of(3))
     with pytest.raises(ValueError, match="3 assignments for 2 groups, mixed 1 times each"):
-        tiny()(images_of(4), assignment=tiny().draw(3))
+        tiny()(images_of(4), assignment=tiny().draw_assignment(3))
     for fields, message in (
         ({"images_per_group": 3}, "gives each process and part 8 images, not a multiple of --images-per-group 3"),
         ({"accumulate": 8}, "gives each process and part 1 images, not a multiple of --images-per-group 2"),
@@ -649,7 +649,7 @@ def test_mixtures_in_two_processes_are_those_of_one():
     """Split one global batch over two ranks: the averaged gradient is that of one process."""
     images = images_of(8, seed=5)
     method = tiny()
-    assignment = method.draw(4)
+    assignment = method.draw_assignment(4)
     method(images, assignment=assignment)["loss"].backward()
     whole = {name: p.grad for name, p in method.named_parameters()}
     for part in processes.start(processes.gradients_of_mixedae, images, assignment):

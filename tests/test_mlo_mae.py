@@ -378,7 +378,7 @@ def test_each_level_moves_its_own_weights_alone(difference):
     method.learn_masks((parts[0][0], None), parts[1], parts[2], *weights, stepper)
     assert changed(before, method) == {"masking", "validation_loss"}
     before = snapshot(method)
-    method.descend(method.reconstruction_loss(parts[0][0])[0], [method.autoencoder], stepper)
+    method.descend(method.pretraining_loss(parts[0][0])[0], [method.autoencoder], stepper)
     assert changed(before, method) == {"autoencoder"}
 
 
@@ -410,7 +410,7 @@ def test_two_levels_learn_from_labels_and_pixels_at_once():
     torch.manual_seed(0)
     method.update(method, [(images, labels)], recorder)
     torch.manual_seed(0)
-    loss = 0.3 * method.reconstruction_loss(images[:4])[0]
+    loss = 0.3 * method.pretraining_loss(images[:4])[0]
     loss = loss + method.classification_loss(method.features(images[4:]), labels[4:])
     names = [name for name, _ in method.named_parameters() if name.startswith(("autoencoder.", "head."))]
     expected = torch.autograd.grad(loss, [dict(method.named_parameters())[name] for name in names])
@@ -497,7 +497,7 @@ def test_several_steps_below_count_the_last_one():
     recorder = Recorder(both)
     both.update(both, [(images, labels)], recorder)
     one = tiny(unrolling=1).double()
-    one.descend(one.reconstruction_loss(images[:4])[0], [one.autoencoder], Recorder(one))
+    one.descend(one.pretraining_loss(images[:4])[0], [one.autoencoder], Recorder(one))
     other = Recorder(one)
     one.update(one, [(images[4:], labels[4:])], other)
     for name, gradient in recorder.steps[-1].items():
@@ -572,7 +572,7 @@ def test_baselines_mask_at_random_or_always_the_same():
         assert (first.sum(dim=1) == 12).all()
         assert not same or (first == first[:1]).all()
     torch.manual_seed(3)
-    loss = method.reconstruction_loss(images)[0]
+    loss = method.pretraining_loss(images)[0]
     out = method.autoencoder(images, first.bool())
     torch.testing.assert_close(loss, common.reconstruction_loss(out.prediction, out.target, out.mask))
 
