@@ -15,7 +15,7 @@ augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-t
 mixed         MixedAE's step against MAE's, and top-k against plain attention
 finola        FINOLA's map in its parallel form against position by position
 energy        an energy step of N = 2 against a plain forward and backward pass of the same transformer: time and memory
-levels        a cycle of MLO-MAE, two steps of level I and one each of II and III, against two steps of MAE: time and memory
+levels        a cycle of MLO-MAE, two steps of level I and one each of II and III, against two steps of MAE
 """
 
 import argparse
@@ -285,7 +285,7 @@ def mixed(device):
 
 
 def position_by_position(module: finola.Finola, q: torch.Tensor, size: int) -> torch.Tensor:
-    """The obvious version of Finola.forward: both walks cell after cell, each from the cell before it -> (B, C, S, S)."""
+    """The obvious version of Finola.forward: both walks, each cell from the cell before it -> (B, C, S, S)."""
     centre, maps = size // 2, []
     for first, second in ((1, 0), (0, 1)):  # the axis that is walked first: columns, then rows
         cells = {(centre, centre): q}
@@ -348,8 +348,8 @@ def kept_for_backward(function) -> float:
 def by_central_difference(method, images, share: float = 1e-3):
     """One training step of the energy without second derivatives: its weights get theirs from two pairs of passes.
 
-    The loss of a step depends on the weights through the pixel gradient g alone, and its gradient is the change of dE/dweights
-    along v = dloss/dg. So, for each step: g and v, then the weights' gradients at x + eps v and x - eps v.
+    The loss of a step depends on the weights through the pixel gradient g alone, and its gradient is the change of
+    dE/dweights along v = dloss/dg. So, for each step: g and v, then the weights' gradients at x + eps v and x - eps v.
     """
     clean, x = method.corrupt(images)
     alpha = method.step_size(x).detach()
@@ -367,9 +367,9 @@ def by_central_difference(method, images, share: float = 1e-3):
 def energy(device):
     """Two restorations and their loss against one plain forward and backward pass of the same network and attention.
 
-    The floor is what products alone cost. A plain pass takes those of the forward three times. A restoration takes those with
-    weights 6 times (forward 1, its pixel gradient 1, backward through both 4), those of the attention, whose factors are
-    both activations, 9 times (1, 2, 6). With weights alone the floor is 4.0.
+    The floor is what products alone cost. A plain pass takes those of the forward three times. A restoration takes
+    those with weights 6 times (forward 1, its pixel gradient 1, backward through both 4), those of the attention, whose
+    factors are both activations, 9 times (1, 2, 6). With weights alone the floor is 4.0.
     """
     row("energy step, N = 2", "energy", "plain", "energy / plain", "floor", "over floor", "memory kept", "differences")
     data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
@@ -466,7 +466,7 @@ def main():
     device = common.start_distributed(args.device)
     precision = common.pick_precision("auto", device)
     print(
-        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} of {os.cpu_count()} threads, auto = {precision}"
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()}/{os.cpu_count()} threads, auto = {precision}"
     )
     for name in args.names or BENCHES:
         print()

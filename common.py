@@ -1,7 +1,7 @@
-"""What every method shares: patches, the vision transformer, the masked autoencoder, data, probes and the training loop.
+"""What every method shares: patches, vision transformer, masked autoencoder, data, probes and the training loop.
 
 Axis letters, used in every shape comment of the project:
-    B batch   V views   C channels   H W height, width   N patches   D width of a token   P values of a patch (p * p * C)
+    B batch   V views   C channels   H W height, width   N patches   D width of a token   P values of a patch (p p C)
 
 Each section can be read alone:
     1. Patches and positions      patchify, unpatchify, sincos_positions, random_mask, take
@@ -148,8 +148,8 @@ VIT_SIZES = {
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v on (B, heads, N, d) in three steps, each of which has a second derivative.
 
-    No fused kernel has one: neither that of CPUs nor those of GPUs. torch's own plain form has, but computes in float32 what
-    is in bf16, so this is the attention of energies on every device.
+    No fused kernel has one: neither that of CPUs nor those of GPUs. torch's own plain form has, but computes in float32
+    what is in bf16, so this is the attention of energies on every device.
     """
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
@@ -302,7 +302,7 @@ MOBILE_FORMERS = {
     "5760": {"token_dim": 256, "head": 2880, "rows": table_9(2)},
 }
 MOBILE_FORMERS["720"]["rows"][7:10] = [("down", 240, 80), ("same", 320, 88), ("same", 480, 88)]  # as printed
-"""Mobile-Former by width. W1440's first row of stage 4 is printed as 288, 96. That network misses the published counts by
+"""Mobile-Former by width. W1440's first row of stage 4 is printed as 288, 96. That network misses the counts by
 far (11.4 of 11.7 M parameters, 19.3 of 20.4 G multiply-adds), half of W2880's row meets both. So we have 576, 176."""
 
 
@@ -328,7 +328,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
 
 
 class DynamicReLU(nn.Module):
-    """max(a x, b x), the slopes of each channel given by a token: a in [0, 2], b in [-1, 1]; at first they are 1 and 0."""
+    """max(a x, b x), slopes of each channel given by a token: a in [0, 2], b in [-1, 1]; at first they are 1 and 0."""
 
     def __init__(self, token_dim: int, channels: int):
         super().__init__()
@@ -343,8 +343,8 @@ class DynamicReLU(nn.Module):
 class Mobile(nn.Module):
     """The convolutions of a Mobile-Former block: widen, 3 x 3 a channel, narrow, with dynamic ReLUs between.
 
-    "same" keeps the size and adds the input where the widths agree. "down" halves it: a depthwise convolution of stride 2
-    widens, and a second pair of convolutions (four times wider within) is added to the result.
+    "same" keeps the size and adds the input where the widths agree. "down" halves it: a depthwise convolution of stride
+    2 widens, and a second pair of convolutions (four times wider within) is added to the result.
     """
 
     def __init__(self, kind: str, inputs: int, expanded: int, outputs: int, token_dim: int):
@@ -384,7 +384,7 @@ class LiteBottleneck(nn.Module):
 
 
 class MobileToFormer(nn.Module):
-    """Tokens look at the map: cross attention with two heads, a gate, post-norm. The map is keys and values as it is."""
+    """Tokens look at the map: cross attention with two heads, a gate, post-norm. Keys and values are the map itself."""
 
     def __init__(self, channels: int, token_dim: int):
         super().__init__()
@@ -398,7 +398,7 @@ class MobileToFormer(nn.Module):
 
 
 class Former(nn.Module):
-    """Tokens look at each other: self-attention with four heads where only queries are projected, then an FFN; post-norm."""
+    """Tokens look at each other: self-attention, four heads, only queries are projected; then an FFN; post-norm."""
 
     def __init__(self, token_dim: int):
         super().__init__()
@@ -456,8 +456,8 @@ class MobileFormer(nn.Module):
     `width` is "micro", 720, 1440, 2880, 4320 or 5760. Images (B, 3, H, W) in [0, 1], sides a multiple of 16, ->
     (B, head, H / 16, W / 16); `head` is the width of the last 1 x 1 convolution, 0 for that of the table.
     `norm` is "batch", or "group" where no image may depend on others (`replace_batch_norms`).
-    The block is that of the released Mobile-Former. No activation follows the last convolution; that is a choice. Parameters
-    lie within 1.2 % of FINOLA's 4.9, 11.7, 25.0 (Table 4), 43.5 and 67.6 M (Table 2b).
+    The block is that of the released Mobile-Former. No activation follows the last convolution; that is a choice.
+    Parameters lie within 1.2 % of FINOLA's 4.9, 11.7, 25.0 (Table 4), 43.5 and 67.6 M (Table 2b).
     """
 
     stride = 16  # pixels of a cell, which sides are multiples of
@@ -649,7 +649,7 @@ def world_size() -> int:
 
 
 def keep_freed_memory():
-    """Make glibc keep the memory of freed tensors: mapping large ones anew each step can cost more than the crops do."""
+    """Make glibc keep the memory of freed tensors: mapping large ones anew each step can cost more than the crops."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
@@ -907,8 +907,8 @@ def load_data(
     have a label: fewer in `stl10` alone) or "test". `name` is one of DATASETS or a folder with train/<class>/* and
     val/<class>/*. `root` is the folder that holds the files of a named set; `download` fetches missing ones. Small sets
     come as one uint8 tensor on `device`. Only `shapes` needs `image_size` and `seed`.
-    Raises UserError where the name is unknown, or a file is missing or not what it should be. Images that cannot be read
-    are left out with `skip_bad_images`.
+    Raises UserError where the name is unknown, or a file is missing or not what it should be. Images that cannot be
+    read are left out with `skip_bad_images`.
     """
     if name == "shapes":
         count = 1024 if split == "test" else 4096
@@ -963,7 +963,7 @@ def fetch(url: str, md5: str, home: Path):
 
 
 def download(url: str, path: Path):
-    """Fetch `url` to `path`, going on where the file there ends if the server can. Raises OSError where it is cut short."""
+    """Fetch `url` to `path`, going on where the file there ends if possible. Raises OSError if it is cut short."""
     have = path.stat().st_size if path.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -1045,7 +1045,7 @@ def read_cifar(name: str, home: Path, split: str, device="cpu") -> "MemoryImages
 
 
 def class_names(listed: Path | None, count: int) -> list:
-    """The words of a text file, one a class; numbers where there is no such file. Raises UserError for another number of words."""
+    """The words of a text file, one a class, or numbers without a file. Raises UserError if their count is wrong."""
     if not listed or not listed.exists():
         return [str(i) for i in range(count)]
     names = listed.read_text(errors="replace").split()
@@ -1160,8 +1160,9 @@ def keep_good(paths: list, bad: dict, skip: bool) -> list:
 def check_images(paths: list) -> dict:
     """Decode every image file once: {index: reason} of those that cannot be read.
 
-    Which ones are good is remembered in the user's cache folder for as long as no file changes its name, size or date, so
-    that a large data set is checked by the first run alone. Bad ones are looked at again: a disk may have failed only once.
+    Which ones are good is remembered in the user's cache folder for as long as no file changes its name, size or date,
+    so that a large data set is checked by the first run alone. Bad ones are looked at again: a disk may have failed
+    only once.
     """
     key = hashlib.sha256()
     for path in paths:
@@ -1319,7 +1320,7 @@ def _leave_signals_to_the_parent(_):
 
 @dataclass
 class _Decoder(torch.utils.data.Dataset):
-    """What a worker process does: (index, seed, place) -> uint8 (V, 3, size, size) and the label; no seed, no augmentation.
+    """A worker's task: (index, seed, place) -> uint8 (V, 3, size, size) and the label; without seed no augmentation.
 
     An image that cannot be read comes back as the text of the error: an exception would lose its one clear line.
     """
@@ -1874,7 +1875,7 @@ STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(sig
 
 @contextlib.contextmanager
 def noted_signals():
-    """While it lasts, the signals that stop a run only add their number to the list that it gives; a second Ctrl-C stops at once."""
+    """Signals that stop a run only add their number to the list that this gives; a second Ctrl-C stops at once."""
     noted, first = [], 0.0
 
     def note(number, frame):
@@ -1897,7 +1898,7 @@ def noted_signals():
 
 
 class Meter:
-    """Means of logged scalars over an epoch, read from the device every few steps only, since each read waits for it."""
+    """Means of logged scalars over an epoch, read from the device every few steps: each read waits for it."""
 
     def __init__(self, sums: dict | None = None, count: int = 0):
         self.sums, self.count, self.waiting = dict(sums or {}), count, []
@@ -1971,10 +1972,10 @@ def identity_of(method: Method, train, config: TrainConfig, stepper: Stepper) ->
 
 
 def lock_run(out: Path, resume: bool):
-    """Make a run folder, or with --resume take the one that is there, and lock it until the file that is returned closes.
+    """Make a run folder, or with --resume take the one that is there; lock it until the returned file closes.
 
-    The lock is the operating system's: it ends with the process, however that ends. Raises UserError where the run exists,
-    or another process is writing it.
+    The lock is the operating system's: it ends with the process, however that ends. Raises UserError where the run
+    exists, or another process is writing it.
     """
     try:
         if not resume and out.exists():
@@ -1997,7 +1998,7 @@ def lock_run(out: Path, resume: bool):
 
 
 def open_run(out: Path, identity: dict, config: TrainConfig) -> int:
-    """Begin the run in a locked folder, or with --resume find its checkpoint; returns the step to go on from, 0 for a new run.
+    """Begin the run in a locked folder, or with --resume find its checkpoint; returns the step to go on from.
 
     Raises UserError rather than overwrite a run, or go on with one that is not the same.
     """
@@ -2050,7 +2051,7 @@ def save_encoder(encoder: nn.Module, file):
 
 
 ENCODERS = {"ViT": ViT, "MobileFormer": MobileFormer}
-"""What `load_encoder` can rebuild, by the name of the class. A file that has encoders of its own adds them when imported."""
+"""What `load_encoder` can rebuild, by the name of the class. A file with encoders of its own adds them on import."""
 
 
 def load_encoder(path, image_size: int = 0) -> nn.Module:
@@ -2108,7 +2109,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
 
 
 def restore_run(method: Method, stepper: Stepper, out: Path, first_step: int) -> "Meter":
-    """Put back the weights, the optimiser and the loss scaler of a checkpoint; returns the sums of its unfinished epoch."""
+    """Put back weights, optimiser and loss scaler of a checkpoint; returns the sums of its unfinished epoch."""
     state = load_checkpoint(out / "last.pt")
     if state["step"] != first_step:
         raise UserError(f"{out / 'last.pt'} is at step {state['step']} here, at step {first_step} on process 0")
@@ -2304,7 +2305,7 @@ def run_command(command, argv: list) -> int:
 
 
 def foreign_failure(error: Exception) -> str:
-    """What to say of an error of torch's that is no bug: too little memory, or another process that is gone; else nothing."""
+    """What to say of an error of torch's that is no bug: too little memory, or a process that is gone; else nothing."""
     text = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"not enough memory ({text}); lower --batch-size, or raise --accumulate"

@@ -1,11 +1,11 @@
 """Energy-inspired pretraining: restore a corrupted image by descending a learned energy.
 
-Wang, Wang, Liu and Qiu, "Energy-Inspired Self-Supervised Pretraining for Vision Models" (ICML 2022 workshop, ICLR 2023).
+Wang, Wang, Liu and Qiu, "Energy-Inspired Self-Supervised Pretraining for Vision Models" (ICLR 2023).
 
-The idea: put a linear head with one output on any vision model and call the output an energy. Corrupt an image: mask it,
-blur it, add noise, take its colour. Follow the gradient of the energy *with respect to the pixels* downhill for a step or
-two, and ask that the original comes out. The forward pass is the encoder and the backward pass is the decoder, so nothing
-has to be added to the model, and nothing thrown away after training but the head.
+The idea: put a linear head with one output on any vision model and call the output an energy. Corrupt an image: mask
+it, blur it, add noise, take its colour. Follow the gradient of the energy *with respect to the pixels* downhill for a
+step or two, and ask that the original comes out. The forward pass is the encoder and the backward pass is the decoder,
+so nothing has to be added to the model, and nothing thrown away after training but the head.
 
 Equation                                                      function
 Sec. 2.2   energy of an image                                 Energy
@@ -23,28 +23,29 @@ Train it:  python train.py ebm_pretrain                                  on buil
 Look at it: python evaluate.py runs/ebm_pretrain-shapes --protocol energy
 
 No code was released. What the text leaves open, and our choice:
-* The energy acts on images of zero mean and unit variance a channel, and so do masks (blank is 0, the mean colour) and noise.
-  Colour is removed from images in [0, 1], by the luma weights of ITU-R BT.601. The feature under the head is the mean of the
-  patch tokens after the final norm, as in MAE's fine-tuning.
-* The step size alpha is learned, but where it starts is not told. Pixel gradients of a fresh network are about 1e-4, so with
-  alpha = 0.1 no pixel would move for epochs. Here alpha = exp(a) starts such that the first step on the first batch has a
-  root mean square of 0.3; `a` has no weight decay. The head starts as nn.Linear does.
-* Eq. 4 has the squared error and divides by the number of steps; Listing 1 has SmoothL1 (beta 1) and adds the steps up. We
-  follow the listing, but average over the steps: AdamW hardly sees a constant factor. `--criterion mse` is Eq. 4.
+* The energy acts on images of zero mean and unit variance a channel, and so do masks (blank is 0, the mean colour) and
+  noise. Colour is removed from images in [0, 1], by the luma weights of ITU-R BT.601. The feature under the head is the
+  mean of the patch tokens after the final norm, as in MAE's fine-tuning.
+* The step size alpha is learned, but where it starts is not told. Pixel gradients of a fresh network are about 1e-4, so
+  with alpha = 0.1 no pixel would move for epochs. Here alpha = exp(a) starts such that the first step on the first
+  batch has a root mean square of 0.3; `a` has no weight decay. The head starts as nn.Linear does.
+* Eq. 4 has the squared error and divides by the number of steps; Listing 1 has SmoothL1 (beta 1) and adds the steps up.
+  We follow the listing, but average over the steps: AdamW hardly sees a constant factor. `--criterion mse` is Eq. 4.
 * All pixels count, as in Eq. 4 and the listing; `--scored changed` counts only those that the corruption changed.
-* N = 0 is "using corrupted images as negative", but no loss is given. Ours is softplus(E(x) - E(corrupted)), whose gradient is that
-  of Eq. 2, weighted by how far the two are from being told apart; Eq. 2 itself has no lower bound.
-* Gridded masks: squares of `grid` pixels, cut off at the border where they do not divide the image; ratio 0.7, the best.
-* Random patches: the text draws "normalized sizes" from U(0.01, 0.025) for 75 small ones; we take sizes for shares of the
-  area. For 25 large ones it prints U(0.5, 2.0), which would blank every image; it looks like a range of aspect ratios. Ours
-  is U(0.03, 0.075): a third of the patches with three times the area. Aspect ratios are log-uniform in 0.5 to 2.
-* Super-resolution: bicubic with antialiasing, cut to the range of each channel; sides are rounded where s does not divide them.
+* N = 0 is "using corrupted images as negative", but no loss is given. Ours is softplus(E(x) - E(corrupted)), whose
+  gradient is that of Eq. 2, weighted by how far the two are from being told apart; Eq. 2 itself has no lower bound.
+* Gridded masks: squares of `grid` pixels, cut off at the border where they do not divide the image; ratio 0.7.
+* Random patches: the text draws "normalized sizes" from U(0.01, 0.025) for 75 small ones; we take sizes for shares of
+  the area. For 25 large ones it prints U(0.5, 2.0), which would blank every image; it looks like a range of aspect
+  ratios. Ours is U(0.03, 0.075): a third of the patches with three times the area. Aspects are log-uniform in 0.5 to 2.
+* Super-resolution: bicubic with antialiasing, cut to the range of each channel; sides are rounded where s does not
+  divide them.
 * Mixed: one of masks, super-resolution, noise and grey, drawn for each image, each at the strength of its own setting.
 * Warm-up 10 epochs; smallest crop 0.2, as in MAE.
-* The autoencoders of Table 2 are the same encoder on the whole corrupted image, then MAE's decoder (8 blocks, width 512);
-  their loss is that of the energy, on normalised pixels.
-* ConvNeXt-T and Swin-T have no stochastic depth here. ConvNeXt's last norm acts before the mean over places, not after it;
-  the stems keep torch's own biases (`start_small` says why).
+* The autoencoders of Table 2 are the same encoder on the whole corrupted image, then MAE's decoder (8 blocks, width
+  512); their loss is that of the energy, on normalised pixels.
+* ConvNeXt-T and Swin-T have no stochastic depth here. ConvNeXt's last norm acts before the mean over places, not after
+  it; the stems keep torch's own biases (`start_small` says why).
 * Weights that the loss does not depend on, such as the bias of the last norm, are frozen.
 Not here: ADE20K (Table C).
 """
@@ -112,7 +113,7 @@ def random_patches(
 ) -> Tensor:
     """Blank `count` rectangles anywhere in each image, each with a share U(low, high) of its area (App. A.3).
 
-    Height over width is log-uniform in `aspect`; a side is never longer than the image. A pixel is blank where its centre is.
+    Height over width is log-uniform in `aspect`; no side is longer than the image. A pixel is blank if its centre is.
     """
     draw = torch.rand(4, len(images), count, generator=generator, device=images.device)  # each (B, count)
     area, ratio = low + (high - low) * draw[0], aspect[0] * (aspect[1] / aspect[0]) ** draw[1]
@@ -134,8 +135,8 @@ def random_patches(
 def super_resolution(images: Tensor, scale: int) -> Tensor:
     """Shrink by `scale`, bicubic, and enlarge to the old size by repeating pixels (App. A.2).
 
-    The small image has max(1, round(side / scale)) pixels a side. Bicubic overshoots at edges; values are cut to the range
-    that the channel of the image had.
+    The small image has max(1, round(side / scale)) pixels a side. Bicubic overshoots at edges; values are cut to the
+    range that the channel of the image had.
     """
     if scale == 1:
         return images
@@ -174,10 +175,10 @@ def mixed(corrupted: list, generator=None) -> Tensor:
 
 
 def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
-    """alpha dE/dx at x (B, C, H, W): what a step downhill subtracts (Eq. 3); differentiable where gradients are recorded.
+    """alpha dE/dx at x (B, C, H, W), what a step downhill subtracts (Eq. 3); itself differentiable.
 
-    `energy` maps images to (B,) or (B, 1). torch.compile cannot differentiate twice; a central difference of two gradients
-    instead of the second derivative takes longer and is inexact (`python bench.py energy`).
+    `energy` maps images to (B,) or (B, 1). torch.compile cannot differentiate twice; a central difference of two
+    gradients instead of the second derivative takes longer and is inexact (`python bench.py energy`).
     Raises RuntimeError, here or in the backward pass, where a kernel inside `energy` has no second derivative.
     """
     recording, x = torch.is_grad_enabled(), x.detach().requires_grad_()
@@ -186,16 +187,16 @@ def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
         # The gradient of alpha E rather than alpha times that of E: the same number, but what travels back through the
         # network is of the size of a step. In fp16 the gradient of E itself, 1e-4 and less, would underflow to zero.
         total = step_size * energy(x).sum()
-    # The forward pass has settled the types. Autocast would now cast what is large and in float32 for that reason to fp16.
+    # The forward pass has settled the types. Autocast would cast to fp16 what is in float32 because it is large.
     with torch.autocast(x.device.type, enabled=False):
         return torch.autograd.grad(total, x, create_graph=recording)[0]
 
 
 def restore(energy, images: Tensor, steps: int, step_size: Tensor | float) -> list:
-    """x^n = x^(n-1) - alpha dE/dx(x^(n-1)) from x^0 = `images`: the list of x^1 to x^N, each (B, C, H, W) (Eq. 3 and 4).
+    """x^n = x^(n-1) - alpha dE/dx(x^(n-1)) from x^0 = `images` (Eq. 3, 4): the list of x^1 to x^N, each (B, C, H, W).
 
-    Each step starts from detached pixels, so the error of step n teaches step n alone. Gradients reach the weights of `energy`
-    and `step_size` through `descent`, as a second derivative.
+    Each step starts from detached pixels, so the error of step n teaches step n alone. Gradients reach the weights of
+    `energy` and `step_size` through `descent`, as a second derivative.
     """
     x, chain = images, []
     for _ in range(steps):
@@ -209,8 +210,8 @@ def restoration_loss(
 ) -> Tensor:
     """Mean error of all steps, pixels and images (Eq. 4): N times (B, C, H, W) against (B, C, H, W) -> scalar.
 
-    `criterion` is smooth_l1 (beta 1, Listing 1) or mse (Eq. 4). `weight` (B, C, H, W) or (B, 1, H, W) says which pixels count:
-    then it is the mean over images of the mean over these.
+    `criterion` is smooth_l1 (beta 1, Listing 1) or mse (Eq. 4). `weight` (B, C, H, W) or (B, 1, H, W) says which pixels
+    count: then it is the mean over images of the mean over these.
     """
     function = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[criterion]
     if weight is None:
@@ -256,8 +257,8 @@ class ChannelNorm(nn.LayerNorm):
 def start_small(module: nn.Module):
     """Weights of linear layers and convolutions from N(0, 0.02), biases 0, for `module.apply`.
 
-    The stem keeps torch's own biases, a choice: a blank patch would become a vector of zeros otherwise, and the layer norm
-    behind it would make the gradient of its pixels a thousand times that of others.
+    The stem keeps torch's own biases, a choice: a blank patch would become a vector of zeros otherwise, and the layer
+    norm behind it would make the gradient of its pixels a thousand times that of others.
     """
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -281,9 +282,9 @@ class ConvNeXtBlock(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """ConvNeXt (Liu et al. 2022): images (B, 3, H, W) in [0, 1] -> (B, D, h, w), a cell for `stem` * 2^(stages - 1) pixels.
+    """ConvNeXt (Liu et al. 2022): images (B, 3, H, W) in [0, 1] -> (B, D, h, w).
 
-    The defaults are ConvNeXt-T. Parameters: 28.6 M with a head of 1000 classes.
+    A cell is stem * 2^(stages - 1) pixels wide. The defaults are ConvNeXt-T. 28.6 M parameters with 1000 classes.
     """
 
     def __init__(
@@ -374,9 +375,9 @@ class PatchMerging(nn.Module):
 
 
 class Swin(nn.Module):
-    """Swin transformer (Liu et al. 2021): images (B, 3, H, W) in [0, 1] -> (B, D, h, w), a cell for stem * 2^(stages - 1) pixels.
+    """Swin transformer (Liu et al. 2021): images (B, 3, H, W) in [0, 1] -> (B, D, h, w).
 
-    The defaults are Swin-T. Parameters: 28.3 M with a head of 1000 classes.
+    A cell is stem * 2^(stages - 1) pixels wide. The defaults are Swin-T. 28.3 M parameters with 1000 classes.
     """
 
     def __init__(
@@ -434,11 +435,11 @@ BACKBONES = {
 class Energy(nn.Module):
     """E(x) = h(psi(x)): a backbone's mean feature, and a linear head without bias (section 2.2).
 
-    x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,) float32. `encoder` is any module
-    that maps images in [0, 1] to features (B, D) or a map (B, D, H, W).
+    x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,) float32. `encoder` is any
+    module that maps images in [0, 1] to features (B, D) or a map (B, D, H, W).
     `images` are some that it can take: they tell how wide the features are.
-    Raises UserError for an encoder with batch norm, where the energy of an image would depend on the others of its batch,
-    and for one whose output has another shape.
+    Raises UserError for an encoder with batch norm, where the energy of an image would depend on the others of its
+    batch, and for one whose output has another shape.
     """
 
     def __init__(self, encoder: nn.Module, images: Tensor, mean: tuple = (0.0, 0.0, 0.0), std: tuple = (1.0, 1.0, 1.0)):
@@ -485,8 +486,8 @@ def freeze_idle(method: Method, images: Tensor):
         gradients = torch.autograd.grad(trial(images)["loss"], trainable(trial), allow_unused=True)
     except RuntimeError as error:
         raise UserError(
-            f"a trial step with {type(method.encoder).__name__} failed ({str(error).splitlines()[0]}); if that is for want of "
-            f"a second derivative, write the fused or own kernel in plain operations"
+            f"a trial step with {type(method.encoder).__name__} failed ({str(error).splitlines()[0]}); if that is for "
+            f"want of a second derivative, write the fused or own kernel in plain operations"
         ) from None
     for parameter, gradient in zip(trainable(method), gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
@@ -495,8 +496,8 @@ def freeze_idle(method: Method, images: Tensor):
 def check_second_derivative(energy: Energy, images: Tensor):
     """Raise UserError where the derivative of a step by the weights is wrong.
 
-    A kernel whose backward pass is no operation of torch's may raise no error: its part of the derivative is just missing. So
-    the derivative along one random direction is compared with a difference quotient, in float64.
+    A kernel whose backward pass is no operation of torch's may raise no error: its part of the derivative is just
+    missing. So the derivative along one random direction is compared with a difference quotient, in float64.
     """
     energy, images = copy.deepcopy(energy).double().eval(), images.double()
     weights, generator = trainable(energy), torch.Generator().manual_seed(0)
@@ -594,9 +595,9 @@ def build_encoder(config: Config, data) -> nn.Module:
 class EnergyPretraining(Method):
     """An energy that restores images, or the autoencoders that the paper compares with.
 
-    `encoder` is any module of yours that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); by default, the
-    one that `config.model` names. It must be twice differentiable, which is checked. Smooth activations are best: the
-    pixel gradient of a network of ReLUs is constant in pieces.
+    `encoder` is any module of yours that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); by default,
+    the one that `config.model` names. It must be twice differentiable, which is checked. Smooth activations are best:
+    the pixel gradient of a network of ReLUs is constant in pieces.
     """
 
     name = "ebm_pretrain"
@@ -617,7 +618,8 @@ class EnergyPretraining(Method):
         squares = math.ceil(config.image_size / config.grid) ** 2
         if config.task in ("gridded", "mixed") and not 0 < round(config.mask_ratio * squares) < squares:
             raise UserError(
-                f"--grid {config.grid} makes {squares} square(s), of which --mask-ratio {config.mask_ratio} blanks none or all"
+                f"--grid {config.grid} makes {squares} square(s), "
+                f"of which --mask-ratio {config.mask_ratio} blanks none or all"
             )
         self.config, own = config, encoder is not None
         encoder = encoder if own else build_encoder(config, data)
@@ -657,7 +659,7 @@ class EnergyPretraining(Method):
         return optimizer
 
     def corrupt(self, images: Tensor, task: str = "") -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [0, 1] -> normalised ones, whole and corrupted; the task is by default that of the settings."""
+        """Images (B, 3, H, W) in [0, 1] -> normalised ones, whole and corrupted; by default by `config.task`."""
         config, x = self.config, (images - self.mean) / self.std
         corruptions = {
             "gridded": lambda: gridded_mask(x, config.grid, config.mask_ratio),
@@ -684,7 +686,7 @@ class EnergyPretraining(Method):
         return self.log_alpha.exp()
 
     def restored(self, corrupted: Tensor, alpha: Tensor | None = None) -> list:
-        """Corrupted images, normalised (B, 3, H, W) -> the list of what each step makes of them; an autoencoder has one step."""
+        """Corrupted images, normalised (B, 3, H, W) -> a list: what each step makes of them; an autoencoder has one."""
         if self.config.objective == "energy":
             alpha = self.step_size(corrupted) if alpha is None else alpha
             return restore(self.energy, corrupted, self.config.steps or 1, alpha)
@@ -695,7 +697,7 @@ class EnergyPretraining(Method):
         return [unpatchify(patches, encoder.patch, *corrupted.shape[-2:])]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
-        """Loss of images (B, 3, H, W), the share of the squared error that the last step leaves (1 = no change), and alpha."""
+        """Loss of images (B, 3, H, W), the share of squared error left at the end (1 = no change), and alpha."""
         config = self.config
         if config.objective == "mae":
             out = self.autoencoder(images)

@@ -10,8 +10,8 @@ python evaluate.py RUN --protocol pictures                         reconstructio
 torchrun --nproc_per_node=8 evaluate.py RUN --protocol finetune    many GPUs, or many CPU processes
 python evaluate.py --help                                          all flags
 
-RUN is a run folder. Its encoder.pt is all that is needed, but for reconstructions, which take last.pt; config.json tells
-the data and the method's recipe. Prints a table and appends one JSON line a protocol to RUN/eval.jsonl.
+RUN is a run folder. Its encoder.pt is all that is needed, but for reconstructions, which take last.pt; config.json
+tells the data and the method's recipe. Prints a table and appends one JSON line a protocol to RUN/eval.jsonl.
 
 Protocol     what it does                                                   function or class
 knn          votes of the nearest training images                           common.knn_accuracy
@@ -24,26 +24,28 @@ finola       FINOLA's curvature, differential equations and embeddings      look
 energy       chains of an energy, what they leave of the error              look_into_energy, draw_energy
 
 The recipes are the papers' (RECIPES names the tables); what they leave open, or what differs here:
-* MAGMA gives no augmentation, momentum or decay for its linear probe. Here whole images are encoded once, and momentum is
-  0.9 without decay. `--no-cache` crops and flips, and encodes anew in each epoch. Accuracies are those of the last epoch.
-* Davies-Bouldin index and class cosines are taken on the features themselves, of all classes and test images; MAGMA's Fig. 4
-  shows ten classes. MLO-MAE's average over pairs is taken over all pairs of one class or of two at once. Its ratio can be
-  near 1 for features that share a large mean; the gap beside it is the difference of the two after that mean is taken off.
-* FINOLA: no position code and no class token in the decoder, heads of width 64, a norm before the mean over positions, and
-  its dropout acts on that mean. The width follows from the encoder's; in fine-tuning the decoder learns at the full rate.
-  The mean over positions for its linear probe, momentum 0.9 and betas (0.9, 0.999) are choices. The printed Table 14 is
-  garbled between mixup and dropout; cutmix is read as 0, 0.25 and 1.0.
-* MAE fine-tunes with a mean over patches, then a new norm; our encoder keeps its norm, then takes the mean. `mae` is its
-  Table 9; `mae_code` has what its PyTorch release changes for ViT-B (base rate 5e-4, decay 0.65, random erasing), but for
-  its smallest learning rate of 1e-6 and its learned positions.
+* MAGMA gives no augmentation, momentum or decay for its linear probe. Here whole images are encoded once, and momentum
+  is 0.9 without decay. `--no-cache` crops and flips, and encodes anew in each epoch. Accuracies are those of the last
+  epoch.
+* Davies-Bouldin index and class cosines are taken on the features themselves, of all classes and test images; MAGMA's
+  Fig. 4 shows ten classes. MLO-MAE's average over pairs is taken over all pairs of one class or of two at once. Its
+  ratio can be near 1 for features that share a large mean; the gap beside it is the difference of the two after that
+  mean is taken off.
+* FINOLA: no position code and no class token in the decoder, heads of width 64, a norm before the mean over positions,
+  and its dropout acts on that mean. The width follows from the encoder's; in fine-tuning the decoder learns at the full
+  rate. The mean over positions for its linear probe, momentum 0.9 and betas (0.9, 0.999) are choices. The printed Table
+  14 is garbled between mixup and dropout; cutmix is read as 0, 0.25 and 1.0.
+* MAE fine-tunes with a mean over patches, then a new norm; our encoder keeps its norm, then takes the mean. `mae` is
+  its Table 9; `mae_code` has what its PyTorch release changes for ViT-B (base rate 5e-4, decay 0.65, random erasing),
+  but for its smallest learning rate of 1e-6 and its learned positions.
 * The energy model's warm-up (5) and epochs (100, those of ViT-B), MixedAE's layer decay (0.7, the middle of the three
   tried) and the mean over patches of both are choices. Crops and flips go before all other augmentation.
-* A network from random weights is trained with the same recipe, but without layer-wise decay, which would all but freeze
-  its lowest layers.
+* A network from random weights is trained with the same recipe, but without layer-wise decay, which would all but
+  freeze its lowest layers.
 * mixup and cutmix draw their weight for each image, timm for each batch; RandAugment moves pixels bilinearly.
-* Raw pixels are taken of at most 20,000 images of each split: all of ImageNet's would need 100 GB. Their linear accuracy
-  is that of ridge regression in closed form, whatever the recipe: gradient descent at an encoder's learning rate can
-  fall ten points short of it.
+* Raw pixels are taken of at most 20,000 images of each split: all of ImageNet's would need 100 GB. Their linear
+  accuracy is that of ridge regression in closed form, whatever the recipe: gradient descent at an encoder's learning
+  rate can fall ten points short of it.
 * With `--epochs`, a recipe's warm-up and milestones move in proportion.
 * Images of another data set are resized to the encoder's own size and normalised by its own statistics. For another
   `--image-size` the position code counts on; MAE's code stretches it.
@@ -100,7 +102,7 @@ def davies_bouldin(features: Tensor, labels: Tensor) -> float:
 def class_cosines(features: Tensor, labels: Tensor) -> tuple[float, float]:
     """Mean cosine over all pairs of one class, and of two classes (MLO-MAE, Table 13, is their ratio): (N, D), (N,).
 
-    From class sums: the squared length of a sum of unit vectors is the sum of all cosines among them, so no N x N matrix.
+    From class sums: the squared length of a sum of unit vectors is the sum of all cosines among them.
     """
     labels = labels.unique(return_inverse=True)[1]
     unit, count = F.normalize(features.double(), dim=1), torch.bincount(labels).double()
@@ -400,8 +402,8 @@ def add_drop_path(encoder: ViT, rate: float):
 def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weight_decay: float) -> list:
     """Parameter groups with layer-wise learning rates: `decay` to the power of the layers that lie above.
 
-    What an encoder registers before its `blocks` (patches and tokens) is the lowest layer; what comes after them, and the
-    head, is the highest. Biases, norms and tokens have no weight decay. Without an encoder, the head alone.
+    What an encoder registers before its `blocks` (patches and tokens) is the lowest layer; what comes after them, and
+    the head, is the highest. Biases, norms and tokens have no weight decay. Without an encoder, the head alone.
     Raises UserError where there is a decay but no blocks.
     """
     layers, groups = [(0, name, parameter) for name, parameter in head.named_parameters()], {}
@@ -529,7 +531,7 @@ def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
 
 
 def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> Config:
-    """Defaults, then the protocol's recipe, then the given flags. `dim` is the encoder's width (`width_of`), `images` how many train.
+    """Defaults, the protocol's recipe, the given flags. `dim` is the encoder's width, `images` how many train.
 
     A batch that is larger than the data set becomes all of it. Raises UserError for what makes no sense.
     """
@@ -601,7 +603,7 @@ def width_of(encoder: nn.Module) -> int:
 
 
 def make_head(kind: str, dim: int, classes: int, config: Config, std: float = 0.01, width: int = 0) -> nn.Module:
-    """The head of a protocol, "linear", "tran1" or "tran4", on features of width `dim`; `width` is that of `width_of`."""
+    """The head of a protocol, "linear", "tran1" or "tran4", on features of width `dim`; `width` as in `width_of`."""
     if kind == "linear":
         return LinearHeads(dim, classes, len(columns("", config)), config.batchnorm, std)
     return TransformerHead(dim, decoder_width(width or dim), int(kind[-1]), classes, config.dropout)
@@ -638,7 +640,7 @@ def one_hot(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
 def fit_on_features(head: LinearHeads, features: Tensor, labels: Tensor, classes: int, config: Config):
     """Train linear heads on features that are computed once (N, D): no image is encoded twice.
 
-    Batches, learning rates and loss are those of `Classifier` in `common.fit`. Raises NonFiniteLoss where no head is left.
+    Batches, learning rates and loss are those of `Classifier` in `common.fit`. Raises NonFiniteLoss if no head is left.
     """
     optimizer, steps = make_optimizer(head_groups(head, config), config), len(labels) // config.batch_size
     head.train()
@@ -1170,9 +1172,9 @@ COMPONENTS = (1, 4, 16, 64, 192, 768)  # of Fig. 15
 def look_into_finola(method: finola.FinolaAutoencoder, row: Row, config: Config) -> dict:
     """What the analysis of FINOLA needs of all test images: {name: tensor}, one row an image.
 
-    PSNR of the reconstruction and of the mean training image, both outside the visible block in masked variants, where it
-    lies in the middle; the residuals of Eq. 2, and of Eq. 4 in the quadrant right of and below q where it has three cells a
-    side; each image's peak curvatures, sorted, at most 256; the vectors q.
+    PSNR of the reconstruction and of the mean training image, both outside the visible block in masked variants, where
+    it lies in the middle; the residuals of Eq. 2, and of Eq. 4 in the quadrant right of and below q where it has three
+    cells a side; each image's peak curvatures, sorted, at most 256; the vectors q.
     """
     size, found = config.image_size, {}
     loading = row.loading(config)
@@ -1333,7 +1335,7 @@ def look_into_energy(method: ebm_pretrain.EnergyPretraining, row: Row, config: C
 
 
 def draw_energy(run: Path, settings: dict, row: Row, config: Config) -> tuple[list, dict]:
-    """Chains, errors and energies of a run, into its folder `energy`; returns the paths and the figures for the table."""
+    """Chains, errors and energies of a run, into its folder `energy`; returns paths and the figures for the table."""
     if settings.get("method") != "ebm_pretrain" or not (run / "last.pt").exists():
         raise UserError(
             f"--protocol energy looks into a run of ebm_pretrain with its config.json and last.pt, not into {run}"

@@ -3,10 +3,10 @@
 Chen, Dai, Chen, Liu, Yuan, Liu and Lin, "Image is First-order Norm+Linear Autoregressive" (arXiv 2305.16319, 2023).
 
 The idea: compress an image to a vector q, put it into the middle of an empty grid, and fill the grid by steps
-z(x + 1) = z(x) + A norm(z(x)): one matrix a direction, the same for all positions and all images. An upsampler turns the
-grid into pixels. Where the encoder sees a quarter of the image only and the rest is predicted (Masked FINOLA), it learns
-features that recognise things: -E unrolls the vector of the visible block, -B predicts three masked cells from each
-visible one.
+z(x + 1) = z(x) + A norm(z(x)): one matrix a direction, the same for all positions and all images. An upsampler turns
+the grid into pixels. Where the encoder sees a quarter of the image only and the rest is predicted (Masked FINOLA), it
+learns features that recognise things: -E unrolls the vector of the visible block, -B predicts three masked cells from
+each visible one.
 
 Equation                                                      function
 Eq. 1, 3   norm + linear step, phi and psi                    channel_norm, step
@@ -29,26 +29,26 @@ Look at it: python evaluate.py runs/finola-shapes --protocol finola
 No code was released. What the text leaves open, and our choice:
 * z_n divides by the population deviation; 1e-5 is added to the variance. A and B start as nn.Linear does, without bias;
   weight decay acts on them.
-* "z(16/2, 16/2)" is index 8 counted from 0: eight steps left and up, seven right and down. Right and lower cells use A and
-  B, left and upper ones A- and B-. With q in a corner, the two matrices without use are frozen.
+* "z(16/2, 16/2)" is index 8 counted from 0: eight steps left and up, seven right and down. Right and lower cells use A
+  and B, left and upper ones A- and B-. With q in a corner, the two matrices without use are frozen.
 * The two orders of Fig. 3 are averaged once, at the end.
-* Pooling: one learnable query; the output of the encoder's last 1 x 1 convolution, C channels wide and without activation,
-  is keys and values without projections; 8 heads. With it, encoders have 5.2, 12.2, 25.2, 43.7 and 67.8 M parameters at
-  C = 3072, where Table 2b has 5.0, 12.0, 25.0, 43.5 and 67.6 M.
+* Pooling: one learnable query; the output of the encoder's last 1 x 1 convolution, C channels wide and without
+  activation, is keys and values without projections; 8 heads. With it, encoders have 5.2, 12.2, 25.2, 43.7 and 67.8 M
+  parameters at C = 3072, where Table 2b has 5.0, 12.0, 25.0, 43.5 and 67.6 M.
 * Upsampler: residual blocks as in VQGAN (group norm, SiLU, convolution, twice; 1 x 1 shortcut where the width changes),
   nearest-neighbour upsampling. The transformer blocks are pre-norm, with 8 heads, ratio 4 and a last norm.
-* It predicts normalised pixels, and the loss is the mean squared error of those. PSNR is that of [0, 1], clamped, of each
-  image, then the mean; in masked variants over masked pixels alone.
-* Masked: the block starts at a multiple of 16 pixels, drawn for each image. In -E, q is put at the centre of the block, and
-  the map is a window of a larger one. In -B, a 1 x 1 convolution takes the encoder's map to 512 channels before FINOLA; one
-  step leads from a visible cell to each of the cells that it predicts ("block offsets" u = v = 1); visible cells go to the
-  transformer blocks as they are.
+* It predicts normalised pixels, and the loss is the mean squared error of those. PSNR is that of [0, 1], clamped, of
+  each image, then the mean; in masked variants over masked pixels alone.
+* Masked: the block starts at a multiple of 16 pixels, drawn for each image. In -E, q is put at the centre of the block,
+  and the map is a window of a larger one. In -B, a 1 x 1 convolution takes the encoder's map to 512 channels before
+  FINOLA; one step leads from a visible cell to each of the cells that it predicts ("block offsets" u = v = 1); visible
+  cells go to the transformer blocks as they are.
 * Section 4 tries "pre-computed moving averages" in the norm at inference, in one sentence with two readings. `--norm
   running` trains with the norm of each position and averages its mean and variance; `--norm batch` is batch norm, by
   channel. Both keep averages for each step of each walk. `--norm none` has no norm.
 * AdamW's betas are (0.9, 0.95). The crop is torchvision's (0.08 to 1) and not mirrored, as Table 12 lists crops alone.
-* The paper prints 2q - mean for the mirror embedding. The mirror of q, on the other side of the mean, is 2 mean - q; 2q -
-  mean lies on q's own side, twice as far. We take it for a misprint: the figure goes from q through the mean.
+* The paper prints 2q - mean for the mirror embedding. The mirror of q, on the other side of the mean, is 2 mean - q;
+  2q - mean lies on q's own side, twice as far. We take it for a misprint: the figure goes from q through the mean.
 * Curvature has a cell as unit. How Eq. 2 and 4 are measured is ours.
 Not here: detection on COCO but for its decoder, and Fig. 8 (new upsamplers on frozen encoders).
 """
@@ -121,8 +121,8 @@ LONGEST = 64  # steps that moving averages are kept for
 class Finola(nn.Module):
     """The four matrices (C, C) and the maps that they unroll.
 
-    `norm` is "channel" (Eq. 1), "none", or one of section 4 that has moving averages in eval mode: "running", which trains
-    with the channel norm, and "batch", which trains with batch norm.
+    `norm` is "channel" (Eq. 1), "none", or one of section 4 that has moving averages in eval mode: "running", which
+    trains with the channel norm, and "batch", which trains with batch norm.
     """
 
     def __init__(self, dim: int, norm: str = "channel"):
@@ -191,8 +191,8 @@ class Finola(nn.Module):
         """Masked-FINOLA-B: a visible block z (B, C, h, w) at (row, col) of a map -> the whole map (B, C, size, size).
 
         The block has half the side of the map and may lie anywhere, elsewhere in each image if row and col are (B,). It
-        stays as it is; each other cell is one step right or left, one step down or up, or the mean of both orders of two
-        steps, from the cell of the block that predicts it (Fig. 4).
+        stays as it is; each other cell is one step right or left, one step down or up, or the mean of both orders of
+        two steps, from the cell of the block that predicts it (Fig. 4).
         Raises ValueError where the block does not fit (where it lies is checked on CPUs alone), and for norms that have
         moving averages.
         """
@@ -288,7 +288,7 @@ def peak_curvature(z: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (B, 3, H, W) in [0, 1], over the pixels of a mask (B, 1, H, W) -> (B,)."""
+    """Peak signal-to-noise ratio in dB: images (B, 3, H, W) in [0, 1], over pixels of a mask (B, 1, H, W) -> (B,)."""
     error = (images.float() - others.float().clamp(0, 1)).square().mean(dim=1, keepdim=True)
     mask = torch.ones_like(error) if mask is None else mask
     return -10 * ((error * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))).clamp_min(1e-10).log10()
@@ -381,7 +381,7 @@ class ConvUpsampler(nn.Module):
 
 
 class PatchUpsampler(nn.Module):
-    """The upsampler of Masked FINOLA (Table 10): transformer blocks without positions, none in -E, and a linear layer."""
+    """Masked FINOLA's upsampler (Table 10): transformer blocks without positions, none in -E, and a linear layer."""
 
     def __init__(self, dim: int, blocks: int = 0, heads: int = 8):
         super().__init__()
@@ -404,8 +404,8 @@ class PatchUpsampler(nn.Module):
 class DecoderBlock(nn.Module):
     """ "M-F+" or "M-F-" of Table 11: a Mobile-Former block whose Mobile part is a transformer block, or bneck-lite.
 
-    These parts have no dynamic ReLU and need no token, so they run before the queries' part, a choice. After the last block
-    nothing reads the map, so nothing is added to it.
+    These parts have no dynamic ReLU and need no token, so they run before the queries' part, a choice. After the last
+    block nothing reads the map, so nothing is added to it.
     """
 
     def __init__(self, kind: str, dim: int, last: bool = False, heads: int = 8):
@@ -427,14 +427,14 @@ class DecoderBlock(nn.Module):
 class MFDecoder(nn.Module):
     """MF-Dec-522 or MF-Dec-211 (Table 11): object queries for DETR, refined at 1/32, 1/16 and 1/8 of the image.
 
-    `depths` are (5, 2, 2) or (2, 1, 1) blocks; `coarse` and `fine` the widths of the encoder's output at 1/16 and of its
-    map at 1/8, 2880 and 192 for MF-W2880.
-    The text does not say how the encoder's maps come in, nor how wide the blocks are. Published multiply-adds grow with the
-    encoder's width as if each scale added a 1 x 1 convolution of its map; so it is here. With DETR's 2048 hidden units for
-    the map, and a transformer block of ratio 4 for the queries, parameters lie within 2.5 % of the published ones.
-    Multiply-adds do not: at 800 x 1333 MF-Dec-522 has 8 G less than published, whatever the encoder. Choices, too: a lite
-    bottleneck twice as wide within, 8 heads, batch norm, no dropout, sine-cosine positions added to the map at each scale,
-    DETR's prediction heads after each block.
+    `depths` are (5, 2, 2) or (2, 1, 1) blocks; `coarse` and `fine` the widths of the encoder's output at 1/16 and of
+    its map at 1/8, 2880 and 192 for MF-W2880.
+    The text does not say how the encoder's maps come in, nor how wide the blocks are. Published multiply-adds grow with
+    the encoder's width as if each scale added a 1 x 1 convolution of its map; so it is here. With DETR's 2048 hidden
+    units for the map, and a transformer block of ratio 4 for the queries, parameters lie within 2.5 % of the published
+    ones. Multiply-adds do not: at 800 x 1333 MF-Dec-522 has 8 G less than published, whatever the encoder. Choices,
+    too: a lite bottleneck twice as wide within, 8 heads, batch norm, no dropout, sine-cosine positions added to the map
+    at each scale, DETR's prediction heads after each block.
     """
 
     def __init__(
@@ -457,8 +457,8 @@ class MFDecoder(nn.Module):
         nn.init.normal_(self.queries)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B, coarse, H/16, W/16) and (B, fine, H/8, W/8) -> for L blocks, class logits (L, B, Q, classes + 1), the
-        last of which is "no object", and boxes (L, B, Q, 4): centre x, y, width, height in shares of the image.
+        """Maps (B, coarse, H/16, W/16) and (B, fine, H/8, W/8) -> for L blocks, logits (L, B, Q, classes + 1), the last
+        of which is "no object", and boxes (L, B, Q, 4): centre x, y, width, height in shares of the image.
         """
         queries, outputs = self.queries.expand(len(coarse), -1, -1), []
         x = self.down(coarse)  # (B, 256, H/32, W/32)
@@ -523,7 +523,7 @@ RECIPES = {
 
 
 def cut(maps: Tensor, corner: Tensor, side: int) -> Tensor:
-    """The window of `side` cells a side whose first cell is `corner` (B, 2), row and column: (B, C, H, W) -> (B, C, s, s)."""
+    """The windows of maps (B, C, H, W) whose first cell is `corner` (B, 2), row and column -> (B, C, side, side)."""
     rows, columns = (corner[:, i, None] + torch.arange(side, device=maps.device) for i in (0, 1))  # (B, s)
     image = torch.arange(len(maps), device=maps.device)[:, None, None]
     return maps[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
@@ -591,7 +591,7 @@ class FinolaAutoencoder(Method):
         return torch.full((len(images), 2), self.size // 4, device=images.device)
 
     def embed(self, images: Tensor, corner: Tensor | None = None) -> Tensor:
-        """The vectors q (B, C) of images (B, 3, H, W), of their visible blocks alone if `corner` says where these are."""
+        """Images (B, 3, H, W) -> vectors q (B, C), of visible blocks alone if `corner` (B, 2) says where these are."""
         if corner is not None:
             images = cut(images, STRIDE * corner, STRIDE * self.size // 2)  # before the encoder, which sees no more
         return self.pool(self.encoder(images))
@@ -656,7 +656,7 @@ class FinolaAutoencoder(Method):
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
-        """Rows of (image, reconstruction), or (image, visible block, prediction around it): (B, K, 3, H, W) in [0, 1]."""
+        """Rows of (image, reconstruction) or (image, visible block, what is predicted): (B, K, 3, H, W) in [0, 1]."""
         if not self.masked:
             return torch.stack([images, self.decode(self.feature_map(images)).clamp(0, 1)], dim=1)
         corner = self.draw_corners(len(images), images.device)

@@ -26,8 +26,8 @@ Train it:  python train.py magma                                  M-MAE on built
 What the paper leaves open, or says otherwise than its code (github.com/adondera/magma), and our choice:
 * Eq. 7 prints D^-1/2 W D^-1/2. Minimising that trace would push similar images apart; the code has the identity minus
   it, and so have we. `--laplacian printed` is the text, `unnormalized` is D - W, half the double sum of Eq. 2.
-* Eq. 4 prints exp(-d / 2 std), the code has exp(-d / std) (`--kernel-factor` 0.5 and 1). The code sets W_ii = 0 and takes
-  the deviation over distances that are not zero; we take it over i != j, which differs for exact duplicates only.
+* Eq. 4 prints exp(-d / 2 std), the code has exp(-d / std) (`--kernel-factor` 0.5 and 1). The code sets W_ii = 0 and
+  takes the deviation over distances that are not zero; we take it over i != j, which differs for exact duplicates only.
   `--diagonal` is the text: W_ii = 1, and the deviation over all pairs.
 * Eq. 2 sums over all pairs of layers in K; the code goes from each reference layer to the last one and averages
   (`--layer-pairs all` sums over all ordered pairs k != l). No gradient is stopped; `--detach-reference` stops the one
@@ -36,18 +36,18 @@ What the paper leaves open, or says otherwise than its code (github.com/adondera
 * Eq. 3 is printed, never used and not in the code: `--inverse` is its weight, 0 by default. It leaves out i = j, where
   it would divide by zero, adds 1e-6 to the distance and caps the exponent at 30: choices of ours.
 * e_st and e_dur count epochs from 0, so the term acts in epochs e_st to e_st + e_dur - 1; the log counts from 1.
-* U-MAE's uniformity is taken on the CLS token after the final norm, once (the code; U-MAE's own code norms it twice), on
-  the images of one process (U-MAE gathers them: `--gather`).
+* U-MAE's uniformity is taken on the CLS token after the final norm, once (the code; U-MAE's own code norms it twice),
+  on the images of one process (U-MAE gathers them: `--gather`).
 * SimCLR and VICReg: only the first view is regularised, and each view has batch statistics of its own in the projector,
   as in the code. Heads (3), weight decay (0.05) and betas (0.9, 0.999) are choices. SimCLR's own CIFAR recipe (half the
   colour strength, no blur) is used on CIFAR; VICReg leaves out the blur there too, as solo-learn does.
 * The paper probes by SGD for 100 epochs. While training, we probe by ridge regression in closed form instead.
-* Where every distance is the same (always for two images) the deviation is zero and the code gives NaN. We divide by the
-  mean distance there, so the affinity is the same for all pairs, as it should be.
+* Where every distance is the same (always for two images) the deviation is zero and the code gives NaN. We divide by
+  the mean distance there, so the affinity is the same for all pairs, as it should be.
 * The warm-up of the learning rate starts at 0 as in the released configurations; the text says 3e-5 (`--warmup-lr`).
-* Decoder sizes for the small data sets, e_dur off ImageNet-100 and the projector's output width (SimCLR 256, VICReg 2048:
-  the defaults of solo-learn, which the code is built on) are not in the text. The number of epochs on ImageNet-1K (400)
-  and the statistics of ImageNet-100 (those of ImageNet) are guesses.
+* Decoder sizes for the small data sets, e_dur off ImageNet-100 and the projector's output width (SimCLR 256, VICReg
+  2048: the defaults of solo-learn, which the code is built on) are not in the text. The number of epochs on ImageNet-1K
+  (400) and the statistics of ImageNet-100 (those of ImageNet) are guesses.
 """
 
 import functools
@@ -78,7 +78,7 @@ from common import (
 
 
 def in_float32(function):
-    """Run a function in float32 at least, also under autocast: differences of nearly equal features need every digit."""
+    """Run a function in float32 or better, also under autocast: differences of similar features need every digit."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
@@ -114,7 +114,7 @@ def squared_distances(z: Tensor) -> Tensor:
 def bandwidth(distances: Tensor, diagonal: bool = False) -> Tensor:
     """sigma of Eq. 4, the standard deviation of the squared distances: (B, B) -> scalar > 0.
 
-    Over pairs i != j, or all pairs with `diagonal`. Where it vanishes, the mean distance stands in, or 1 if that is zero.
+    Over pairs i != j, or all pairs with `diagonal`. Where it vanishes, the mean distance stands in, or 1 for zero.
     """
     counted = torch.ones_like(distances) if diagonal else off_diagonal(distances)
     pairs = counted.sum()
@@ -173,8 +173,8 @@ def manifold_loss(
 ) -> Tensor:
     """The regulariser, Eq. 6: trace(Y^T L Y) / B^2 with L the Laplacian of the reference: (B, D), (B, D') -> scalar.
 
-    `form` is a key of LAPLACIANS. With "unnormalized" it is half of Eq. 2; only "printed" can be negative. Gradients flow
-    into both layers, unless `detach_reference`. Finite for any batch: one image, two, identical ones.
+    `form` is a key of LAPLACIANS. With "unnormalized" it is half of Eq. 2; only "printed" can be negative. Gradients
+    flow into both layers, unless `detach_reference`. Finite for any batch: one image, two, identical ones.
     """
     w = affinity(reference.detach() if detach_reference else reference, kernel_factor, diagonal)
     if form == "unnormalized":  # a common shift changes nothing there, and in float32 a large one drowns the gradient
@@ -254,9 +254,9 @@ JITTER = {
 def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
     """Colour jitter, grey, blur and solarisation, each image with its own draw: (B, 3, H, W) -> the same, in [0, 1].
 
-    `strength` is an entry of JITTER. Brightness, contrast, saturation, hue and grey are one affine map of the colours an
-    image, in this order, clipped once. torchvision shuffles the order, clips after each, and turns the hue in HSV rather
-    than about the grey axis.
+    `strength` is an entry of JITTER. Brightness, contrast, saturation, hue and grey are one affine map of the colours
+    an image, in this order, clipped once. torchvision shuffles the order, clips after each, and turns the hue in HSV
+    rather than about the grey axis.
     """
     batch, like = len(images), {"dtype": images.dtype, "device": images.device}
 
@@ -420,7 +420,7 @@ class Magma(Method):
         return gather(features) if self.config.gather else features
 
     def over_layers(self, function, hidden: list, *settings) -> Tensor:
-        """Eq. 2's sum over layers: function(regularized, reference) for the pairs of K, from the outputs of all blocks."""
+        """Eq. 2's sum over layers: function(regularized, reference) for the pairs of K, of every block's output."""
         chosen = [self.gathered(image_features(hidden[layer])) for layer in self.config.layers]  # each (B, D)
         if self.config.layer_pairs == "all":
             pairs = itertools.permutations(chosen, 2)
@@ -429,7 +429,7 @@ class Magma(Method):
         return sum(function(last, reference, *settings) for reference in references) / len(references)
 
     def compare_views(self, views: Tensor) -> tuple[Tensor, Tensor, list]:
-        """SimCLR or VICReg: views (B, 2, 3, H, W) -> loss, and of the first view the tokens and every block's output."""
+        """SimCLR or VICReg: views (B, 2, 3, H, W) -> loss, and the first view's tokens and every block's output."""
         images = jitter(views.transpose(0, 1).flatten(0, 1), self.strength)  # (2B, 3, H, W), all first views first
         encoded, hidden = self.backbone.encode(self.backbone.embed(images), hidden=True)
         # The projector sees one view at a time: the statistics of its batch norm are those of a view.
@@ -470,7 +470,7 @@ class Magma(Method):
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
-        """Rows of (image, masked image, reconstruction), or (image, two draws of its colours): (B, 3, 3, H, W) in [0, 1]."""
+        """Rows of (image, masked image, reconstruction) or (image, two jitters of it): (B, 3, 3, H, W) in [0, 1]."""
         if self.config.ssl == "mae":
             return self.autoencoder.pictures(images)
         return torch.stack([images, jitter(images, self.strength), jitter(images, self.strength)], dim=1)

@@ -3,10 +3,10 @@
 Chen, Liu, Hong, Xu, Li and Yeung, "Mixed Autoencoder for Self-supervised Visual Representation Learning" (CVPR 2023,
 arXiv 2303.17152).
 
-The idea: MAE hides most of an image and wastes what it hides. Fill the holes with patches of other images instead, encode
-the mixture, take the images apart again and reconstruct each of them. Mixing alone makes the task easier, since patches of
-other images tell something about the hidden ones. So each patch must recognise its relatives: it attends only to the
-patches that it finds most similar, and a contrastive loss pulls patches of the same image together.
+The idea: MAE hides most of an image and wastes what it hides. Fill the holes with patches of other images instead,
+encode the mixture, take the images apart again and reconstruct each of them. Mixing alone makes the task easier, since
+patches of other images tell something about the hidden ones. So each patch must recognise its relatives: it attends
+only to the patches that it finds most similar, and a contrastive loss pulls patches of the same image together.
 
 Equation                                                      function
 Eq. 1, A1, A4   mixing                                        mixing_assignment, mix
@@ -24,14 +24,14 @@ Train it:  python train.py mixedae                                      on built
            python train.py mixedae --attention global --segment off --contrast 0     naive mixing
            python train.py mixedae --data imagenet --root DIR           the paper's experiment; --model vit_large
 
-No code was released, and this was written with the supplement and the abstract alone at hand. What the supplement states
-is followed: the ratio r = 1/4 (here 1 / --images-per-group), compose mode, cells of 32 x 32 pixels, sine-cosine segment
-codes at the input of every block, normalised pixels, Tables A1 and A2. The rest are settings of ours.
+No code was released, and this was written with the supplement and the abstract alone at hand. What the supplement
+states is followed: the ratio r = 1/4 (here 1 / --images-per-group), compose mode, cells of 32 x 32 pixels, sine-cosine
+segment codes at the input of every block, normalised pixels, Tables A1 and A2. The rest are settings of ours.
 
 Believed to be in the main paper, but not checked against it:
-* TopK keeps as many keys as an image has patches, round(N / K) (`--topk`). Gradients flow through the kept scores alone.
-* The form of Eq. 7, the mean over all positives of an anchor outside the logarithm, with temperature 0.25; its weight of
-  0.1 in the sum of both losses (Eq. 8). `full` mode mixes each group K times, so that each patch is seen once.
+* TopK keeps as many keys as an image has patches, round(N / K) (`--topk`). Gradients flow through kept scores.
+* The form of Eq. 7, the mean over all positives of an anchor outside the logarithm, with temperature 0.25; its weight
+  of 0.1 in the sum of both losses (Eq. 8). `full` mode mixes each group K times, so that each patch is seen once.
 * The loss counts the patches of each image that came from others, over all images of a group alike.
 
 Choices of ours:
@@ -39,19 +39,19 @@ Choices of ours:
 * Groups are consecutive images of a batch; cells stay in their places. The learning rate scales with clean images.
 * TopK acts in every block (`--attention-blocks`; the last one in the laptop recipes). A patch keeps the CLS token
   besides, and the CLS token keeps everything.
-* The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, within a mixture.
-* Segment codes are added to patches, not to the CLS token, as they are (`--segment-scale`). They tell relatives apart by
-  themselves, so the contrastive loss and the accuracy of TopK owe a part to them.
+* The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, by mixture.
+* Segment codes are added to patches, not to the CLS token, as they are (`--segment-scale`). They tell relatives apart
+  by themselves, so the contrastive loss and the accuracy of TopK owe a part to them.
 * The laptop recipes centre the codes (`--segment-centred`), so that an encoder that is used without them later does not
-  miss their mean, and keep homologous attention to the last block: learned in every block of a small model, it costs the
-  linear probe 1 to 3 points and finds fewer relatives.
+  miss their mean, and keep homologous attention to the last block: learned in every block of a small model, it costs
+  the linear probe 1 to 3 points and finds fewer relatives.
 * The decoder is MAE's; all images of a group get the CLS token of their mixture. Masked self-attention (`--attention
   oracle`) hides the CLS token from the patches; what it knows of other images still reaches the decoder.
 * `--mode mae` hides single patches, as MAE does, and gives each image of a group the code of its slot, so that the
   contrastive loss across unmixed images has what it has in a mixture; the MAE baseline is that with `--segment off`.
-* Downstream, the encoder is a plain ViT: global attention, no segments. Flips and the smallest crop of 0.2 are MAE's; the
-  table lists crops alone. The table that switches the contrastive loss off prints the figures of naive mixing; we keep
-  the attention there.
+* Downstream, the encoder is a plain ViT: global attention, no segments. Flips and the smallest crop of 0.2 are MAE's;
+  the table lists crops alone. The table that switches the contrastive loss off prints the figures of naive mixing; we
+  keep the attention there.
 """
 
 import math
@@ -91,8 +91,8 @@ def mixing_assignment(
 ) -> Tensor:
     """M of Eq. 1: which image each position of a mixture comes from -> long (G, N), values 0 to K - 1.
 
-    Drawn on cells of cell x cell patches; the counts of a group's images differ by at most one cell, and which image gets
-    one more is random. `grid` is (rows, columns) of patches, a square by default.
+    Drawn on cells of cell x cell patches; the counts of a group's images differ by at most one cell, and which image
+    gets one more is random. `grid` is (rows, columns) of patches, a square by default.
     Raises ValueError where the cells do not fit the grid.
     """
     rows, columns = grid or (math.isqrt(patches), math.isqrt(patches))
@@ -134,8 +134,8 @@ def top_keys(scores: Tensor, topk: int) -> Tensor:
     """
     size, places = 8 * scores.element_size(), scores.shape[-1]
     bits = scores.detach().view({16: torch.int16, 32: torch.int32, 64: torch.int64}[size])
-    # Read as integers, positive floats keep their order and negative ones reverse it, which flipping all bits but the sign
-    # mends.
+    # Read as integers, positive floats keep their order and negative ones reverse it, which flipping all bits but the
+    # sign mends.
     ordered, topk = bits ^ (bits >> (size - 1) & torch.iinfo(bits.dtype).max), min(topk, places)
     if bits.device.type != "cpu" or size == 64:
         return ordered.topk(topk, dim=-1, sorted=False).indices
@@ -188,7 +188,7 @@ def same_image(assignment: Tensor) -> Tensor:
 
 
 def homologous_accuracy(keys: Tensor, assignment: Tensor) -> Tensor:
-    """Fig. 6, TopK sampling accuracy: the share of kept keys (G, heads, N, topk) that are homologous, M (G, N) -> scalar.
+    """Fig. 6, TopK sampling accuracy: the share of kept keys (G, heads, N, topk) that are homologous; M (G, N).
 
     Averaged over queries and heads; a query that keeps itself is right. Chance is about 1 / K, the share of an image in
     its mixture; the most is 1, or less where more keys are kept than an image has patches.
@@ -217,8 +217,8 @@ def homologous_contrastive(z: Tensor, assignment: Tensor, temperature: float = 0
 def segment_code(slots: int, dim: int, centred: bool = False) -> Tensor:
     """Sine-cosine code of the slot of an image in its group -> (K, D); D is even.
 
-    With a few slots most channels hardly differ between them: what all slots share is 0.97 of the length at K = 4, D = 96.
-    `centred` takes that mean out and gives each code unit length, so that it says nothing but the slot.
+    With a few slots most channels hardly differ between them: what all slots share is 0.97 of the length at
+    K = 4, D = 96. `centred` takes that mean out and gives each code unit length, so that it says nothing but the slot.
     """
     frequency = 1.0 / 10000 ** (torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angle = torch.arange(slots)[:, None] * frequency
@@ -338,10 +338,10 @@ class MixedAE(Method):
         return assignment
 
     def attention(self, assignment: Tensor, accuracies: list, seen: list | None = None):
-        """The attention function of one pass over mixtures with M (G, N): (q, k, v), each (G, heads, 1 + N, d) -> the same.
+        """The attention function of one pass over mixtures with M (G, N): (q, k, v), each (G, heads, 1 + N, d).
 
-        Appends each block's homologous accuracy to `accuracies`, where there is top-k attention, and its attention weights
-        (G, heads, 1 + N, 1 + N) to `seen`.
+        Appends each block's homologous accuracy to `accuracies`, where there is top-k attention, and its attention
+        weights (G, heads, 1 + N, 1 + N) to `seen`.
         """
 
         def attention(q, k, v):
@@ -385,8 +385,8 @@ class MixedAE(Method):
         return autoencoder.predict(x[:, :1].repeat_interleave(k, dim=0), full.flatten(0, 1))
 
     def without_mixing(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """MAE on each image alone: (B, 3, H, W) -> predicted patches (B, N, P), mask (B, N), and the visible tokens of each
-        group (G, K * M, D) with the number of the image that they come from (G, K * M).
+        """MAE on each image alone: (B, 3, H, W) -> predicted patches (B, N, P), mask (B, N), and the visible tokens of
+        each group (G, K * M, D) with the number of the image that they come from (G, K * M).
         """
         k, autoencoder, vit = self.config.images_per_group, self.autoencoder, self.encoder
         batch, patches = len(images), vit.grid[0] * vit.grid[1]
@@ -398,7 +398,7 @@ class MixedAE(Method):
         return autoencoder.decode(encoded, visible), mask, tokens, slots
 
     def forward(self, images: Tensor, labels: Tensor | None = None, assignment: Tensor | None = None) -> dict:
-        """The losses for images (B, 3, H, W), B a multiple of K, with M as `draw_assignment` makes it, or a random one."""
+        """The losses for images (B, 3, H, W), B a multiple of K; M is drawn, or given as `draw_assignment` makes it."""
         config, k, accuracies = self.config, self.config.images_per_group, []
         if len(images) % k:
             raise ValueError(f"{len(images)} images do not make groups of {k}")
@@ -462,9 +462,10 @@ class MixedAE(Method):
     def pictures(self, images: Tensor) -> Tensor:
         """A row a group: the K images, the mixture, the K reconstructions, and the attention of one query.
 
-        Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last of the
-        blocks that `attention` acts in, lights up the mixture; relatives of the query are framed in white, the query in red.
-        Fewer than K images are repeated to make a group. With --mode mae, rows of (image, masked image, reconstruction).
+        Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last
+        of the blocks that `attention` acts in, lights up the mixture; relatives of the query are framed in white, the
+        query in red. Fewer than K images are repeated to make a group. With --mode mae, rows of (image, masked image,
+        reconstruction).
         """
         config, k, vit = self.config, self.config.images_per_group, self.encoder
         images = images[torch.arange(max(k, len(images) // k * k)) % len(images)]  # whole groups

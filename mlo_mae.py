@@ -1,10 +1,10 @@
 """MLO-MAE: a masking network learned from what the encoder is worth downstream, by three-level optimisation.
 
-Guo, Hosseini, Zhang, Somayajula, Chowdhury, Gupta and Xie, "Downstream Task Guided Masking Learning in Masked Autoencoders
-Using Multi-Level Optimization" (arXiv 2402.18128, 2024).
+Guo, Hosseini, Zhang, Somayajula, Chowdhury, Gupta and Xie, "Downstream Task Guided Masking Learning in Masked
+Autoencoders Using Multi-Level Optimization" (arXiv 2402.18128, 2024).
 
-The idea: MAE masks patches at random. Here a small network T gives each patch a probability, and the most probable ones are
-masked. A mask is judged two levels later: level I trains an autoencoder on the masked images, level II a linear
+The idea: MAE masks patches at random. Here a small network T gives each patch a probability, and the most probable ones
+are masked. A mask is judged two levels later: level I trains an autoencoder on the masked images, level II a linear
 head on the encoder's features, level III looks at the head's loss on images that neither has seen, and improves T. The
 gradient of that loss by T runs backwards through the training steps of the two levels below: a hypergradient.
 
@@ -28,32 +28,34 @@ Train it:  python train.py mlo_mae                                    on built-i
 Where text and the authors' code differ, and what the text leaves open:
 * The loss of level I is a sum in Eq. 1; the code divides by the number of masked patches, which is the default here.
   A patch's own loss is the mean over its normalised pixels.
-* The hypergradient has the learning rates of Eq. 9 to 11; the code leaves them out (`--no-lr-factors`), which weighs the path
-  through the head 1 / eta_C times as much. With them that path is small: 0.002 of the other at rates of 5e-4, untrained.
-  Second derivatives are taken where the step started, as in Eq. 6; the code takes them where it ended. The steps themselves
-  are AdamW's in both, while the formula is exact for plain gradient steps. Of several unrolled steps it differentiates the
-  last one. The sign of Eq. 11 is a slip.
-* Second derivatives come from a forward-mode derivative (`--hypergradient exact`), not from the difference of two gradients as
-  in the paper. A difference is useless in bf16, costs nearly as much, is far off where a patch enters or leaves the mask on
-  the way, and is wrong for gradients that are no derivatives of what is computed (`--mask-gradient straight_through` and
-  `softsort`, `--detach-tokens`).
-* The gradient reaches T through the weights of Eq. 1 alone, as in the code. App. A.4 speaks of two more ways, `--mask-gradient
-  straight_through` and `softsort` (temperature 0.1); how the mask then acts on visible patches is our reading: it scales
-  their tokens.
-* T sees the tokens of the encoder with positions, and the encoder learns through them, as in the code; `--detach-tokens`
-  stops that. T computes in float32: in bf16 many probabilities would be equal, and the first patches masked more often.
-* T's gradients are tiny, as they carry a learning rate; Adam adds 1e-15 to their size instead of 1e-8, which would drown them.
+* The hypergradient has the learning rates of Eq. 9 to 11; the code leaves them out (`--no-lr-factors`), which weighs
+  the path through the head 1 / eta_C times as much. With them that path is small: 0.002 of the other at rates of 5e-4,
+  untrained. Second derivatives are taken where the step started, as in Eq. 6; the code takes them where it ended. The
+  steps themselves are AdamW's in both, while the formula is exact for plain gradient steps. Of several unrolled steps
+  it differentiates the last one. The sign of Eq. 11 is a slip.
+* Second derivatives come from a forward-mode derivative (`--hypergradient exact`), not from the difference of two
+  gradients as in the paper. A difference is useless in bf16, costs nearly as much, is far off where a patch enters or
+  leaves the mask on the way, and is wrong for gradients that are no derivatives of what is computed (`--mask-gradient
+  straight_through` and `softsort`, `--detach-tokens`).
+* The gradient reaches T through the weights of Eq. 1 alone, as in the code. App. A.4 speaks of two more ways,
+  `--mask-gradient straight_through` and `softsort` (temperature 0.1); how the mask then acts on visible patches is our
+  reading: it scales their tokens.
+* T sees the tokens of the encoder with positions, and the encoder learns through them, as in the code;
+  `--detach-tokens` stops that. T computes in float32: in bf16 many probabilities would be equal, and the first patches
+  masked more often.
+* T's gradients are tiny, as they carry a learning rate; Adam adds 1e-15 to their size instead of 1e-8, which would
+  drown them.
 * Level I sees the 80 % of the training images that level II sees, and unlabelled ones; in the code all, validation
   included (`--level1-data all`). The split is drawn by the seed. The official test set is never trained on.
 * The head is one linear layer on the CLS token; in the code a norm, dropout 0.1 and that layer (`--head code`).
-* An epoch is one pass of level II over its images. Level I makes `unrolling` steps for one of level II; with two levels, all
-  of them on the same labelled batch.
-* Learning rates are those of Tables 11 and 12; section 3.3 and the code have others. All three follow one cosine. Weight
-  decay is that of the tables, and not on biases; the code as it ran had 0.01 on everything.
-* CIFAR crops are random resized ones, not padded ones. Positions are fixed; in the code they are learned. T and the head start
-  as nn.Linear does.
-* Eq. 13: the fine-tuned encoder F goes on from cycle to cycle; `accuracy` is F's, kNN and `linear` are E's. Lambda is 0.01,
-  gamma of Eq. 5 is 1. Neither is given.
+* An epoch is one pass of level II over its images. Level I makes `unrolling` steps for one of level II; with two
+  levels, all of them on the same labelled batch.
+* Learning rates are those of Tables 11 and 12; section 3.3 and the code have others. All three follow one cosine.
+  Weight decay is that of the tables, and not on biases; the code as it ran had 0.01 on everything.
+* CIFAR crops are random resized ones, not padded ones. Positions are fixed; in the code they are learned. T and the
+  head start as nn.Linear does.
+* Eq. 13: the fine-tuned encoder F goes on from cycle to cycle; `accuracy` is F's, kNN and `linear` are E's. Lambda is
+  0.01, gamma of Eq. 5 is 1. Neither is given.
 """
 
 import math
@@ -101,7 +103,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 class MaskingNetwork(nn.Module):
-    """T: the tokens of an image (B, N, D) -> the probability of each patch to be masked (B, N), in (0, 1) (section 3.3)."""
+    """T (section 3.3): the tokens of an image (B, N, D) -> how probable each patch is masked (B, N), in (0, 1)."""
 
     def __init__(self, patches: int, dim: int, hidden: int = 512):
         super().__init__()
@@ -112,7 +114,7 @@ class MaskingNetwork(nn.Module):
 
 
 def top_mask(probability: Tensor, ratio: float) -> Tensor:
-    """True for the round(ratio * N) patches of the highest probability: (B, N) -> bool (B, N); of equals the first ones."""
+    """True for the round(ratio * N) most probable patches, of equals the first ones: (B, N) -> bool (B, N)."""
     count = round(ratio * probability.shape[1])
     order = probability.argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(probability, dtype=torch.bool).scatter(1, order[:, :count], True)
@@ -121,9 +123,9 @@ def top_mask(probability: Tensor, ratio: float) -> Tensor:
 def soft_selection(probability: Tensor, ratio: float, kind: str, temperature: float = 0.1) -> Tensor:
     """`top_mask` as numbers 0 and 1 (B, N), through which a gradient passes to `probability` (App. A.4).
 
-    straight_through: as if the selection were the identity. softsort: that of SoftSort (Prillo and Eisenschlos 2020), where
-    rank i takes patch j with a share of softmax_j(-|sorted_i - p_j| / temperature), and a patch is masked by the sum of its
-    shares in the first ranks. weight: no gradient passes.
+    straight_through: as if the selection were the identity. softsort: that of SoftSort (Prillo and Eisenschlos 2020),
+    where rank i takes patch j with a share of softmax_j(-|sorted_i - p_j| / temperature), and a patch is masked by the
+    sum of its shares in the first ranks. weight: no gradient passes.
     """
     hard = top_mask(probability, ratio).to(probability.dtype)
     if kind == "weight":
@@ -140,10 +142,10 @@ def soft_selection(probability: Tensor, ratio: float, kind: str, temperature: fl
 def weighted_reconstruction_loss(
     prediction: Tensor, target: Tensor, mask: Tensor, probability: Tensor, normalization: str = "mean"
 ) -> Tensor:
-    """Eq. 1: the squared error of each masked patch times its probability; (B, N, P), (B, N, P), (B, N), (B, N) -> scalar.
+    """Eq. 1: squared error of each masked patch times its probability; (B, N, P) twice, (B, N) twice -> scalar.
 
-    mean: over masked patches, as the code. sum: that of Eq. 1, divided by the number of images. A patch's error is the mean over
-    its pixels.
+    mean: over masked patches, as the code. sum: that of Eq. 1, divided by the number of images. A patch's error is the
+    mean over its pixels.
     """
     error = (widen(prediction) - widen(target)).square().mean(dim=-1)  # (B, N)
     total = (mask * probability * error).sum()
@@ -161,12 +163,13 @@ def moved(at: dict, direction: dict, share: float) -> dict:
 
 
 def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "forward", radius: float = 0.01) -> dict:
-    """How the gradient of loss(at, wanted) by `wanted` changes when `at` moves along `direction`: a matrix times a vector.
+    """How the gradient of loss(at, wanted) by `wanted` changes when `at` moves along `direction`.
 
-    The matrix is the mixed second derivative of Eq. 10 or 11. Exact are forward (forward-mode derivative of the gradient by
-    `wanted`: two passes, cheap where few layers lie behind `wanted`) and reverse (gradient of the slope along `direction`: cheap
-    where few lie behind `at`). finite_difference: from the gradients at both ends of a step of length 2 `radius` (App. A.2,
-    Eq. 12); both see the same random numbers. In float32 that is right to 3 or 4 digits where the loss is smooth, in bf16 to none.
+    A matrix times a vector; the matrix is the mixed second derivative of Eq. 10 or 11. Exact are forward (forward-mode
+    derivative of the gradient by `wanted`: two passes, cheap where few layers lie behind `wanted`) and reverse
+    (gradient of the slope along `direction`: cheap where few lie behind `at`). finite_difference: from the gradients at
+    both ends of a step of length 2 `radius` (App. A.2, Eq. 12); both see the same random numbers. In float32 that is
+    right to 3 or 4 digits where the loss is smooth, in bf16 to none.
     """
     gradient = torch.func.grad(loss, argnums=1)
     if method == "forward":
@@ -201,14 +204,14 @@ def hypergradient(
     paths: tuple = ("head", "encoder"),
     mean=lambda gradient: gradient,
 ) -> tuple[dict, Tensor]:
-    """The gradient of level III's loss by T through one gradient step of each level (Eq. 8 to 11) -> {name: tensor}, that loss.
+    """The gradient of level III's loss by T through a step of each level (Eq. 8 to 11) -> {name: tensor}, that loss.
 
-    level_1(encoder, masking), level_2(encoder, head) and level_3(encoder, head) are losses of parameters; `encoder` and `head`
-    are pairs, before and after their step:
+    level_1(encoder, masking), level_2(encoder, head) and level_3(encoder, head) are losses of parameters; `encoder` and
+    `head` are pairs, before and after their step:
         E' = E - lr_encoder dL1/dE(E, T),   C' = C - lr_head dL2/dC(E', C).
-    With both learning rates at 1 it is what the authors' code computes. The path through the encoder is val -> E' -> T, that
-    through the head val -> C' -> E' -> T. `method` is exact or finite_difference. `mean` averages a gradient over the processes:
-    each sees a part of the batches, and a product of two derivatives is not the mean of its parts.
+    With both learning rates at 1 it is what the authors' code computes. The path through the encoder is val -> E' -> T,
+    that through the head val -> C' -> E' -> T. `method` is exact or finite_difference. `mean` averages a gradient over
+    the processes: each sees a part of the batches, and a product of two derivatives is not the mean of its parts.
     """
     (encoder_before, encoder_after), (head_before, head_after) = encoder, head
     gradients, loss = torch.func.grad_and_value(level_3, argnums=(0, 1))(encoder_after, head_after)
@@ -236,10 +239,10 @@ def proximal_hypergradient(
     radius: float = 0.01,
     mean=lambda gradient: gradient,
 ) -> tuple[dict, Tensor]:
-    """As `hypergradient`, where level II fine-tunes an encoder F (Eq. 13): level_3(tuned) is a loss of F after its step,
+    """As `hypergradient`, where level II fine-tunes an encoder F (Eq. 13): level_3(tuned) is a loss of F after a step,
         F' = F - lr_tuned d/dF (L2(F, C) + proximal |F - E'|^2),
-    so the one path is val -> F' -> E' -> T, with dF'/dE' = 2 lr_tuned proximal. `encoder` is E before its step; the names of
-    `tuned` are those of `encoder`.
+    so the one path is val -> F' -> E' -> T, with dF'/dE' = 2 lr_tuned proximal. `encoder` is E before its step; the
+    names of `tuned` are those of `encoder`.
     """
     by_tuned, loss = torch.func.grad_and_value(level_3)(tuned)
     towards = {name: 2 * lr_tuned * proximal * value for name, value in mean(by_tuned).items()}
@@ -503,8 +506,8 @@ class MultiLevelMAE(Method):
     def descend(self, loss: Tensor, modules: list, stepper):
         """One step of the optimiser for these modules alone, by the gradient over all processes.
 
-        Not by `loss.backward()`: it would fill the gradients of other levels too, and DDP, which is not called, would not
-        average them.
+        Not by `loss.backward()`: it would fill the gradients of other levels too, and DDP, which is not called, would
+        not average them.
         """
         parameters = [p for module in modules for p in module.parameters()]
         gradients = torch.autograd.grad(stepper.scaler.scale(loss), parameters)
@@ -531,8 +534,8 @@ class MultiLevelMAE(Method):
     def masking_gradient(self, unlabelled, training, validation, before, head_before, stepper) -> tuple[dict, Tensor]:
         """The hypergradient {name of T's parameter: tensor}, and the loss of level III.
 
-        `unlabelled`, `training` and `validation` are (images, labels) of the last step of each level; `before` are the weights
-        of the autoencoder and `head_before` those of the head, before their last step.
+        `unlabelled`, `training` and `validation` are (images, labels) of the last step of each level; `before` are the
+        weights of the autoencoder and `head_before` those of the head, before their last step.
         """
         config, rates = self.config, [group["lr"] for group in stepper.optimizer.param_groups]
         lr_encoder, lr_head = (rates[0], rates[2]) if config.lr_factors else (1.0, 1.0)
@@ -615,8 +618,8 @@ class MultiLevelMAE(Method):
     # What there is to see.
 
     def probe(self, encode, train, test, config: Config, **loading) -> dict:
-        """kNN and linear accuracy, that of level II's head, and on shapes how much more often than by chance the object is
-        masked (1 is chance).
+        """kNN and linear accuracy, that of level II's head, and on shapes how much more often than by chance (1) the
+        object is masked.
         """
         torch.manual_seed(config.seed)  # the same masks each time
         found = probe(encode, train, test, config.image_size, config.probe_images, **loading)

@@ -45,7 +45,7 @@ def _enter(rank, function, args, ranks, folder):
 
 
 def ends(function, *args, ranks=1):
-    """As `start`, for functions that may not come back: the exit code of each process, -9 where it was killed, and stderr."""
+    """As `start`, for functions that may not come back: each process's exit code (-9 if it was killed) and stderr."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
         started = [context.Process(target=_end, args=(rank, function, args, ranks, folder)) for rank in range(ranks)]
@@ -73,11 +73,11 @@ def _end(rank, function, args, ranks, folder):
 
 
 def train_with_fault(argv, fault="", at=0, victim=-1):
-    """train.py's command line on 40 small pictures, with something that goes wrong on one rank or (-1) on all; the exit code.
+    """train.py's command line on 40 small pictures; something goes wrong on one rank or (-1) on all; the exit code.
 
-    After step `at`: kill (SIGKILL), die (exit code 9), SIGTERM, SIGINT, SIGUSR1, twice (Ctrl-C, and again), full (no more room
-    on the disk), nan (a loss that is none). In the save number `at`: half (SIGKILL in the middle of a file). When a worker has
-    decoded `at` images: group (SIGTERM to the process and its workers, as a cluster does).
+    After step `at`: kill (SIGKILL), die (exit code 9), SIGTERM, SIGINT, SIGUSR1, twice (Ctrl-C, and again), full (no
+    more room on the disk), nan (a loss that is none). In the save number `at`: half (SIGKILL in the middle of a file).
+    When a worker has decoded `at` images: group (SIGTERM to the process and its workers, as a cluster does).
     """
     import common
     import train
@@ -224,7 +224,7 @@ def gradients_of_mixedae(images, assignment):
 
 
 def gradients_of_energy(images):
-    """The gradients of one step of the energy under DDP, in two accumulated parts of this rank's share; and log alpha."""
+    """The gradients of a step of the energy under DDP, in two accumulated parts of this rank's share; and log alpha."""
     import test_ebm_pretrain
 
     method = test_ebm_pretrain.tiny(task="super_resolution")

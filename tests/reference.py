@@ -245,7 +245,7 @@ def finola_walks(q, matrices, size, origin):
 
 
 def blockwise(z, matrices, row, column):
-    """Masked-FINOLA-B cell by cell: which cells a visible one predicts, and how; also how often each one was written."""
+    """Masked-FINOLA-B cell by cell: which cells a visible one predicts, and how; and how often each was written."""
     channels, block = z.shape[0], z.shape[1]
     out, written = torch.zeros(channels, 2 * block, 2 * block, dtype=z.dtype), torch.zeros(2 * block, 2 * block)
     for i, j in itertools.product(range(block), range(block)):

@@ -454,7 +454,7 @@ def test_a_chain_may_be_longer_than_trained_and_has_an_energy_a_step():
     assert (energies.diff(dim=0) < 0).all()
 
 
-# --- second derivatives that are not there -----------------------------------------------------------------------------
+# --- second derivatives that are not there ----------------------------------------------------------------------------
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""What happens when something goes wrong: kills, signals, full disks, damaged files, strange flags, strange pictures."""
+"""What happens when something goes wrong: kills, signals, full disks, damaged files, strange flags and pictures."""
 
 import contextlib
 import io
@@ -254,7 +254,7 @@ LAYOUTS = {
 @settings(max_examples=25)
 @given(st.sampled_from(sorted(LAYOUTS)), st.data())
 def test_damaged_files_are_named_or_read_but_never_a_traceback(layout, data):
-    """Any file of any data set, cut, grown or with bytes flipped: a UserError, or a data set that can be read to its end."""
+    """Any file of any data set, cut, grown or with bytes flipped: a UserError, or data that can be read to the end."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         LAYOUTS[layout](root)
@@ -292,7 +292,7 @@ def test_pictures_of_any_size_and_name_are_read(tmp_path):
 
 
 def test_what_only_looks_like_a_picture_is_named_at_once(tmp_path):
-    """A text, a pipe that nobody writes to, a device without end, a link to a file that is not for reading as a picture."""
+    """A text, a pipe that nobody writes to, a device without end, a link to a file that is no picture."""
     root = test_common.write_folders(tmp_path / "set")
     strange = [root / "train" / "bee" / f"{name}.jpg" for name in ("text", "pipe", "device", "secret")]
     strange[0].write_text("no picture")

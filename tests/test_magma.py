@@ -219,7 +219,7 @@ def test_duplicates_are_pulled_nowhere():
 
 @pytest.mark.parametrize("form", ["normalized", "unnormalized"])
 def test_float32_keeps_the_gradient_of_nearly_collapsed_features(form):
-    """Each feature has a mean of about 30, or -30, and spread 0.01: the uncentred Gram matrix and cdist lose all of it."""
+    """Features have a mean of about 30, or -30, and spread 0.01: the uncentred Gram matrix and cdist lose all of it."""
     mean = 30 * randn(1, 192, seed=3)
     x = (mean + 0.01 * randn(64, 192, seed=1)).float()
     y = (mean + 0.01 * randn(64, 192, seed=2)).float()

@@ -48,7 +48,7 @@ def tiny(**fields):
 
 
 class Recorder:
-    """A Stepper of plain gradient descent that keeps the gradients of every step; with `moves` False it moves nothing."""
+    """A Stepper of plain gradient descent that keeps the gradients of every step; `moves` False moves nothing."""
 
     def __init__(self, method, moves=True):
         self.method, self.moves, self.dtype, self.steps = method, moves, None, []
@@ -85,7 +85,7 @@ def batch_of(method, levels, seed=0, dtype=torch.float32):
     return images, torch.randint(10, (count,), generator=generator(seed))
 
 
-# --- masks and their loss ----------------------------------------------------------------------------------------------
+# --- masks and their loss ---------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 4), st.integers(1, 20), st.floats(0, 1), st.booleans(), seeds)
@@ -142,7 +142,7 @@ def test_soft_selections_have_the_values_of_the_mask_and_their_own_gradients(bat
 
 @pytest.mark.parametrize("kind", ["weight", "straight_through", "softsort"])
 def test_soft_selections_act_on_the_visible_tokens_too(kind):
-    """By the weights of Eq. 1 alone no gradient comes through the prediction; with a soft selection one does (App. A.4)."""
+    """Through the weights of Eq. 1 no gradient reaches the prediction; through a soft selection one does (App. A.4)."""
     method = tiny(mask_gradient=kind)
     images, _ = batch_of(method, 1)
     prediction = method.reconstruct(images)[0]
@@ -231,7 +231,7 @@ def test_without_learning_rates_it_is_the_authors_reading():
 
 
 def test_with_adam_below_the_formula_is_not_exact():
-    """It is the derivative through plain gradient steps; Adam's step depends on the gradient's sign more than on its size."""
+    """It is the derivative through plain gradient steps; Adam's depend on the gradient's sign more than on its size."""
     losses, encoder, head, masking = toy()
 
     def through_adam(t, lr=0.1):
@@ -587,7 +587,7 @@ def test_the_mask_ratio_follows_its_curriculum():
     assert found == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9])
 
 
-# --- data --------------------------------------------------------------------------------------------------------------
+# --- data -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level1_data", ["train", "all"])
@@ -681,7 +681,7 @@ def test_the_probe_tells_the_heads_accuracy_and_how_often_the_object_is_masked()
     assert found["object"] == pytest.approx(float(share), rel=1e-5)
 
 
-# --- settings ----------------------------------------------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 def test_recipes_are_tables_11_and_12():

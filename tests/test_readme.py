@@ -1,4 +1,4 @@
-"""What README and docstrings say of the code: snippets run, names exist, commands parse, and what is for copying stands alone."""
+"""What README and docstrings say of the code: snippets run, names exist, commands parse, copied parts stand alone."""
 
 import ast
 import builtins
@@ -277,7 +277,7 @@ COPIES = [(found, code) for text, code in SNIPPETS if (found := COPIED.search(te
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("found", "code"), COPIES, ids=["-".join(found.groups()[:3]) for found, _ in COPIES])
 def test_the_lines_to_copy_are_enough(found, code, tmp_path, monkeypatch):
-    """The snippet runs with nothing but these lines and the imports of what they are said to need, and needs all of it."""
+    """The snippet runs with nothing but these lines and the imports that they are said to need, and needs all of it."""
     name, first, last, needs = found.groups()
     tree, needs = ast.parse(source(name)), set(re.split(", | and ", needs.lower()))
     places = {defined: node for node in tree.body for defined in named(node)}
