@@ -1089,6 +1089,8 @@ def load_method(run: Path, settings: dict, data) -> common.Method:
     module = importlib.import_module(settings["method"])
     known = {field.name for field in dataclasses.fields(module.Config)}
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in known}
+    if fields.get("start"):  # the file that the run went on from may be gone
+        fields["start"] = str(run / "encoder.pt")
     method = getattr(module, METHODS[settings["method"]])(module.Config(**fields), data)
     method.load_state_dict(common.load_checkpoint(run / "last.pt")["weights"])
     return method.eval()

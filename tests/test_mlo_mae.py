@@ -1,5 +1,6 @@
 """MLO-MAE: masks, weighted loss, second derivatives, the hypergradient, the three levels."""
 
+import dataclasses
 import itertools
 import math
 
@@ -731,6 +732,21 @@ def test_pretraining_goes_on_from_an_encoder(tmp_path):
     common.save_encoder(common.MobileFormer("micro"), tmp_path / "other.pt")
     with pytest.raises(UserError, match="holds a MobileFormer; only a transformer can be masked"):
         tiny(start=str(tmp_path / "other.pt"))
+
+
+def test_a_run_that_went_on_from_a_file_is_rebuilt_without_it(tmp_path):
+    start = common.ViT(16, 4, 96, 2, 4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    common.save_encoder(start, tmp_path / "start.pt")
+    common.VIT_SIZES["vit_other"] = {"dim": 96, "depth": 2, "heads": 4}
+    method = tiny(start=str(tmp_path / "start.pt"), model="vit_other")
+    common.save_encoder(method.encoder, tmp_path / "encoder.pt")
+    torch.save({"weights": method.state_dict()}, tmp_path / "last.pt")
+    (tmp_path / "start.pt").unlink()
+    settings = dataclasses.asdict(method.config) | {"method": "mlo_mae"}
+    again = evaluate.load_method(tmp_path, settings, pictures_of())
+    del common.VIT_SIZES["vit_other"]
+    torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
+    assert torch.equal(again.encoder.mean, start.mean) and torch.equal(again.encoder.std, start.std)
 
 
 @pytest.mark.parametrize(
