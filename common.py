@@ -1,7 +1,8 @@
 """What every method shares: patches, vision transformer, masked autoencoder, data, probes and the training loop.
 
 Axis letters, used in every shape comment of the project:
-    B batch   V views   C channels   H W height, width   N patches   D width of a token   P values of a patch (p p C)
+    B batch   V views   C channels   H W height, width   N patches   M visible ones   D width of a token
+    P values of a patch (p p C)   d width of a head, of a decoder, or of Mobile-Former's tokens
 
 Each section can be read alone:
     1. Patches and positions      patchify, unpatchify, sincos_positions, random_mask, take
@@ -146,7 +147,7 @@ VIT_SIZES = {
 
 
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v on (B, heads, N, d) in three steps, each of which has a second derivative.
+    """softmax(q k^T / sqrt(d)) v: (B, heads, M, d), keys and values (B, heads, N, d); it has a second derivative.
 
     No fused kernel has one: neither that of CPUs nor those of GPUs. torch's own plain form has, but computes in float32
     what is in bf16, so this is the attention of energies on every device.
@@ -312,8 +313,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     In plain steps, which can be differentiated twice: one side has a few tokens only, so a fused kernel gains nothing.
     """
     q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=heads) for x in (q, k, v))
-    weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, M, N)
-    return rearrange(weights @ v, "b h m d -> b m (h d)")
+    return rearrange(attend_plainly(q, k, v), "b h m d -> b m (h d)")
 
 
 def conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -1659,6 +1659,20 @@ def check_choices(config, **choices):
             raise UserError(unknown("--" + field.replace("_", "-"), getattr(config, field), names))
 
 
+def check_least(config, **least):
+    """Raise UserError where a setting is below its least value, infinite or nan: check_least(config, steps=0)."""
+    for field, bound in least.items():
+        if not bound <= (value := getattr(config, field)) < math.inf:  # false for nan too
+            raise UserError(f"--{field.replace('_', '-')} {value} makes no sense; give {bound} or more")
+
+
+def check_positive(config, *fields):
+    """Raise UserError where a setting is not more than 0, infinite or nan."""
+    for field in fields:
+        if not 0 < (value := getattr(config, field)) < math.inf:
+            raise UserError(f"--{field.replace('_', '-')} {value} makes no sense; give more than 0")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line: UserError."""
 
@@ -1715,12 +1729,9 @@ def read_flags(config_class, recipes: dict, argv: list, usage: str = "", descrip
 
 def check_config(config: TrainConfig):
     """Raise UserError where a setting of the loop makes no sense, whatever the data."""
-    least = dict.fromkeys(("image_size", "epochs", "batch_size", "accumulate", "save_every"), 1)
-    least |= dict.fromkeys(("warmup_epochs", "probe_every", "probe_images", "workers", "seed"), 0)
-    least |= dict.fromkeys(("base_lr", "warmup_lr", "weight_decay", "clip"), 0.0)
-    for name, bound in least.items():
-        if not bound <= getattr(config, name) < math.inf:  # false for nan too
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} makes no sense; give {bound} or more")
+    check_least(config, image_size=1, epochs=1, batch_size=1, accumulate=1, save_every=1)
+    check_least(config, warmup_epochs=0, probe_every=0, probe_images=0, workers=0, seed=0)
+    check_least(config, base_lr=0, warmup_lr=0, weight_decay=0, clip=0)
     check_choices(config, amp=("auto", "bf16", "fp16", "off"))
     if not 0 < config.crop_min <= 1:
         raise UserError(f"--crop-min {config.crop_min} is not a share of the image; give more than 0, at most 1")
@@ -1771,6 +1782,22 @@ def learning_rate(step: int, steps_per_epoch: int, config: TrainConfig) -> float
     if config.milestones:
         return peak * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in config.milestones)
     return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def autocast(amp: str, device: torch.device):
+    """The context in which --amp computes on a device."""
+    dtype = pick_precision(amp, device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def gradient_if(wanted):
+    """A context that keeps gradients where they are wanted: a term of weight 0 is measured, but not differentiated."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and bool(wanted))
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether AdamW's weight decay acts on a parameter: not on biases, norms and tokens."""
+    return parameter.ndim >= 2 and not name.endswith(("token", "tokens", "bias"))
 
 
 class Stepper:
@@ -1830,7 +1857,7 @@ class Method(nn.Module):
         decay, plain = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                (plain if parameter.ndim < 2 or name.endswith(("token", "tokens", "bias")) else decay).append(parameter)
+                (decay if decays(name, parameter) else plain).append(parameter)
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 

@@ -1,6 +1,7 @@
 """Energy-inspired pretraining: restore a corrupted image by descending a learned energy.
 
-Wang, Wang, Liu and Qiu, "Energy-Inspired Self-Supervised Pretraining for Vision Models" (ICLR 2023).
+Wang, Wang, Liu and Qiu, "Energy-Inspired Self-Supervised Pretraining for Vision Models" (ICML workshop
+2022, ICLR 2023; numbers of equations and tables are those of the workshop text).
 
 The idea: put a linear head with one output on any vision model and call the output an energy. Corrupt an image: mask
 it, blur it, add noise, take its colour. Follow the gradient of the energy *with respect to the pixels* downhill for a
@@ -12,7 +13,8 @@ Sec. 2.2   energy of an image                                 Energy
 Eq. 3, 4   gradient steps, stop-gradient between them         descent, restore
 Eq. 4      error of every step                                restoration_loss
 Eq. 2      corrupted images as negatives (N = 0, Fig. A)      contrast_loss
-App. A.2   super-resolution, denoising, colorization          super_resolution, noise, grayscale
+App. A.2   super-resolution, denoising                        super_resolution, noise
+Sec. 3.1   colorization                                       grayscale
 App. A.3   masks                                              gridded_mask, random_patches
 Fig. 1     longer chains, and their energies                  sample
 Table B    other backbones                                    ConvNeXt, Swin
@@ -27,8 +29,8 @@ No code was released. What the text leaves open, and our choice:
   noise. Colour is removed from images in [0, 1], by the luma weights of ITU-R BT.601. The feature under the head is the
   mean of the patch tokens after the final norm, as in MAE's fine-tuning.
 * The step size alpha is learned, but where it starts is not told. Pixel gradients of a fresh network are about 1e-4, so
-  with alpha = 0.1 no pixel would move for epochs. Here alpha = exp(a) starts such that the first step on the first
-  batch has a root mean square of 0.3; `a` has no weight decay. The head starts as nn.Linear does.
+  with alpha = 0.1 no pixel would move for epochs. Here log alpha is learned, without weight decay, and
+  starts such that the first step on the first batch has a root mean square of 0.3. The head starts as nn.Linear does.
 * Eq. 4 has the squared error and divides by the number of steps; Listing 1 has SmoothL1 (beta 1) and adds the steps up.
   We follow the listing, but average over the steps: AdamW hardly sees a constant factor. `--criterion mse` is Eq. 4.
 * All pixels count, as in Eq. 4 and the listing; `--scored changed` counts only those that the corruption changed.
@@ -71,15 +73,16 @@ from common import (
     UserError,
     ViT,
     attend_plainly,
+    autocast,
     average,
     check_choices,
+    check_least,
+    check_positive,
     features_of,
     labelled,
-    pick_precision,
     pooled_features,
     probe,
     reconstruction_loss,
-    unknown,
     unpatchify,
 )
 
@@ -157,7 +160,7 @@ def noise(images: Tensor, gamma: Tensor | float | None = None, generator=None) -
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """RGB images (B, 3, H, W) without their colour: three equal channels (App. A.2, colorization)."""
+    """RGB images (B, 3, H, W) without their colour: three equal channels (section 3.1, colorization)."""
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device).view(3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
 
@@ -185,7 +188,8 @@ def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
     # torch's fused attention has no second derivative: where `energy` asks for attention, it gets the plain one.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         # The gradient of alpha E rather than alpha times that of E: the same number, but what travels back through the
-        # network is of the size of a step. In fp16 the gradient of E itself, 1e-4 and less, would underflow to zero.
+        # network is of the size of a step. In fp16 the gradient of E itself, 1e-4 and less, would lose its digits, or
+        # be zero.
         total = step_size * energy(x).sum()
     # The forward pass has settled the types. Autocast would cast to fp16 what is in float32 because it is large.
     with torch.autocast(x.device.type, enabled=False):
@@ -479,7 +483,8 @@ def trainable(module: nn.Module) -> list:
 def freeze_idle(method: Method, images: Tensor):
     """Freeze the weights that the loss of a method does not depend on: DDP would wait for their gradients for ever.
 
-    Raises UserError where that step fails, for example for want of a second derivative of a kernel.
+    They are found by a trial step. Raises UserError where it fails, for example for want of a second derivative of a
+    kernel.
     """
     trial = copy.deepcopy(method).eval()
     try:
@@ -581,8 +586,7 @@ def build_encoder(config: Config, data) -> nn.Module:
     look = {"mean": data.mean, "std": data.std}
     if config.model in VIT_SIZES:
         return ViT(config.image_size, config.patch, **VIT_SIZES[config.model], **look)
-    if config.model not in BACKBONES:
-        raise UserError(unknown("--model", config.model, (*VIT_SIZES, *BACKBONES)))
+    check_choices(config, model=(*VIT_SIZES, *BACKBONES))
     kind, fields = BACKBONES[config.model]
     encoder = kind(**fields, **look)
     if config.image_size % encoder.stride:
@@ -606,13 +610,10 @@ class EnergyPretraining(Method):
         super().__init__()
         check_choices(config, objective=("energy", "autoencoder", "mae"), task=TASKS)
         check_choices(config, criterion=("smooth_l1", "mse"), scored=("all", "changed"))
-        for field, least in {"grid": 1, "scale": 1, "steps": 0}.items():
-            if getattr(config, field) < least:
-                raise UserError(f"--{field} {getattr(config, field)} makes no sense; give {least} or more")
+        check_least(config, grid=1, scale=1, steps=0, alpha_lr=0)
+        check_positive(config, "first_step")
         if not 0 < config.mask_ratio < 1:
             raise UserError(f"--mask-ratio {config.mask_ratio} blanks nothing or all; give more than 0, less than 1")
-        if not config.first_step > 0:
-            raise UserError(f"--first-step {config.first_step} moves no pixel; give more than 0")
         if config.compile and config.objective == "energy":
             raise UserError("--compile does not work here: torch.compile has no second derivatives")
         squares = math.ceil(config.image_size / config.grid) ** 2
@@ -724,14 +725,13 @@ class EnergyPretraining(Method):
         found = probe(encode, train, test, config.image_size, config.probe_images, **loading)
         if config.objective == "mae" or (config.objective == "energy" and not config.steps):
             return found
-        precision = pick_precision(config.amp, self.mean.device)
         chosen = labelled(test, min(config.probe_images or 2000, 2000))
 
         def measure(images):
             rows = []
             for task in self.tasks:
                 clean, corrupted = self.corrupt(images, task)
-                with torch.autocast(images.device.type, precision, enabled=precision is not None):
+                with autocast(config.amp, images.device):
                     last = self.restored(corrupted)[-1]
                 rows += [(x - clean).square().mean(dim=(1, 2, 3)) for x in (corrupted, last)]
             return torch.stack(rows, dim=1)  # (B, 2 * tasks)

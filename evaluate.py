@@ -75,7 +75,7 @@ from torch import Tensor, nn
 import common
 import ebm_pretrain
 import finola
-from common import Block, UserError, ViT, pooled_features, rank, unknown
+from common import Block, UserError, ViT, autocast, gradient_if, pooled_features, rank, unknown
 from train import METHODS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,13 +561,9 @@ def settings(protocol: str, given: dict, method: str, dim: int, images: int) -> 
         value = getattr(config, field)
         if not 0 <= value <= limits.get(field, 1) or (field in below_one and value == 1) or value == math.inf:
             raise UserError(f"--{field.replace('_', '-')} {value} makes no sense; give {expected}")
-    for field, value in (
-        ("k", config.k),
-        ("base-lr", config.base_lr),
-        *(("base-lrs", rate) for rate in config.base_lrs),
-    ):
-        if not 0 < value < math.inf:
-            raise UserError(f"--{field} {value} makes no sense; give more than 0")
+    common.check_positive(config, "k", "base_lr")
+    if not all(0 < rate < math.inf for rate in config.base_lrs):
+        raise UserError(f"--base-lrs {config.base_lrs} makes no sense; give more than 0")
     return config
 
 
@@ -582,11 +578,6 @@ def digest(module: nn.Module) -> str:
     for name, value in module.state_dict().items():
         found.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:10]
-
-
-def autocast(config: Config, device: torch.device):
-    dtype = common.pick_precision(config.amp, device)
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def token_features(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -706,7 +697,7 @@ class Classifier(common.Method):
 
     def logits(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> logits (heads, B, classes)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with gradient_if(not self.frozen):
             features = self.features(self.encoder, images)
         return self.head(features)
 
@@ -718,7 +709,7 @@ class Classifier(common.Method):
         """Accuracy on the test images: {"accuracy": ...}, or one for each of several learning rates."""
 
         def classify(images):
-            with autocast(config, images.device):
+            with autocast(config.amp, images.device):
                 return self.logits(images).transpose(0, 1)  # (B, heads, classes)
 
         chosen = common.labelled(test)
@@ -777,7 +768,7 @@ class Row:
         def encode(images):
             if self.encoder is None:
                 return common.raw_pixels(images)
-            with autocast(config, images.device):
+            with autocast(config.amp, images.device):
                 return pooled_features(self.encoder, images)
 
         if key not in self.kept:
@@ -1125,7 +1116,7 @@ def draw_pictures(run: Path, settings: dict, row: Row, config: Config) -> tuple[
     if method is not None:
         if method.config.image_size == config.image_size:
             torch.manual_seed(config.seed)
-            with autocast(config, row.device):
+            with autocast(config.amp, row.device):
                 rows = method.pictures(images)
             written.append(out / "reconstructions.png")
             write_sheet(written[-1], f"{title}: reconstructions", method.captions, rows)
@@ -1190,14 +1181,14 @@ def look_into_finola(method: finola.FinolaAutoencoder, row: Row, config: Config)
     row_0, column_0 = method.start
     for images, _ in batches(row.test):
         corner = method.middle(images)
-        with autocast(config, row.device):
+        with autocast(config.amp, row.device):
             z = method.feature_map(images, corner)
             others = method.decode(z)
         mask, z = method.scored(images, corner), z.float()
         part = {"psnr": finola.psnr(images, others, mask)}
         part["psnr of mean"] = finola.psnr(images, mean.expand_as(images), mask)
         if method.config.variant != "masked_b":
-            with autocast(config, row.device):
+            with autocast(config.amp, row.device):
                 part["q"] = method.embed(images, corner).float()
         if method.config.variant != "masked_b" and method.finola.norm == "channel":
             part["dz/dx"], part["dz/dy"] = finola.pde_residuals(z, method.finola, method.start)
@@ -1264,7 +1255,7 @@ def draw_finola(run: Path, settings: dict, row: Row, config: Config) -> tuple[li
     title, images, written = f"{method.config.variant} on {Path(config.data).name}", one_a_class(row, config), []
     found = look_into_finola(method, row, config)
     if "q" in found:
-        with torch.no_grad(), autocast(config, row.device):
+        with torch.no_grad(), autocast(config.amp, row.device):
             own = method.embed(images, method.middle(images)).float()
         written += draw_embeddings(method, found["q"], own, images, title, out)
     else:
@@ -1326,7 +1317,7 @@ def look_into_energy(method: ebm_pretrain.EnergyPretraining, row: Row, config: C
     for images, _ in row.test.plain_batches(chosen, config.image_size, **row.loading(config)):
         for task in method.tasks:
             clean, corrupted = method.corrupt(images, task)
-            with autocast(config, row.device):
+            with autocast(config.amp, row.device):
                 chain, energies = ebm_pretrain.sample(method.energy, corrupted, CHAIN, method.step_size(corrupted))
                 energy = method.energy(clean)
             error = (chain - clean).square().mean(dim=(2, 3, 4))
@@ -1358,7 +1349,7 @@ def draw_energy(run: Path, settings: dict, row: Row, config: Config) -> tuple[li
     for task in method.tasks:
         torch.manual_seed(config.seed)
         _, corrupted = method.corrupt(images, task)
-        with autocast(config, row.device):
+        with autocast(config.amp, row.device):
             chain, _ = ebm_pretrain.sample(method.energy, corrupted, CHAIN, method.step_size(corrupted))
         rows = torch.cat([images[:, None], (chain.transpose(0, 1) * method.std + method.mean).clamp(0, 1)], dim=1)
         written.append(out / f"chain_{task}.png")

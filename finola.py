@@ -37,8 +37,8 @@ No code was released. What the text leaves open, and our choice:
   parameters at C = 3072, where Table 2b has 5.0, 12.0, 25.0, 43.5 and 67.6 M.
 * Upsampler: residual blocks as in VQGAN (group norm, SiLU, convolution, twice; 1 x 1 shortcut where the width changes),
   nearest-neighbour upsampling. The transformer blocks are pre-norm, with 8 heads, ratio 4 and a last norm.
-* It predicts normalised pixels, and the loss is the mean squared error of those. PSNR is that of [0, 1], clamped, of
-  each image, then the mean; in masked variants over masked pixels alone.
+* The upsampler predicts normalised pixels, and the loss is the mean squared error of those. PSNR is that of [0, 1],
+  clamped, of each image, then the mean; in masked variants over masked pixels alone.
 * Masked: the block starts at a multiple of 16 pixels, drawn for each image. In -E, q is put at the centre of the block,
   and the map is a window of a larger one. In -B, a 1 x 1 convolution takes the encoder's map to 512 channels before
   FINOLA; one step leads from a visible cell to each of the cells that it predicts ("block offsets" u = v = 1); visible
@@ -71,12 +71,13 @@ from common import (
     MobileToFormer,
     TrainConfig,
     UserError,
+    autocast,
     check_choices,
+    check_least,
     conv,
     features_of,
     initialize,
     labelled,
-    pick_precision,
     probe,
     sincos_positions,
     unpatchify,
@@ -132,12 +133,12 @@ class Finola(nn.Module):
         self.dim, self.norm = dim, norm
         for name in DIRECTIONS:
             setattr(self, name, nn.Parameter(torch.empty(dim, dim).uniform_(-(dim**-0.5), dim**-0.5)))
-        if norm in ("running", "batch"):  # mean and variance of each step of the walks, four in each of two stages
+        if norm in ("running", "batch"):  # mean and variance of each step of the walks
             shape = (8, LONGEST, dim if norm == "batch" else 1)
             self.register_buffer("averages", torch.stack([torch.zeros(shape), torch.ones(shape)]))
 
-    def normalize(self, z: Tensor, walk: int, count: int) -> Tensor:
-        """z_n of z (L, B, C), which is `count` steps along the walk of that number."""
+    def normalize(self, z: Tensor, number: int, count: int) -> Tensor:
+        """z_n of z (L, B, C), L lines side by side, which is `count` steps along the walk of that number."""
         if self.norm == "none":
             return z
         if self.norm == "channel":
@@ -147,18 +148,18 @@ class Finola(nn.Module):
                 mean, variance = z.mean().view(1), z.var(dim=-1, correction=0).mean().view(1)
             else:
                 mean, variance = z.mean(dim=(0, 1)), z.var(dim=(0, 1), correction=0)
-            self.averages[:, walk, count].lerp_(torch.stack([mean, variance]).detach(), 0.1)
+            self.averages[:, number, count].lerp_(torch.stack([mean, variance]).detach(), 0.1)
             if self.norm == "running":
                 return channel_norm(z)
         else:
-            mean, variance = self.averages[:, walk, count]
+            mean, variance = self.averages[:, number, count]
         return (z - mean) / (variance + 1e-5).sqrt()
 
     def walk(self, z: Tensor, direction: str, steps: int, stage: int) -> Tensor:
         """z (L, B, C) and what `steps` steps in a direction make of it -> (1 + steps, L, B, C)."""
-        matrix, walk, states = getattr(self, direction), 4 * stage + DIRECTIONS.index(direction), [z]
+        matrix, number, states = getattr(self, direction), 4 * stage + DIRECTIONS.index(direction), [z]
         for count in range(steps):
-            states.append(step(states[-1], matrix, lambda z, count=count: self.normalize(z, walk, count)))
+            states.append(step(states[-1], matrix, lambda z, count=count: self.normalize(z, number, count)))
         return torch.stack(states)
 
     def line(self, z: Tensor, before: str, after: str, place: int, length: int, stage: int) -> Tensor:
@@ -169,8 +170,8 @@ class Finola(nn.Module):
     def forward(self, q: Tensor, size: int | tuple[int, int], origin: tuple[int, int] | None = None) -> Tensor:
         """Vectors q (B, C) at `origin` (row, column), or the centre (H // 2, W // 2) -> maps (B, C, H, W) (Fig. 3).
 
-        A whole row is unrolled along columns at once, and a whole column along rows: from the centre H + 2 W products
-        of matrices, not 2 H W, one after the other.
+        A whole row is unrolled along columns at once, and a whole column along rows: H + 2 W products of matrices
+        follow one another, not 2 H W.
         Raises ValueError where the origin is not on the map.
         """
         height, width = (size, size) if isinstance(size, int) else size
@@ -480,6 +481,10 @@ class MFDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+VARIANTS = ("finola", "masked_e", "masked_b")
+ORIGINS = {"center": None, "top_left": (0, 0), "top_right": (0, -1), "bottom_left": (-1, 0), "bottom_right": (-1, -1)}
+
+
 @dataclass
 class Config(TrainConfig):
     """The paper's image reconstruction on ImageNet (Table 12, left), with MF-W2880 and 3072 channels."""
@@ -499,9 +504,6 @@ class Config(TrainConfig):
     upsampler_width: int = 512  # channels of the convolutional upsampler's first block (Table 10)
     upsampler_blocks: int = 6  # transformer blocks of the upsampler of masked_b (Table 16)
 
-
-VARIANTS, ORIGINS = ("finola", "masked_e", "masked_b"), {"center": None, "top_left": (0, 0), "top_right": (0, -1)}
-ORIGINS |= {"bottom_left": (-1, 0), "bottom_right": (-1, -1)}
 
 MASKED = {"epochs": 1600, "batch_size": 1024, "channels": 512}  # Tables 12 and 15
 LAPTOP = {"width": "micro", "image_size": 64, "channels": 256, "upsampler_width": 64, "upsampler_blocks": 2}
@@ -543,11 +545,7 @@ class FinolaAutoencoder(Method):
             raise UserError(
                 f"--image-size {config.image_size} is not a multiple of {unit}, which {config.variant} needs"
             )
-        for field in ("channels", "upsampler_width"):
-            if getattr(config, field) < 4:
-                raise UserError(f"--{field.replace('_', '-')} {getattr(config, field)} is too narrow; give 4 or more")
-        if config.upsampler_blocks < 0:
-            raise UserError(f"--upsampler-blocks {config.upsampler_blocks} makes no sense; give 0 or more")
+        check_least(config, channels=4, upsampler_width=4, upsampler_blocks=0)
         if self.masked and config.origin != "center":
             raise UserError("--origin belongs to --variant finola: masked variants start from the visible block")
         if config.norm in ("running", "batch") and config.variant == "masked_b":
@@ -638,13 +636,10 @@ class FinolaAutoencoder(Method):
     def probe(self, encode, train, test, config: Config, **loading) -> dict:
         """kNN and linear accuracy, and the mean PSNR in dB on test images."""
         torch.manual_seed(config.seed)  # the same blocks each time
-        precision, chosen = (
-            pick_precision(config.amp, next(self.parameters()).device),
-            labelled(test, config.probe_images),
-        )
+        chosen = labelled(test, config.probe_images)
 
         def measure(images):
-            with torch.autocast(images.device.type, precision, enabled=precision is not None):
+            with autocast(config.amp, images.device):
                 return self(images)["psnr"].expand(len(images), 1)
 
         quality = features_of(measure, test, chosen, config.image_size, **loading)[0].mean()

@@ -46,8 +46,8 @@ What the paper leaves open, or says otherwise than its code (github.com/adondera
   the mean distance there, so the affinity is the same for all pairs, as it should be.
 * The warm-up of the learning rate starts at 0 as in the released configurations; the text says 3e-5 (`--warmup-lr`).
 * Decoder sizes for the small data sets, e_dur off ImageNet-100 and the projector's output width (SimCLR 256, VICReg
-  2048: the defaults of solo-learn, which the code is built on) are not in the text. The number of epochs on ImageNet-1K
-  (400) and the statistics of ImageNet-100 (those of ImageNet) are guesses.
+  2048: the defaults of solo-learn, which the code is built on) are not in the text. The statistics of
+  ImageNet-100, those of ImageNet, are a guess.
 """
 
 import functools
@@ -68,12 +68,15 @@ from common import (
     UserError,
     ViT,
     check_choices,
+    check_least,
+    check_positive,
     gather,
+    gradient_if,
     reconstruction_loss,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's mathematics. B images, D channels. Pure functions for any float dtype and device.
+# The paper's mathematics. B images, D width of a feature. Pure functions for any float dtype and device.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +233,8 @@ def contrastive_loss(a: Tensor, b: Tensor, temperature: float = 0.2) -> Tensor:
 def vicreg_loss(a: Tensor, b: Tensor, weights: tuple = (25.0, 25.0, 1.0)) -> Tensor:
     """VICReg over two views (B, D), (B, D): invariance, variance and covariance, weighted -> scalar >= 0.
 
-    The two views' variance terms are added, as in the paper's Eq. 6; its code takes their mean.
+    As in solo-learn: the views' variance terms are added (VICReg's Eq. 6; its code takes their mean), and the
+    invariance is a mean over channels too (its code; its Eq. 5 sums over them).
     """
     invariance, variance, covariance = F.mse_loss(a, b), 0.0, 0.0
     for z in (a, b):
@@ -369,11 +373,6 @@ for _ssl in ("simclr", "vicreg"):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def gradient_if(weight: float):
-    """A context that keeps gradients where the weight of a term is not zero."""
-    return torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0)
-
-
 class Magma(Method):
     """Eq. 1: a self-supervised loss plus lambda times the manifold regulariser, in epochs e_st to e_st + e_dur - 1.
 
@@ -386,6 +385,10 @@ class Magma(Method):
         super().__init__()
         check_choices(config, model=VIT_SIZES, ssl=("mae", "simclr", "vicreg"))
         check_choices(config, laplacian=LAPLACIANS, layer_pairs=("last", "all"))
+        check_least(config, lam=0, uniformity=0, inverse=0, e_st=0, e_dur=0, colour=0, projector_dim=1)
+        check_positive(config, "kernel_factor", "temperature")
+        if not 0 <= config.blur <= 1:
+            raise UserError(f"--blur {config.blur} is not a probability; give 0 to 1")
         size = VIT_SIZES[config.model] | ({"heads": config.heads} if config.heads else {})
         depth = size["depth"]
         blocks = {layer % depth for layer in config.layers if -depth <= layer < depth}
@@ -420,7 +423,10 @@ class Magma(Method):
         return gather(features) if self.config.gather else features
 
     def over_layers(self, function, hidden: list, *settings) -> Tensor:
-        """Eq. 2's sum over layers: function(regularized, reference) for the pairs of K, of every block's output."""
+        """function(regularized, reference) over the layers K out of `hidden`, the output of every block (Eq. 2).
+
+        The last layer of K against each of the others, averaged; or all ordered pairs, summed.
+        """
         chosen = [self.gathered(image_features(hidden[layer])) for layer in self.config.layers]  # each (B, D)
         if self.config.layer_pairs == "all":
             pairs = itertools.permutations(chosen, 2)

@@ -13,7 +13,7 @@ Eq. 1, A1, A4   mixing                                        mixing_assignment,
 Eq. A2          MAE's input, the special case                 mix, with images of zeros
 Eq. 5, A3       mixing raises mutual information              tests: test_mixing_never_lowers_mutual_information
 unmixing        reconstruction of each image                  unmix, MixedAE.reconstruct
-TopK            homologous attention                          topk_attention, top_keys
+TopK            homologous attention                          topk_attention, of topk_weights and top_keys
 Fig. 6          TopK sampling accuracy                        homologous_accuracy
 Eq. 7           homologous contrastive loss                   homologous_contrastive
 Eq. 8           total loss                                    MixedAE.forward
@@ -40,15 +40,16 @@ Choices of ours:
 * TopK acts in every block (`--attention-blocks`; the last one in the laptop recipes). A patch keeps the CLS token
   besides, and the CLS token keeps everything.
 * The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, by mixture.
-* Segment codes are added to patches, not to the CLS token, as they are (`--segment-scale`). They tell relatives apart
-  by themselves, so the contrastive loss and the accuracy of TopK owe a part to them.
+* Segment codes are added to patches, not to the CLS token, as they are (`--segment-scale`). They alone already tell
+  which patches are relatives, so the contrastive loss and the accuracy of TopK owe a part to them.
 * The laptop recipes centre the codes (`--segment-centred`), so that an encoder that is used without them later does not
   miss their mean, and keep homologous attention to the last block: learned in every block of a small model, it costs
   the linear probe 1 to 3 points and finds fewer relatives.
 * The decoder is MAE's; all images of a group get the CLS token of their mixture. Masked self-attention (`--attention
   oracle`) hides the CLS token from the patches; what it knows of other images still reaches the decoder.
 * `--mode mae` hides single patches, as MAE does, and gives each image of a group the code of its slot, so that the
-  contrastive loss across unmixed images has what it has in a mixture; the MAE baseline is that with `--segment off`.
+  contrastive loss across unmixed images has what it has in a mixture; the MAE baseline is that with `--segment off
+  --contrast 0`.
 * Downstream, the encoder is a plain ViT: global attention, no segments. Flips and the smallest crop of 0.2 are MAE's;
   the table lists crops alone. The table that switches the contrastive loss off prints the figures of naive mixing; we
   keep the attention there.
@@ -72,6 +73,9 @@ from common import (
     ViT,
     attend,
     check_choices,
+    check_least,
+    check_positive,
+    gradient_if,
     patchify,
     random_mask,
     reconstruction_loss,
@@ -82,7 +86,8 @@ from common import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's mathematics. G groups of K images, N patches, D channels. Pure functions for any float dtype and device.
+# The paper's mathematics. G groups of K images, N patches, D width of a token. Pure functions for any float dtype and
+# device.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +169,7 @@ def topk_weights(scores: Tensor, topk: int, exempt: int = 0) -> tuple[Tensor, Te
     """Attention weights (B, heads, N, N) that are zero but for each query's `topk` largest scores, and these keys.
 
     The first `exempt` tokens, such as a CLS token, are kept by every query besides, and keep every key themselves. The
-    keys (B, heads, N - exempt, topk) are counted without them.
+    keys (B, heads, N - exempt, topk) are counted without them. `MixedAE` uses this half, to look at keys and weights.
     """
     keys = top_keys(scores[..., exempt:, exempt:], topk)
     if not exempt:
@@ -296,12 +301,8 @@ class MixedAE(Method):
             raise UserError(f"--cell {config.cell} does not divide the {rows} x {columns} patches of an image")
         if rows * columns // config.cell**2 < k:
             raise UserError(f"--cell {config.cell} leaves fewer cells than the {k} images that share them")
-        weights = {"reconstruction": config.reconstruction, "contrast": config.contrast, "topk": config.topk}
-        for field, value in weights.items():
-            if not 0 <= value < math.inf:
-                raise UserError(f"--{field} {value} makes no sense; give 0 or more")
-        if not 0 < config.temperature < math.inf:
-            raise UserError(f"--temperature {config.temperature} makes no sense; give more than 0")
+        check_least(config, reconstruction=0, contrast=0, topk=0)
+        check_positive(config, "temperature")
         if config.topk > rows * columns:
             raise UserError(f"--topk {config.topk} keeps more than the {rows * columns} patches of an image")
         depth = size["depth"]
@@ -414,13 +415,13 @@ class MixedAE(Method):
             embedded = rearrange(self.encoder.embed(images), "(g k) n d -> g k n d", k=k)
             target = rearrange(self.autoencoder.target(images), "(g k) n p -> g k n p", k=k)
             embedded, target = (x.repeat_interleave(times, dim=0) for x in (embedded, target))
-            mixture = mix(embedded, assignment)  # (G, N, D)
+            mixture = mix(embedded, assignment)  # (G * times, N, D)
             encoded = self.encode(mixture, assignment, self.attention(assignment, accuracies))
             mask = ~own_patches(assignment, k)  # what came from others is to be predicted
             prediction = self.reconstruct(encoded, assignment)
             loss = reconstruction_loss(prediction, target.flatten(0, 1), mask.flatten(0, 1))
             tokens = encoded[:, 1:]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.contrast != 0):
+        with gradient_if(config.contrast):
             contrast = homologous_contrastive(tokens, assignment, config.temperature)
         terms = {"reconstruction": loss, "contrast": contrast}
         if accuracies:

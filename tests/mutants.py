@@ -54,6 +54,14 @@ magma.py tests/test_magma.py::test_vicreg_loss_matches_naive_loop
 - (square.sum() - square.diagonal().sum())
 + square.sum()
 
+magma.py tests/test_magma.py::test_contrast_turns_about_the_mean_of_the_brightened_image
+- shift = (brightness * (1 - contrast) * mean_luma)
++ shift = ((1 - contrast) * mean_luma)
+
+magma.py tests/test_magma.py::test_blur_is_a_gaussian_of_up_to_two_pixels
+- torch.exp(-0.5 * (apart / sigma) ** 2)
++ torch.exp(-((apart / sigma) ** 2))
+
 magma.py tests/test_magma.py::test_jitter_ops_mean_what_they_say
 - + angle.sin() * axis
 +
@@ -268,6 +276,10 @@ mlo_mae.py tests/test_mlo_mae.py::test_the_probe_tells_the_heads_accuracy_and_ho
 - hidden.sum() / share.mean()
 + hidden.sum()
 
+mlo_mae.py tests/test_mlo_mae.py::test_the_hypergradient_has_no_dropout
+- self.eval()  # no dropout
++ self.train()
+
 common.py tests/test_common.py::test_patchify_roundtrips_and_matches_naive_loop
 - "b c (h p) (w q) -> b (h w) (p q c)"
 + "b c (h p) (w q) -> b (h w) (q p c)"
@@ -325,6 +337,10 @@ common.py tests/test_common.py::test_knn_accuracy_matches_naive_loop
 - topk(min(k, len(bank)), largest
 + topk(min(k + 1, len(bank)), largest
 
+common.py tests/test_common.py::test_ridge_accuracy_picks_the_strength_by_true_leave_one_out
+- clamp_max(1 - 1e3 * torch.finfo(train.dtype).eps)
++ clamp_max(1 - 1e-4)
+
 common.py tests/test_common.py::test_probe_leaves_unlabelled_images_out
 - data.labels >= 0
 + data.labels > 0
@@ -338,8 +354,8 @@ common.py tests/test_common.py::test_update_clips_the_true_gradient_under_loss_s
 + pass
 
 common.py tests/test_mobile_former.py::test_tokens_have_no_weight_decay
-- (plain if parameter.ndim < 2 or name.endswith(
-+ (plain if name.endswith(
+- parameter.ndim >= 2 and not name.endswith(
++ not name.endswith(
 
 common.py tests/test_common.py::test_update_accumulates_the_gradient_of_the_whole_batch
 - stepper.backward(out["loss"] / len(batches))
@@ -376,6 +392,34 @@ common.py tests/test_faults.py::test_a_full_disk_is_a_clear_error_and_keeps_the_
 common.py tests/test_faults.py::test_a_signal_to_the_workers_too_saves
 - lambda *_: signal.alarm(30)
 + signal.SIG_DFL
+
+common.py tests/test_common.py::test_crop_boxes_are_uniform_in_area_place_and_the_logarithm_of_their_aspect
+- torch.exp(low + (high - low) * draw[1])
++ ratio[0] + (ratio[1] - ratio[0]) * draw[1]
+
+common.py tests/test_common.py::test_resample_gives_each_image_its_own_window_and_all_channels_the_same
+- rows.repeat_interleave(channels, dim=0)
++ rows.repeat(channels, 1, 1)
+
+common.py tests/test_common.py::test_shapes_for_training_and_for_testing_are_different_pictures
+- seed=2 * seed + (split == "test")
++ seed=seed
+
+common.py tests/test_common.py::test_each_image_of_a_folder_batch_has_a_crop_of_its_own
+- mix_seed(seed, place, view)
++ mix_seed(seed, view)
+
+common.py tests/test_common.py::test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes
+- manual_seed(mix_seed(config.seed, epoch, 0))
++ manual_seed(mix_seed(config.seed, 0))
+
+common.py tests/test_common.py::test_a_resumed_run_goes_on_with_its_loss_scale
+- stepper.scaler.load_state_dict(state["scaler"])
++ pass
+
+common.py tests/test_train.py::test_the_loop_scales_the_learning_rate_of_each_group
+- rate * group.get("lr_scale", 1.0)
++ rate
 
 evaluate.py tests/test_evaluate.py::test_class_cosines_match_naive_loop_over_pairs
 - (within - len(unit))
@@ -442,6 +486,14 @@ evaluate.py tests/test_evaluate.py::test_principal_components_match_the_singular
 evaluate.py tests/test_evaluate.py::test_evaluate_knn_is_the_figure_that_the_training_logged
 - for s in ("labelled", "test"))
 + for s in ("test", "test"))
+
+evaluate.py tests/test_evaluate.py::test_cached_linear_probe_equals_one_that_encodes_in_every_epoch
+- accuracies(head.eval()(queries), truth)
++ accuracies(head(queries), truth)
+
+evaluate.py tests/test_evaluate.py::test_evaluate_loads_no_unlabelled_images
+- for s in ("labelled", "test"))
++ for s in ("train", "test"))
 
 train.py tests/test_train.py::test_train_runs_a_method_by_name_and_prints_the_table
 - module.RECIPES, argv[1:]

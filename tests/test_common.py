@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -293,6 +294,16 @@ def test_crop_boxes_lie_inside_and_keep_area_and_aspect(height, width, low, seed
         assert (share > low - 1e-3).all()
 
 
+def test_crop_boxes_are_uniform_in_area_place_and_the_logarithm_of_their_aspect():
+    sides = torch.full((20000,), 100.0)
+    boxes = common.crop_boxes(sides, sides, scale=(0.1, 0.3), ratio=(1 / 2, 2), generator=generator(0)).double()
+    top, left, h, w = boxes.unbind(dim=1)
+    place = top / (100 - h), left / (100 - w)
+    for x, low, high in [(h * w / 1e4, 0.1, 0.3), ((w / h).log2(), -1, 1), (place[0], 0, 1), (place[1], 0, 1)]:
+        shares = torch.linspace(0, 1, 11, dtype=torch.float64)
+        torch.testing.assert_close(x.quantile(shares), low + (high - low) * shares, rtol=0, atol=0.02 * (high - low))
+
+
 def test_crop_boxes_fall_back_to_the_largest_centred_box():
     boxes = common.crop_boxes(torch.tensor([10.0]), torch.tensor([1000.0]), scale=(1.0, 1.0))
     torch.testing.assert_close(boxes[0], torch.tensor([0.0, 500 - 20 / 3, 10.0, 40 / 3]))
@@ -322,6 +333,30 @@ def test_resize_leaves_images_of_the_right_size_alone():
     image = torch.randint(0, 256, (2, 3, 8, 8), generator=generator(0), dtype=torch.uint8)
     assert torch.equal(common.resize(image, 8), image.float() / 255)
     assert torch.equal(common.resize(image.float() / 255, 8), image.float() / 255)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), seeds)
+def test_resample_gives_each_image_its_own_window_and_all_channels_the_same(batch, channels, seed):
+    images = torch.rand(batch, channels, 6, 7, generator=generator(seed))
+    rows, columns = (torch.rand(batch, *shape, generator=generator(seed + 1)) for shape in ((4, 6), (5, 7)))
+    out = common.resample(images, rows, columns)
+    for i, j in itertools.product(range(batch), range(channels)):
+        torch.testing.assert_close(out[i, j], rows[i] @ images[i, j] @ columns[i].T)
+
+
+def test_random_resized_crop_matches_pillow_image_by_image():
+    images = common.render_shapes(12, 40)[0][:, :, :, :32]
+    ours = common.random_resized_crop(images, 24, generator=generator(5))
+    again = generator(5)
+    boxes = common.crop_boxes(torch.full((12,), 40.0), torch.full((12,), 32.0), generator=again).tolist()
+    flipped = (torch.rand(12, generator=again) < 0.5).tolist()
+    assert {True, False} == set(flipped)
+    for image, crop, (top, left, h, w), mirror in zip(images, ours, boxes, flipped, strict=True):
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        theirs = picture.resize((24, 24), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+        theirs = theirs.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else theirs
+        theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1) / 255
+        assert (crop - theirs).abs().max() < 1.6 / 255
 
 
 def test_random_resized_crop_is_the_identity_for_the_whole_image_and_mirrors_with_flip():
@@ -371,6 +406,15 @@ def test_shapes_are_the_same_drawing_at_any_size():
     small, _, _ = common.render_shapes(20, 32)
     large, _, _ = common.render_shapes(20, 128)
     assert (common.resize(large, 32) - common.resize(small, 32)).abs().mean() < 0.03
+
+
+def test_shapes_for_training_and_for_testing_are_different_pictures():
+    train, test, other = (
+        common.load_data("shapes", split=split, image_size=16, seed=seed).images[:100].flatten(1).float()
+        for split, seed in (("train", 0), ("test", 0), ("train", 1))
+    )
+    for a, b in itertools.combinations((train, test, other), 2):
+        assert torch.cdist(a, b).min() > 0
 
 
 def test_raw_pixels_are_a_poor_classifier_of_shapes():
@@ -633,6 +677,15 @@ def test_folder_batches_do_not_depend_on_workers_or_on_where_a_run_resumes(tmp_p
     assert not torch.equal(batches[0][0][:, 0], batches[0][0][:, 1])
 
 
+def test_each_image_of_a_folder_batch_has_a_crop_of_its_own(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    for i, split in enumerate(("train", "train", "val")):
+        (tmp_path / split / "ant").mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / split / "ant" / f"{i}.png")
+    images, _ = next(common.load_data(str(tmp_path)).train_batches(iter([(7, [0, 1])]), 8, flip=0.0))
+    assert not torch.equal(images[0], images[1])
+
+
 def test_views_of_an_image_stand_side_by_side():
     colours = torch.arange(6, dtype=torch.uint8) * 40
     images = colours[:, None, None, None].expand(6, 3, 16, 16).contiguous()
@@ -792,7 +845,7 @@ def test_help_shows_comment_and_default_of_every_field():
     [
         ({"batch_size": 10, "accumulate": 3}, "a batch of 10 does not divide by 1 processes x 3 parts"),
         ({"epochs": 0}, "--epochs 0 makes no sense; give 1 or more"),
-        ({"clip": -1.0}, "--clip -1.0 makes no sense; give 0.0 or more"),
+        ({"clip": -1.0}, "--clip -1.0 makes no sense; give 0 or more"),
         ({"base_lr": float("nan")}, "--base-lr nan makes no sense"),
         ({"probe_images": -5}, "--probe-images -5 makes no sense"),
         ({"seed": -1}, "--seed -1 makes no sense"),
@@ -854,6 +907,8 @@ def test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes(
     all_seeds = [seed for part in together for seed, _ in part]
     assert len(set(all_seeds)) == len(all_seeds)
     if first == 0:
+        if ranks * share > 4:  # another order in each epoch
+            assert not torch.equal(alone[0][1], alone[2][1])
         seen = torch.cat([alone[0][1], alone[1][1]])
         assert len(seen.unique()) == 2 * ranks * share  # an epoch shows no image twice
 
@@ -905,6 +960,16 @@ def test_update_clips_the_true_gradient_under_loss_scaling():
     for amp in ("off", "fp16"):
         moved, _ = step_once(TrainConfig(amp=amp, clip=0.01), rand(8, 3, 2, 2))
         assert (moved - start).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-2)
+
+
+def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
+    config, method = TrainConfig(amp="fp16"), Regression()
+    first, again = (Stepper(method.optimizer(config), config, torch.device("cpu")) for _ in range(2))
+    state = {"weights": method.state_dict(), "optimizer": first.optimizer.state_dict(), "sums": {}, "count": 0}
+    state["scaler"] = first.scaler.state_dict() | {"scale": 8.0}
+    torch.save(state | {"step": 3}, tmp_path / "last.pt")
+    common.restore_run(method, again, tmp_path, 3)
+    assert again.scaler.get_scale() == 8.0
 
 
 def test_fp16_scaling_leaves_the_step_as_it_is():

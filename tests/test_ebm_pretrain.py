@@ -939,7 +939,7 @@ def test_the_probe_says_what_is_left_task_by_task():
         ({"grid": 0}, "--grid 0 makes no sense"),
         ({"scale": 0}, "--scale 0 makes no sense"),
         ({"mask_ratio": 1.0}, "--mask-ratio 1.0 blanks nothing or all"),
-        ({"first_step": 0.0}, "--first-step 0.0 moves no pixel"),
+        ({"first_step": 0.0}, "--first-step 0.0 makes no sense"),
         ({"compile": True}, "--compile does not work here"),
         ({"objective": "mae", "encoder": "convnext"}, "--objective mae needs a vit, not ConvNeXt"),
         ({"grid": 16}, r"--grid 16 makes 1 square\(s\), of which --mask-ratio 0.7 blanks none or all"),

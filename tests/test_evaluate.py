@@ -601,13 +601,17 @@ def test_knn_has_two_metrics():
         assert evaluate.run_knn(row, Config(k=1, metric=metric))["knn"] == right
 
 
-def test_cached_linear_probe_equals_one_that_encodes_in_every_epoch(tmp_path, monkeypatch):
-    fields = {"epochs": 3, "batch_size": 32, "smoothing": 0.3}
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_cached_linear_probe_equals_one_that_encodes_in_every_epoch(batchnorm, tmp_path, monkeypatch):
+    fields = {"epochs": 3, "batch_size": 32, "smoothing": 0.3, "batchnorm": batchnorm}
     fields |= {"crop_min": 1.0, "flip": 0.0}  # nothing random about the images
     make, heads, out = evaluate.make_head, [], []
     monkeypatch.setattr(evaluate, "make_head", lambda *args, **more: heads.append(make(*args, **more)) or heads[-1])
+    test = striped(48, seed=1)
+    test = dataclasses.replace(test, images=test.images[test.labels == 0], labels=test.labels[test.labels == 0])
     for cache in (True, False):
-        found = evaluate.run("linear", row_of(tiny_vit()), small("linear", tmp_path, cache=cache, **fields))
+        row = dataclasses.replace(row_of(tiny_vit()), test=test)  # of one class: statistics of a batch would tell it
+        found = evaluate.run("linear", row, small("linear", tmp_path, cache=cache, **fields))
         out.append((found, heads[-1].layers[0].weight.detach()))
     assert out[0][0] == out[1][0]
     torch.testing.assert_close(out[0][1], out[1][1], rtol=1e-4, atol=1e-6)
@@ -913,6 +917,13 @@ def test_evaluate_prints_what_it_has_when_a_protocol_fails(run_folder, capsys):
     assert evaluate.main([str(run_folder), "--protocol", "knn", "linear", "--base-lr", "1e38"]) == 1
     assert "trained encoder" in capsys.readouterr().out
     assert [line["protocol"] for line in lines_of(run_folder)] == ["knn"]
+
+
+def test_evaluate_loads_no_unlabelled_images(run_folder, monkeypatch):
+    splits, load = [], common.load_data
+    monkeypatch.setattr(common, "load_data", lambda *args, **more: splits.append(more["split"]) or load(*args, **more))
+    assert evaluate.main([str(run_folder), "--protocol", "knn"]) == 0
+    assert splits == ["labelled", "test"]
 
 
 def test_evaluate_counts_the_images_that_it_used(run_folder):

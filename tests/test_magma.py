@@ -1,6 +1,7 @@
 """The equations of MAGMA against slow versions, its invariants as properties, and the method itself."""
 
 import dataclasses
+import math
 
 import pytest
 import reference
@@ -355,7 +356,31 @@ def test_jitter_ops_mean_what_they_say():
     torch.testing.assert_close(draw(solarize=1.0), torch.where(images >= 0.5, 1 - images, images))
     blurred = draw(blur=1.0)
     assert blurred.var() < images.var()
-    torch.testing.assert_close(magma.jitter(torch.full_like(images, 0.4), STILL | {"blur": 1.0}).mean().item(), 0.4)
+    flat = torch.full_like(images, 0.4)
+    torch.testing.assert_close(magma.jitter(flat, STILL | {"blur": 1.0}), flat)
+
+
+def test_contrast_turns_about_the_mean_of_the_brightened_image():
+    images = torch.full((500, 3, 2, 2), 0.4, dtype=torch.float64)
+    images[..., 0] = 0.2
+    strength = STILL | {"apply": 1.0, "brightness": 0.3, "contrast": 0.3}
+    out = magma.jitter(images, strength, torch.Generator().manual_seed(0))
+    brightness = out.mean(dim=(1, 2, 3)) / 0.3
+    contrast = (out[..., 1] - out[..., 0]).mean(dim=(1, 2)) / 0.2 / brightness
+    for factor in (brightness, contrast):
+        assert 0.7 <= factor.min() < 0.71 and 1.29 < factor.max() <= 1.3
+    assert torch.corrcoef(torch.stack([brightness, contrast]))[0, 1].abs() < 0.15  # two draws
+
+
+def test_blur_is_a_gaussian_of_up_to_two_pixels():
+    images = torch.zeros(1000, 3, 41, 41, dtype=torch.float64)
+    images[:, :, 20, 20] = 1.0
+    out = magma.jitter(images, STILL | {"blur": 1.0}, torch.Generator().manual_seed(0))[:, 0]
+    beside, beyond = out[:, 20, 21] / out[:, 20, 20], out[:, 20, 22] / out[:, 20, 20]
+    torch.testing.assert_close(beyond, beside**4)  # exp(-d^2 / (2 sigma^2)) at d = 1 and 2
+    assert math.exp(-1 / (2 * 1.95**2)) < beside.max() < math.exp(-1 / (2 * 2.0**2))
+    assert (out[:, :, 23:] == 0).all()  # a kernel of a tenth of the side
+    torch.testing.assert_close(out.sum(dim=(1, 2)), torch.ones(1000, dtype=torch.float64))
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
@@ -541,6 +566,10 @@ def test_recipes_are_tables_4_and_5():
         ({"layers": (3,)}, "give two or more different blocks from -6 to 5"),
         ({"layers": (-1, 5)}, "give two or more different blocks from -6 to 5"),
         ({"layers": (0, 6)}, "give two or more different blocks from -6 to 5"),
+        ({"lam": -1.0}, "--lam -1.0 makes no sense; give 0 or more"),
+        ({"temperature": 0.0}, "--temperature 0.0 makes no sense; give more than 0"),
+        ({"kernel_factor": math.inf}, "--kernel-factor inf makes no sense"),
+        ({"blur": 7.0}, "--blur 7.0 is not a probability; give 0 to 1"),
         ({"image_size": 10}, "image size 10 x 10 is not a multiple of the patch size 4"),
     ],
 )

@@ -505,6 +505,18 @@ def test_several_steps_below_count_the_last_one():
         torch.testing.assert_close(gradient, other.steps[-1][name])
 
 
+def test_the_hypergradient_has_no_dropout():
+    method = tiny(head="code")
+    images, labels = (x.split(4) for x in batch_of(method, 3))
+    batches = [(images[0], None), *zip(images[1:], labels[1:], strict=True)]
+    before, head_before = method.weights("autoencoder.", copy=True), method.weights("head.", copy=True)
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        found.append(method.masking_gradient(*batches, before, head_before, Recorder(method))[0])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_half_precision_has_nearly_the_gradient_of_float32(amp):
     found = []
@@ -724,6 +736,8 @@ def test_pretraining_goes_on_from_an_encoder(tmp_path):
     common.VIT_SIZES["vit_other"] = {"dim": 32, "depth": 2, "heads": 2}
     with pytest.raises(UserError, match="has dim 16; give the --model and --patch that fit it"):
         tiny(start=str(tmp_path / "encoder.pt"), model="vit_other")
+    with pytest.raises(UserError, match="unknown --model 'vit_none'"):
+        tiny(start=str(tmp_path / "encoder.pt"), model="vit_none")
     del common.VIT_SIZES["vit_other"]
     again = tiny(start=str(tmp_path / "encoder.pt"))
     for name, value in first.encoder.state_dict().items():

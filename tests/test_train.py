@@ -49,6 +49,25 @@ def without_times(log):
     return [{k: v for k, v in line.items() if k not in ("images_per_second", "command", "config")} for line in log]
 
 
+def test_the_loop_scales_the_learning_rate_of_each_group(tmp_path):
+    seen = []
+
+    class Scaled(magma.Magma):
+        def optimizer(self, config):
+            optimizer = super().optimizer(config)
+            optimizer.param_groups[1]["lr_scale"] = 3.0
+            return optimizer
+
+        def update(self, model, batches, stepper):
+            seen.append([group["lr"] for group in stepper.optimizer.param_groups])
+            return super().update(model, batches, stepper)
+
+    fit(tmp_path / "run", "--probe-every", "0", method_class=Scaled)
+    assert seen[-1][0] > 0
+    for plain, scaled in seen:
+        assert scaled == pytest.approx(3 * plain)
+
+
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
