@@ -303,8 +303,8 @@ MOBILE_FORMERS = {
     "5760": {"token_dim": 256, "head": 2880, "rows": table_9(2)},
 }
 MOBILE_FORMERS["720"]["rows"][7:10] = [("down", 240, 80), ("same", 320, 88), ("same", 480, 88)]  # as printed
-"""Mobile-Former by width. W1440's first row of stage 4 is printed as 288, 96. That network misses the counts by
-far (11.4 of 11.7 M parameters, 19.3 of 20.4 G multiply-adds), half of W2880's row meets both. So we have 576, 176."""
+"""Mobile-Former by width. W1440's first row of stage 4 is printed as 288, 96: that network misses what is published by
+far (11.4 of 11.7 M parameters, 19.3 of 20.4 G multiply-adds). Half of W2880's row meets both, so we have 576, 176."""
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -662,6 +662,8 @@ def start_distributed(device: str = "auto") -> torch.device:
     local, several = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and name.startswith("cuda:"):
         raise UserError(f"device {device!r} would be shared by all processes; give --device cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: this torch sees no GPU; try --device cpu")
     try:
         chosen = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         if chosen.type == "cuda":
@@ -886,7 +888,7 @@ IMAGENET100 = re.findall(
 
 def unknown(kind: str, given: str, choices) -> str:
     """The message for a name that does not exist, with the nearest one that does."""
-    close = difflib.get_close_matches(given, list(choices), n=1)
+    close = difflib.get_close_matches(given.lower(), list(choices), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"unknown {kind} {given!r}; {hint}choose from {', '.join(choices)}"
 
@@ -926,6 +928,8 @@ def load_data(
         return read_folders(Path(root), split, IMAGENET100 if name == "imagenet100" else None, skip_bad_images)
     if Path(name).is_dir():
         return read_folders(Path(name), split, skip_bad_images=skip_bad_images)
+    if "/" in name:
+        raise UserError(f"no folder {name}; expected one with train/<class>/* and val/<class>/*")
     raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder with train/<class>/* and val/<class>/*")
 
 
@@ -936,7 +940,9 @@ def find_home(name: str, root: Path, download: bool = False) -> Path:
     if download:  # asked on every process alike: what one of them sees may differ
         on_rank_zero(lambda: home.is_dir() or fetch(url, md5, home))
     if not home.is_dir():
-        raise UserError(f"no {name} at {home}; add --download to fetch it, or give --root (its source is {url})")
+        raise UserError(
+            f"no {name} at {home}; give the --root that holds {folder}, or add --download to get it from {url}"
+        )
     return home
 
 
@@ -1214,17 +1220,20 @@ def read_folders(root: Path, split: str, keep=None, skip_bad_images: bool = Fals
         raise UserError(
             f"class {strange[0]!r} of {home} is not in {root / 'train'}; the splits must have the same classes"
         )
-    paths, labels = [], []
+    paths, labels, others = [], [], []
     for label, name in enumerate(classes):
         folder = home / name
-        found = sorted(entry.path for entry in os.scandir(folder)) if folder.is_dir() else []
-        found = [path for path in found if path.lower().endswith(IMAGE_ENDINGS)]
+        seen = sorted(entry.path for entry in os.scandir(folder)) if folder.is_dir() else []
+        found = [path for path in seen if path.lower().endswith(IMAGE_ENDINGS)]
+        others += [path for path in seen if not path.lower().endswith(IMAGE_ENDINGS)]
         if not found and split != "test":
             raise UserError(f"class folder {folder} holds no image ({' '.join(IMAGE_ENDINGS)})")
         paths += found
         labels += [label] * len(found)
     if not paths:
         raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) below {home}")
+    if others and rank() == 0:
+        print(f"note: {len(others)} other files below {home} are left out, such as {others[0]}", flush=True)
     good = keep_good(paths, on_rank_zero(lambda: check_images(paths)), skip_bad_images)
     return FolderImages([paths[i] for i in good], torch.tensor([labels[i] for i in good]), classes, **IMAGENET)
 
@@ -1608,6 +1617,7 @@ class TrainConfig:
     """The settings of the loop. Each method's Config adds its own; a field's comment is the help text of its flag."""
 
     data: str = "shapes"  # name of a data set, or a folder with train/<class>/* and val/<class>/*
+    recipe: str = ""  # data set whose recipe is taken, by default that of --data: shapes has laptop sizes
     root: str = "data"  # folder that holds the files of a named data set
     download: bool = False  # fetch the files of a named data set where they are missing
     skip_bad_images: bool = False  # leave out images that cannot be read instead of stopping
@@ -1629,14 +1639,14 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     workers: int = 8  # processes that decode image files, for each training process; at most the cores
     seed: int = 0  # of weights, order, crops and masks
-    probe_every: int = 10  # epochs between two probes; the last epoch is always probed, 0 probes never
+    probe_every: int = 10  # epochs between two probes and pictures; the last epoch always has them, with 0 none has
     probe_images: int = 20000  # most images of each split to probe, 0 for all
     save_every: int = 1  # epochs between two checkpoints; the last epoch is always saved
     out: str = ""  # run folder; the default is runs/<method>-<data>
     resume: bool = False  # go on with the run in the run folder
 
 
-FREE_FIELDS = {"root", "download", "skip_bad_images", "device", "workers", "amp"}
+FREE_FIELDS = {"recipe", "root", "download", "skip_bad_images", "device", "workers", "amp"}
 FREE_FIELDS |= {"probe_every", "probe_images", "save_every", "out", "resume"}
 """Fields that may differ between a run and its continuation; of `amp`, the precision that it stands for must not."""
 
@@ -1680,12 +1690,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def flag_parser(config_class, usage: str, description: str) -> Parser:
-    """A parser with one flag a field of a dataclass: --any-field value, --no-x for booleans, no abbreviations."""
+def flag_parser(config, usage: str, description: str) -> Parser:
+    """A parser with one flag a field of a dataclass: --any-field value, --no-x for booleans, no abbreviations.
+
+    `config` is the class, or a config whose values are the defaults that --help shows.
+    """
     parser = Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    config_class = config if isinstance(config, type) else type(config)
     hints, comments = typing.get_type_hints(config_class), field_comments(config_class)
     for field in dataclasses.fields(config_class):
-        kind, shown = hints[field.name], field.default
+        kind, shown = hints[field.name], getattr(config, field.name)
         options = {"type": kind}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
@@ -1706,7 +1720,9 @@ def given_flags(config_class, argv: list, usage: str = "", description: str = ""
         if not rest[0].startswith("-"):
             raise UserError(f"{rest[0]!r} stands alone; a value needs its flag: --any-field value")
         known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        close = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
+        flag = rest[0].split("=")[0].lower()
+        close = [option for option in known if flag.strip("-") in option.split("-")]  # --lr: --base-lr
+        close = close or difflib.get_close_matches(flag, known, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"unknown flag {rest[0]!r}; {hint}--help lists the flags")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
@@ -1716,14 +1732,22 @@ def read_flags(config_class, recipes: dict, argv: list, usage: str = "", descrip
     """Command line -> config: the defaults, then every recipe that fits, then the flags themselves.
 
     A recipe's key is what one would type: "cifar100" fits --data cifar100, "cifar100 --ssl simclr" needs that flag too.
+    --help prints the flags with the defaults that hold beside those given, and ends the program.
     Raises UserError for a flag or a value that does not exist.
     """
-    given, values = given_flags(config_class, argv, usage, description), {}
+    asked = [word for word in argv if word not in ("-h", "--help")]
+    given, values = given_flags(config_class, asked, usage, description), {}
+    source, names = given.get("recipe") or given.get("data", config_class.data), {key.split()[0] for key in recipes}
+    if given.get("recipe") and source not in names:
+        raise UserError(unknown("--recipe", source, sorted(names)))
     for key, recipe in recipes.items():
         name, *flags = key.split()
-        wanted = {"data": name, **given_flags(config_class, flags)}
-        if wanted.items() <= ({"data": config_class.data} | given).items():
+        if name == source and given_flags(config_class, flags).items() <= given.items():
             values |= recipe
+    if len(asked) < len(argv):
+        note = f"{description}\nDefaults are those for {' '.join(asked) or '--data ' + config_class.data}."
+        flag_parser(config_class(**values), usage, note).print_help()
+        raise SystemExit(0)
     return config_class(**values | given)
 
 
@@ -1986,6 +2010,8 @@ def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code that a file may hold. Raises UserError where it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
     except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is not a checkpoint ({reason})") from None
@@ -2226,7 +2252,7 @@ def run_epochs(method: Method, train, test, config: TrainConfig, out: Path, note
             file.flush()
             os.fsync(file.fileno())
         shown = {name: line[name] for name in ("loss", "knn", "linear", "accuracy") if name in line}
-        if len(shown) > 1 or bar.disable:
+        if len(shown) > 1 or (shown and bar.disable):
             shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             tqdm.write(f"epoch {epoch}/{config.epochs}  {shown}")
 
@@ -2240,6 +2266,8 @@ def run_epochs(method: Method, train, test, config: TrainConfig, out: Path, note
     if rank() == 0:
         if first_step:
             save_weights()  # a kill may have come just before
+        if first_step == config.epochs * steps:
+            print("the run is finished: nothing is left to do")
         if not log or log[-1]["epoch"] < first_step // steps:
             finish_epoch(first_step // steps)  # the untrained encoder, or a kill came between a checkpoint and its line
     if first_step % steps == 0:

@@ -442,7 +442,8 @@ class Config(common.TrainConfig):
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
-    probe_images: int = 0  # knn, linear, clusters, finola: most images of each split to take, 0 for all
+    out: str = ""  # folder of what the protocols write, by default RUN; eval.jsonl is always in RUN
+    probe_images: int = 0  # knn, linear, clusters, finola, energy: most images of each split to take, 0 for all
     untrained: bool = False  # also evaluate the same architecture with random weights
     pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters)
     scratch: bool = False  # finetune: start from random weights alone
@@ -465,7 +466,7 @@ class Config(common.TrainConfig):
     erase: float = 0.0  # tran1, tran4, finetune: probability of random erasing
 
 
-OUTSIDE = ("protocol", "recipe", "untrained", "pixels", "scratch", "k", "metric")  # fields that no training depends on
+OUTSIDE = ("untrained", "pixels", "scratch", "k", "metric")  # fields that no training depends on
 
 
 def by_width(small, middle, large) -> dict:
@@ -780,6 +781,8 @@ class Row:
 
 def run_knn(row: Row, config: Config) -> dict:
     (bank, bank_labels), (queries, labels) = row.features("train", config), row.features("test", config)
+    if config.k > len(bank):
+        raise UserError(f"--k {config.k} is more than the {len(bank)} training images that could be neighbours")
     if config.metric == "cosine":  # on the unit sphere, the nearest is the one with the largest cosine
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     return {"knn": common.knn_accuracy(bank, bank_labels, queries, labels, config.k)}
@@ -849,7 +852,7 @@ def train_classifier(protocol: str, row: Row, config: Config) -> dict:
     method = Classifier(protocol, copy.deepcopy(row.encoder), head, classes, config).to(row.device)
     # What the training does not depend on must not keep it from being resumed.
     fields = {name: getattr(Config, name) for name in OUTSIDE} | {"out": str(folder_of(protocol, row, config))}
-    config = dataclasses.replace(config, **fields)
+    config = dataclasses.replace(config, protocol=(protocol,), **fields)
     common.fit(method, row.train, row.test, config)
     method.eval()
     result = common.on_rank_zero(lambda: method.probe(None, row.train, row.test, config, **row.loading(config)))
@@ -1470,7 +1473,7 @@ def evaluate(argv: list):
         if argv and argv[0] not in ("-h", "--help"):
             raise UserError(f"give the run folder first: python evaluate.py RUN {' '.join(argv)}")
         usage = "python evaluate.py RUN [--protocol NAME ...] [--any-field value]"
-        common.flag_parser(Config, usage, "").print_help()
+        common.flag_parser(Config, usage, "Recipes of the protocols change many of these defaults.").print_help()
         return
     run_folder, given = Path(argv[0]), common.given_flags(Config, argv[1:])
     if not run_folder.is_dir():
@@ -1523,19 +1526,23 @@ def evaluate(argv: list):
     finally:
         if rank() == 0 and any(table.values()):
             print(format_table({name: values for name, values in table.items() if values}))
-            for note in notes_on(table):
+            for note in notes_on(table, protocols):
                 print(note)
 
 
-def notes_on(table: dict) -> list:
+def notes_on(table: dict, protocols: list) -> list:
     """What one should know when reading the table."""
     notes = []
     if "davies_bouldin" in table["trained"]:
         notes.append("Davies-Bouldin: lower is better")
     if any(column.startswith("linear") for column in table.get("pixels", ())):
         notes.append("linear of raw pixels: by ridge regression, whatever the recipe")
-    if table["trained"] and len(table) < 3:
-        notes.append("--untrained --pixels add what the encoder knew before, and what pixels say")
+    if "untrained" not in table and set(protocols) - {"pictures", "energy"}:
+        notes.append("--untrained adds what the encoder knew before")
+    if "pixels" not in table and {"knn", "linear", "clusters"} & set(protocols):
+        notes.append("--pixels adds what raw pixels say")
+    elif "pixels" in table and not table["pixels"]:
+        notes.append("--pixels is for knn, linear and clusters alone")
     return notes
 
 

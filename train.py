@@ -3,7 +3,9 @@
 python train.py magma                                   built-in pictures, a few minutes on a laptop
 python train.py magma --data cifar10 --root DIR         a data set on disk
 python train.py magma --data DIR                        your own pictures: DIR/train/<class>/*, DIR/val/<class>/*
-python train.py magma --epochs 200 --resume             any field of the method's Config is a flag
+python train.py magma --data DIR --recipe shapes        the same, at laptop size
+python train.py magma --epochs 48 --out runs/longer     any field of the method's Config is a flag
+python train.py magma --resume                          go on with a run that was stopped
 torchrun --nproc_per_node=8 train.py magma              many GPUs, or many CPU processes
 python train.py magma --help                            all flags of a method
 """
@@ -36,6 +38,8 @@ def train(argv: list):
         return
     name = argv[0]
     if name not in METHODS:
+        if name.startswith("-"):
+            raise common.UserError(f"give the method first: python train.py METHOD {' '.join(argv)}")
         raise common.UserError(common.unknown("method", name, METHODS))
     module = importlib.import_module(name)
     usage = f"python train.py {name} [--any-field value]"

@@ -588,6 +588,7 @@ def main(argv: list) -> int:
     files = args.files or list(dict.fromkeys(mutant.file for mutant in mutants))
     mutants = [mutant for mutant in mutants if mutant.file in files]
     if args.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends in silence
         print("\n".join(f"{mutant}{' '.join(mutant.tests)}" for mutant in mutants))
         return 0
     code = {str(path.relative_to(ROOT)): path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"))}

@@ -474,7 +474,8 @@ def test_cifar_reads_class_names(tmp_path):
 
 def test_cifar_refuses_bad_files_by_name(tmp_path):
     with pytest.raises(
-        UserError, match=r"no cifar10 at .*cifar-10-batches-bin; add --download .*cifar-10-binary.tar.gz"
+        UserError,
+        match=r"no cifar10 at .*cifar-10-batches-bin; give the --root .*add --download .*cifar-10-binary.tar.gz",
     ):
         common.load_data("cifar10", tmp_path)
     write_cifar(tmp_path, "cifar10")
@@ -500,6 +501,16 @@ def write_folders(root, classes=("ant", "bee"), train=3, val=2, size=(40, 30), e
                 colour = (40 + 60 * label, 30 + 20 * i, 90 if split == "train" else 200)
                 Image.new("RGB", size, colour).save(root / split / name / f"{i} é.{ending}")
     return root
+
+
+def test_folders_name_the_files_that_are_left_out(tmp_path, capsys):
+    write_folders(tmp_path)
+    (tmp_path / "train" / "ant" / "note.txt").write_text("an ant")
+    (tmp_path / "train" / "bee" / "bee.gif").write_bytes(b"GIF89a")
+    assert len(common.load_data(str(tmp_path))) == 6
+    assert re.match(r"note: 2 other files below .*train are left out, such as .*note.txt\n$", capsys.readouterr().out)
+    assert len(common.load_data(str(tmp_path), split="test")) == 4
+    assert capsys.readouterr().out == ""
 
 
 def test_folders_list_classes_and_files_in_order(tmp_path):
@@ -806,6 +817,8 @@ def test_read_flags_puts_recipes_between_defaults_and_flags():
     assert flags("--data", "cifar10", "--pair", "3", "4").width == 8
     assert flags("--data", "cifar10", "--pair", "3", "5").width == 7
     assert flags("--data", "a/folder").width == 5
+    config = flags("--data", "a/folder", "--recipe", "cifar10", "--pair", "3", "4")
+    assert (config.data, config.width, config.epochs) == ("a/folder", 8, 3)
 
 
 def test_read_flags_reads_every_kind_of_field():
@@ -824,6 +837,8 @@ def test_read_flags_reads_every_kind_of_field():
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--pair", "1"], "argument --pair: expected 2 arguments"),
         (["stray"], "'stray' stands alone"),
+        (["--lr", "3"], "unknown flag '--lr'; did you mean --base-lr?"),
+        (["--recipe", "CIFAR100"], "unknown --recipe 'CIFAR100'; did you mean 'cifar10'?"),
     ],
 )
 def test_read_flags_refuses_what_it_does_not_know(argv, message):
@@ -838,6 +853,14 @@ def test_help_shows_comment_and_default_of_every_field():
     assert "--no-bright" in text
     for field in dataclasses.fields(Example):
         assert common.field_comments(Example)[field.name] or field.name == "epochs"
+
+
+def test_help_shows_the_defaults_of_the_recipe(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        flags("--help", "--data", "cifar10", "--width", "9")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "Defaults are those for --data cifar10 --width 9." in text
+    assert "how wide, 100% sure (default: 7)" in text and "another default (default: 3)" in text
 
 
 @pytest.mark.parametrize(

@@ -820,7 +820,8 @@ def test_evaluate_prints_a_table_and_appends_a_line_a_protocol(run_folder, capsy
     assert lines[1]["settings"]["epochs"] == 2
     assert f"{lines[0]['results']['trained']['knn']:.1f}" in table[-3]
     assert evaluate.main(argv[:3]) == 0
-    assert "--untrained --pixels add" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "--untrained adds what the encoder knew before" in shown and "--pixels adds what raw pixels say" in shown
     again = lines_of(run_folder)
     assert len(again) == 4
     assert again[-1]["results"]["trained"] == lines[0]["results"]["trained"]  # the same figure twice
@@ -887,9 +888,10 @@ def test_evaluate_finetunes_beside_scratch_and_resumes(run_folder, capsys):
         ("{run} --protocol knn --recipe mae", "unknown recipe of knn 'mae'; choose from none"),
         ("{run} --protocol linear --recipe mae --batch-size 1", "--batchnorm needs two images in each part"),
         ("{run} --data cifar11", "unknown dataset 'cifar11'"),
-        ("{run} --data stl10", "no stl10 at data/stl10_binary; add --download"),
+        ("{run} --data stl10", "no stl10 at data/stl10_binary; give the --root that holds stl10_binary"),
         ("{run} --image-size 30", "image size 30 x 30 is not a multiple of the patch size 4"),
         ("{run} --k 0", "--k 0 makes no sense"),
+        ("{run} --protocol knn --k 4097", "--k 4097 is more than the 60 training images"),
     ],
 )
 def test_evaluate_answers_a_mistake_with_one_line_and_code_2(argv, message, finished, tmp_path, capsys):

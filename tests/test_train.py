@@ -83,7 +83,7 @@ def run_main(*argv, capsys):
         ("magma --data cifar11", "unknown dataset 'cifar11'; did you mean 'cifar10'?"),
         ("magma --epoch 3", "unknown flag '--epoch'; did you mean --epochs?"),
         ("magma --epochs three", "argument --epochs: invalid int value: 'three'"),
-        ("magma --data cifar10 --root {tmp}", "no cifar10 at {tmp}/cifar-10-batches-bin; add --download"),
+        ("magma --data cifar10 --root {tmp}", "no cifar10 at {tmp}/cifar-10-batches-bin; give the --root that holds"),
         ("magma --data imagenet100 --root {tmp}", "no folder {tmp}/train; expected {tmp}/train/<class>/*"),
         ("magma --image-size 30", "image size 30 x 30 is not a multiple of the patch size 4"),
         ("magma --batch-size 5000", "a batch of 5000 is larger than the data set of 4096"),
