@@ -372,6 +372,14 @@ def test_contrast_turns_about_the_mean_of_the_brightened_image():
     assert torch.corrcoef(torch.stack([brightness, contrast]))[0, 1].abs() < 0.15  # two draws
 
 
+def test_the_hue_turns_by_up_to_its_share_of_a_circle():
+    colour = torch.tensor([0.5, 0.3, 0.3], dtype=torch.float64).view(1, 3, 1, 1).expand(500, 3, 1, 1)
+    out = magma.jitter(colour, STILL | {"apply": 1.0, "hue": 0.1}, torch.Generator().manual_seed(0))
+    before, after = (x[:, :, 0, 0] - x[:, :, 0, 0].mean(dim=1, keepdim=True) for x in (colour, out))
+    angle = torch.nn.functional.cosine_similarity(before, after).clamp(-1, 1).acos() / (2 * math.pi)  # in circles
+    assert 0.099 < angle.max() < 0.1 + 1e-9 and angle.min() < 0.001
+
+
 def test_blur_is_a_gaussian_of_up_to_two_pixels():
     images = torch.zeros(1000, 3, 41, 41, dtype=torch.float64)
     images[:, :, 20, 20] = 1.0

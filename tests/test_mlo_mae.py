@@ -496,11 +496,13 @@ def test_several_steps_below_count_the_last_one():
     images, labels = batch_of(tiny(), 4, dtype=torch.float64)
     both = tiny(unrolling=2).double()
     recorder = Recorder(both)
-    both.update(both, [(images, labels)], recorder)
+    logged = both.update(both, [(images, labels)], recorder)
     one = tiny(unrolling=1).double()
-    one.descend(one.pretraining_loss(images[:4])[0], [one.autoencoder], Recorder(one))
+    first = one.pretraining_loss(images[:4])[0]
+    one.descend(first, [one.autoencoder], Recorder(one))
     other = Recorder(one)
-    one.update(one, [(images[4:], labels[4:])], other)
+    last = one.update(one, [(images[4:], labels[4:])], other)["loss"]
+    torch.testing.assert_close(logged["loss"], (first.detach() + last) / 2)
     for name, gradient in recorder.steps[-1].items():
         torch.testing.assert_close(gradient, other.steps[-1][name])
 
