@@ -33,10 +33,10 @@ Where text and the authors' code differ, and what the text leaves open:
   untrained. Second derivatives are taken where the step started, as in Eq. 6; the code takes them where it ended. The
   steps themselves are AdamW's in both, while the formula is exact for plain gradient steps. Of several unrolled steps
   it differentiates the last one. The sign of Eq. 11 is a slip.
-* Second derivatives come from a forward-mode derivative (`--hypergradient exact`), not from the difference of two
-  gradients as in the paper. A difference is useless in bf16, costs nearly as much, is far off where a patch enters or
-  leaves the mask on the way, and is wrong for gradients that are no derivatives of what is computed (`--mask-gradient
-  straight_through` and `softsort`, `--detach-tokens`).
+* Second derivatives are exact (`--hypergradient exact`), forward over reverse in level I and reverse over reverse in
+  level II, not the difference of two gradients as in the paper. A difference costs more, is useless in bf16, is far off
+  where a patch enters or leaves the mask on the way, and is wrong for gradients that are no derivatives of what is
+  computed (`--mask-gradient straight_through` and `softsort`, `--detach-tokens`).
 * The gradient reaches T through the weights of Eq. 1 alone, as in the code. App. A.4 speaks of two more ways,
   `--mask-gradient straight_through` and `softsort` (temperature 0.1); how the mask then acts on visible patches is our
   reading: it scales their tokens.
