@@ -1101,8 +1101,11 @@ def test_gather_is_the_identity_in_one_process():
     assert common.gather(x) is x
 
 
-def test_cpu_is_always_there_and_an_unknown_device_is_refused():
+def test_cpu_is_always_there_and_an_unknown_device_is_refused(monkeypatch):
     assert common.start_distributed("cpu").type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device 'cuda': this torch sees no GPU; try --device cpu"):
+        common.start_distributed("cuda")
     with pytest.raises(UserError, match="device 'gpu' cannot be used here"):
         common.start_distributed("gpu")
 

@@ -894,7 +894,7 @@ def test_evaluate_finetunes_beside_scratch_and_resumes(run_folder, capsys):
         ("{run} --data stl10", "no stl10 at data/stl10_binary; give the --root that holds stl10_binary"),
         ("{run} --image-size 30", "image size 30 x 30 is not a multiple of the patch size 4"),
         ("{run} --k 0", "--k 0 makes no sense"),
-        ("{run} --protocol knn --k 4097", "--k 4097 is more than the 60 training images"),
+        ("{run} --protocol knn --k 61", "--k 61 is more than the 60 training images"),
     ],
 )
 def test_evaluate_answers_a_mistake_with_one_line_and_code_2(argv, message, finished, tmp_path, capsys):
@@ -922,6 +922,17 @@ def test_evaluate_prints_what_it_has_when_a_protocol_fails(run_folder, capsys):
     assert evaluate.main([str(run_folder), "--protocol", "knn", "linear", "--base-lr", "1e38"]) == 1
     assert "trained encoder" in capsys.readouterr().out
     assert [line["protocol"] for line in lines_of(run_folder)] == ["knn"]
+
+
+def test_notes_name_only_flags_that_would_add_something():
+    trained, pixels = {"trained": {"knn": 1.0}}, {"pixels": {"knn": 1.0}}
+    untrained = {"untrained": {"knn": 1.0}}
+    assert len(evaluate.notes_on(trained, ["knn"])) == 2
+    assert evaluate.notes_on(trained | untrained | pixels, ["knn"]) == []
+    assert evaluate.notes_on(trained, ["energy"]) == []
+    assert evaluate.notes_on(trained, ["tran1"]) == ["--untrained adds what the encoder knew before"]
+    ignored = evaluate.notes_on(trained | untrained | {"pixels": {}}, ["finetune"])
+    assert ignored == ["--pixels is for knn, linear and clusters alone"]
 
 
 def test_evaluate_loads_no_unlabelled_images(run_folder, monkeypatch):

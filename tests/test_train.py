@@ -80,6 +80,9 @@ def run_main(*argv, capsys):
     ("argv", "message"),
     [
         ("magna", "unknown method 'magna'; did you mean 'magma'? choose from "),
+        ("--epochs 1 magma", "give the method first: python train.py METHOD --epochs 1 magma"),
+        ("magma --data {tmp}/none", "no folder {tmp}/none; expected one with train/<class>/*"),
+        ("mlo_mae --start {tmp}/none.pt", "there is no file {tmp}/none.pt"),
         ("magma --data cifar11", "unknown dataset 'cifar11'; did you mean 'cifar10'?"),
         ("magma --epoch 3", "unknown flag '--epoch'; did you mean --epochs?"),
         ("magma --epochs three", "argument --epochs: invalid int value: 'three'"),
@@ -287,6 +290,14 @@ def stopping_at(step, error=Stop):
 
     counter = itertools.count()
     return Stopping
+
+
+def test_a_finished_run_says_so_and_may_name_its_recipe(tmp_path, capsys):
+    method, results = fit(tmp_path / "run")
+    assert "nothing is left to do" not in capsys.readouterr().out
+    again, results_again = fit(tmp_path / "run", "--resume", "--recipe", "shapes")
+    assert "the run is finished: nothing is left to do" in capsys.readouterr().out
+    assert results == results_again and same_weights(method.state_dict(), again.state_dict())
 
 
 @pytest.mark.parametrize("step", [0, 1, 7, 10, 19])
