@@ -55,6 +55,7 @@ Not here: ADE20K (Table C).
 import copy
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,28 +64,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import (
-    ENCODERS,
     VIT_SIZES,
     Block,
     MaskedAutoencoder,
     Method,
     MobileFormer,
-    TrainConfig,
-    UserError,
     ViT,
     attend_plainly,
-    autocast,
-    average,
-    check_choices,
-    check_least,
-    check_positive,
-    features_of,
-    labelled,
-    pooled_features,
-    probe,
     reconstruction_loss,
     unpatchify,
 )
+from plumbing.encoders import Encoder
+from plumbing.errors import UserError
+from plumbing.probes import features_of, labelled, pooled_features, probe
+from plumbing.processes import autocast, average
+from plumbing.settings import TrainConfig, check_least, check_positive
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Corruptions: images (B, C, H, W) -> corrupted images. All draws come from `generator`, for each image on its own.
@@ -285,7 +279,7 @@ class ConvNeXtBlock(nn.Module):
         return x + (self.scale * self.fc2(F.gelu(self.fc1(y)))).movedim(-1, 1)
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(Encoder):
     """ConvNeXt (Liu et al. 2022): images (B, 3, H, W) in [0, 1] -> (B, D, h, w).
 
     A cell is stem * 2^(stages - 1) pixels wide. The defaults are ConvNeXt-T. 28.6 M parameters with 1000 classes.
@@ -299,9 +293,7 @@ class ConvNeXt(nn.Module):
         mean: tuple = (0.0, 0.0, 0.0),
         std: tuple = (1.0, 1.0, 1.0),
     ):
-        super().__init__()
-        self.fields = {"dims": tuple(dims), "depths": tuple(depths), "stem": stem}
-        self.fields |= {"mean": tuple(mean), "std": tuple(std)}
+        super().__init__(mean, std, dims=tuple(dims), depths=tuple(depths), stem=stem)
         self.dim, self.stride = dims[-1], stem * 2 ** (len(dims) - 1)
         self.stem = nn.Sequential(nn.Conv2d(3, dims[0], stem, stem), ChannelNorm(dims[0], eps=1e-6))
         self.blocks = nn.ModuleList()
@@ -310,12 +302,10 @@ class ConvNeXt(nn.Module):
                 self.blocks.append(nn.Sequential(ChannelNorm(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dim, 2, 2)))
             self.blocks += [ConvNeXtBlock(dim) for _ in range(depth)]
         self.norm = ChannelNorm(self.dim, eps=1e-6)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.apply(start_small)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem((images - self.mean) / self.std)
+        x = self.stem(self.normalize(images))
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -378,7 +368,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(rearrange(x, "b (h p) (w q) d -> b h w (q p d)", p=2, q=2)))
 
 
-class Swin(nn.Module):
+class Swin(Encoder):
     """Swin transformer (Liu et al. 2021): images (B, 3, H, W) in [0, 1] -> (B, D, h, w).
 
     A cell is stem * 2^(stages - 1) pixels wide. The defaults are Swin-T. 28.3 M parameters with 1000 classes.
@@ -394,9 +384,8 @@ class Swin(nn.Module):
         mean: tuple = (0.0, 0.0, 0.0),
         std: tuple = (1.0, 1.0, 1.0),
     ):
-        super().__init__()
-        self.fields = {"dim": dim, "depths": tuple(depths), "heads": tuple(heads), "window": window, "stem": stem}
-        self.fields |= {"mean": tuple(mean), "std": tuple(std)}
+        fields = {"dim": dim, "depths": tuple(depths), "heads": tuple(heads), "window": window, "stem": stem}
+        super().__init__(mean, std, **fields)
         self.stride = stem * 2 ** (len(depths) - 1)
         self.stem = nn.Sequential(nn.Conv2d(3, dim, stem, stem), ChannelNorm(dim))
         self.blocks = nn.ModuleList()
@@ -406,18 +395,14 @@ class Swin(nn.Module):
                 dim *= 2
             self.blocks += [SwinBlock(dim, count, window, shifted=j % 2 == 1) for j in range(depth)]
         self.dim, self.norm = dim, nn.LayerNorm(dim)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.apply(start_small)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem((images - self.mean) / self.std).movedim(1, -1)  # (B, H, W, D)
+        x = self.stem(self.normalize(images)).movedim(1, -1)  # (B, H, W, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x).movedim(-1, 1)
 
-
-ENCODERS.update(ConvNeXt=ConvNeXt, Swin=Swin)  # load_encoder knows them where this file is imported
 
 BACKBONES = {
     "convnext_micro": (ConvNeXt, {"dims": (48, 96, 192), "depths": (2, 2, 2), "stem": 2}),  # for laptops
@@ -542,21 +527,36 @@ class Config(TrainConfig):
 
     crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
     base_lr: float = 1e-4  # learning rate for a batch of 256
-    model: str = "vit_small"  # vit_*; convnext_* and swin_* with micro or tiny (Table B); mobile_former_micro to _2880
+    model: Literal[(*VIT_SIZES, *BACKBONES)] = "vit_small"  # the backbone (Table B)
     patch: int = 16  # side of a patch of a vit, in pixels
-    objective: str = "energy"  # energy, or a baseline: autoencoder (Table 2), mae (Table 1)
-    task: str = "gridded"  # gridded, random_small, random_large, super_resolution, noise, grayscale or mixed
+    objective: Literal["energy", "autoencoder", "mae"] = "energy"  # or a baseline: Table 2, Table 1
+    task: Literal[TASKS] = "gridded"  # how images are corrupted
     grid: int = 16  # gridded: side of the squares, in pixels; 16, 24 and 32 in Table 1
     mask_ratio: float = 0.7  # gridded, mae: share of the squares or patches that are blank (Table 1)
     scale: int = 16  # super_resolution: how many times the image shrinks; 14, 16, 24 and 32 in Table 2
     steps: int = 2  # N: gradient steps on each image; 0 takes corrupted images as negatives (Fig. A)
-    criterion: str = "smooth_l1"  # smooth_l1 (Listing 1) or mse (Eq. 4)
-    scored: str = "all"  # pixels that count in the loss: all, or changed (by the corruption)
+    criterion: Literal["smooth_l1", "mse"] = "smooth_l1"  # error of the restored pixels: Listing 1, or Eq. 4
+    scored: Literal["all", "changed"] = "all"  # pixels that count in the loss: all, or those that were corrupted
     first_step: float = 0.3  # root mean square of the very first step; it sets alpha
     alpha_lr: float = 1.0  # learning rate of log alpha, relative to that of the weights
     decoder_dim: int = 512  # autoencoder, mae: width of the decoder
     decoder_depth: int = 8  # autoencoder, mae: blocks of the decoder
     decoder_heads: int = 16  # autoencoder, mae: attention heads of the decoder
+
+    def check(self):
+        super().check()
+        check_least(self, grid=1, scale=1, steps=0, alpha_lr=0)
+        check_positive(self, "first_step")
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(f"--mask-ratio {self.mask_ratio} blanks nothing or all; give more than 0, less than 1")
+        if self.compile and self.objective == "energy":
+            raise UserError("--compile does not work here: torch.compile has no second derivatives")
+        squares = math.ceil(self.image_size / self.grid) ** 2
+        if self.task in ("gridded", "mixed") and not 0 < round(self.mask_ratio * squares) < squares:
+            raise UserError(
+                f"--grid {self.grid} makes {squares} square(s), "
+                f"of which --mask-ratio {self.mask_ratio} blanks none or all"
+            )
 
 
 LAPTOP = {"model": "vit_micro", "image_size": 32, "patch": 4, "grid": 4, "scale": 4, "batch_size": 64}
@@ -586,7 +586,6 @@ def build_encoder(config: Config, data) -> nn.Module:
     look = {"mean": data.mean, "std": data.std}
     if config.model in VIT_SIZES:
         return ViT(config.image_size, config.patch, **VIT_SIZES[config.model], **look)
-    check_choices(config, model=(*VIT_SIZES, *BACKBONES))
     kind, fields = BACKBONES[config.model]
     encoder = kind(**fields, **look)
     if config.image_size % encoder.stride:
@@ -608,20 +607,6 @@ class EnergyPretraining(Method):
 
     def __init__(self, config: Config, data, encoder: nn.Module | None = None):
         super().__init__()
-        check_choices(config, objective=("energy", "autoencoder", "mae"), task=TASKS)
-        check_choices(config, criterion=("smooth_l1", "mse"), scored=("all", "changed"))
-        check_least(config, grid=1, scale=1, steps=0, alpha_lr=0)
-        check_positive(config, "first_step")
-        if not 0 < config.mask_ratio < 1:
-            raise UserError(f"--mask-ratio {config.mask_ratio} blanks nothing or all; give more than 0, less than 1")
-        if config.compile and config.objective == "energy":
-            raise UserError("--compile does not work here: torch.compile has no second derivatives")
-        squares = math.ceil(config.image_size / config.grid) ** 2
-        if config.task in ("gridded", "mixed") and not 0 < round(config.mask_ratio * squares) < squares:
-            raise UserError(
-                f"--grid {config.grid} makes {squares} square(s), "
-                f"of which --mask-ratio {config.mask_ratio} blanks none or all"
-            )
         self.config, own = config, encoder is not None
         encoder = encoder if own else build_encoder(config, data)
         images = torch.rand(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
@@ -720,9 +705,9 @@ class EnergyPretraining(Method):
         """The corruptions that are trained on."""
         return MIXTURE if self.config.task == "mixed" else (self.config.task,)
 
-    def probe(self, encode, train, test, config: Config, **loading) -> dict:
+    def probe(self, encode, train, test, config: Config) -> dict:
         """kNN and linear accuracy, and what is left of the squared error of at most 2000 test images, task by task."""
-        found = probe(encode, train, test, config.image_size, config.probe_images, **loading)
+        found = probe(encode, train, test, config.image_size, config.probe_images)
         if config.objective == "mae" or (config.objective == "energy" and not config.steps):
             return found
         chosen = labelled(test, min(config.probe_images or 2000, 2000))
@@ -737,7 +722,7 @@ class EnergyPretraining(Method):
             return torch.stack(rows, dim=1)  # (B, 2 * tasks)
 
         torch.manual_seed(config.seed)  # the same corruptions each time
-        errors = features_of(measure, test, chosen, config.image_size, **loading)[0].mean(dim=0).unflatten(0, (-1, 2))
+        errors = features_of(measure, test, chosen, config.image_size)[0].mean(dim=0).unflatten(0, (-1, 2))
         return found | {
             f"left_{task}": float(b / a.clamp_min(1e-12)) for task, (a, b) in zip(self.tasks, errors, strict=True)
         }

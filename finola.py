@@ -55,6 +55,7 @@ Not here: detection on COCO but for its decoder, and Fig. 8 (new upsamplers on f
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,26 +63,22 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import (
-    MOBILE_FORMERS,
     Block,
     FormerToMobile,
     LiteBottleneck,
     Method,
     MobileFormer,
+    MobileFormerWidth,
     MobileToFormer,
-    TrainConfig,
-    UserError,
-    autocast,
-    check_choices,
-    check_least,
     conv,
-    features_of,
     initialize,
-    labelled,
-    probe,
     sincos_positions,
     unpatchify,
 )
+from plumbing.errors import UserError
+from plumbing.probes import features_of, labelled, probe
+from plumbing.processes import autocast
+from plumbing.settings import TrainConfig, check_least
 
 STRIDE = 16  # pixels of a cell of the grid
 
@@ -481,7 +478,6 @@ class MFDecoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-VARIANTS = ("finola", "masked_e", "masked_b")
 ORIGINS = {"center": None, "top_left": (0, 0), "top_right": (0, -1), "bottom_left": (-1, 0), "bottom_right": (-1, -1)}
 
 
@@ -495,14 +491,26 @@ class Config(TrainConfig):
     base_lr: float = 1.5e-4  # learning rate for a batch of 256
     weight_decay: float = 0.1  # of AdamW; none on biases, norms and tokens
     flip: float = 0.0  # probability of a mirror image
-    variant: str = "finola"  # finola, masked_e (element-wise) or masked_b (block-wise)
-    width: str = "2880"  # Mobile-Former: micro, 720, 1440, 2880, 4320 or 5760 (Table 2b)
+    variant: Literal["finola", "masked_e", "masked_b"] = "finola"  # whole images; masked, element-wise or block-wise
+    width: MobileFormerWidth = "2880"  # of Mobile-Former (Table 2b)
     channels: int = 3072  # C: of q and of the map that is unrolled (Table 2a)
-    origin: str = "center"  # where q is put: center, top_left, top_right, bottom_left or bottom_right (Fig. 11)
-    norm: str = "channel"  # channel, running or batch (moving averages at inference, section 4), or none
+    origin: Literal[tuple(ORIGINS)] = "center"  # where q is put (Fig. 11)
+    norm: Literal[NORMS] = "channel"  # running and batch: moving averages at inference (section 4)
     pool_heads: int = 8  # heads of the attentional pooling
     upsampler_width: int = 512  # channels of the convolutional upsampler's first block (Table 10)
     upsampler_blocks: int = 6  # transformer blocks of the upsampler of masked_b (Table 16)
+
+    def check(self):
+        super().check()
+        masked = self.variant != "finola"
+        unit = 2 * STRIDE if masked else STRIDE
+        if self.image_size % unit:
+            raise UserError(f"--image-size {self.image_size} is not a multiple of {unit}, which {self.variant} needs")
+        check_least(self, channels=4, upsampler_width=4, upsampler_blocks=0)
+        if masked and self.origin != "center":
+            raise UserError("--origin belongs to --variant finola: masked variants start from the visible block")
+        if self.norm in ("running", "batch") and self.variant == "masked_b":
+            raise UserError(f"--norm {self.norm} is an ablation of unrolling; give --variant finola or masked_e")
 
 
 MASKED = {"epochs": 1600, "batch_size": 1024, "channels": 512}  # Tables 12 and 15
@@ -538,18 +546,7 @@ class FinolaAutoencoder(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
-        check_choices(config, variant=VARIANTS, width=MOBILE_FORMERS, origin=ORIGINS, norm=NORMS)
         self.config, self.masked = config, config.variant != "finola"
-        unit = 2 * STRIDE if self.masked else STRIDE
-        if config.image_size % unit:
-            raise UserError(
-                f"--image-size {config.image_size} is not a multiple of {unit}, which {config.variant} needs"
-            )
-        check_least(config, channels=4, upsampler_width=4, upsampler_blocks=0)
-        if self.masked and config.origin != "center":
-            raise UserError("--origin belongs to --variant finola: masked variants start from the visible block")
-        if config.norm in ("running", "batch") and config.variant == "masked_b":
-            raise UserError(f"--norm {config.norm} is an ablation of unrolling; give --variant finola or masked_e")
         self.size = config.image_size // STRIDE  # cells a side
         pooled = config.variant != "masked_b"
         head = config.channels if pooled else 0  # the last 1 x 1 convolution makes the channels of q
@@ -633,7 +630,7 @@ class FinolaAutoencoder(Method):
             quality = psnr(images, prediction * self.encoder.std + self.encoder.mean, mask).mean()
         return {"loss": (error * mask).sum() / mask.sum(), "psnr": quality}
 
-    def probe(self, encode, train, test, config: Config, **loading) -> dict:
+    def probe(self, encode, train, test, config: Config) -> dict:
         """kNN and linear accuracy, and the mean PSNR in dB on test images."""
         torch.manual_seed(config.seed)  # the same blocks each time
         chosen = labelled(test, config.probe_images)
@@ -642,8 +639,8 @@ class FinolaAutoencoder(Method):
             with autocast(config.amp, images.device):
                 return self(images)["psnr"].expand(len(images), 1)
 
-        quality = features_of(measure, test, chosen, config.image_size, **loading)[0].mean()
-        return probe(encode, train, test, config.image_size, config.probe_images, **loading) | {"psnr": float(quality)}
+        quality = features_of(measure, test, chosen, config.image_size)[0].mean()
+        return probe(encode, train, test, config.image_size, config.probe_images) | {"psnr": float(quality)}
 
     @property
     def captions(self) -> tuple:

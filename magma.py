@@ -54,26 +54,17 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import (
-    VIT_SIZES,
-    MaskedAutoencoder,
-    Method,
-    TrainConfig,
-    UserError,
-    ViT,
-    check_choices,
-    check_least,
-    check_positive,
-    gather,
-    gradient_if,
-    reconstruction_loss,
-)
+from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, gradient_if, reconstruction_loss
+from plumbing.errors import UserError
+from plumbing.processes import gather
+from plumbing.settings import TrainConfig, check_least, check_positive
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's mathematics. B images, D width of a feature. Pure functions for any float dtype and device.
@@ -310,24 +301,24 @@ class Config(TrainConfig):
     """The paper's experiment on ImageNet-100 (Appendix A, Table 4); RECIPES has its other data sets."""
 
     epochs: int = 400
-    model: str = "vit_base"  # vit_micro, vit_tiny, vit_small, vit_base or vit_large
+    model: ViTSize = "vit_base"  # size of the encoder
     heads: int = 0  # attention heads of the encoder, 0 for those of its size (the paper's code has 12 in vit_tiny)
     patch: int = 16  # side of a patch, in pixels
-    pool: str = "cls"  # what is probed: cls, the CLS token (the paper), or mean, of the patch tokens
+    pool: Literal["cls", "mean"] = "cls"  # what is probed: the CLS token (the paper), or the mean of the patch tokens
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder
     decoder_heads: int = 16  # attention heads of the decoder
     mask_ratio: float = 0.75  # share of the patches that are masked
     norm_pixels: bool = True  # normalise the pixels to predict patch by patch
-    ssl: str = "mae"  # L_SSL of Eq. 1: mae, simclr or vicreg
+    ssl: Literal["mae", "simclr", "vicreg"] = "mae"  # L_SSL of Eq. 1
     lam: float = 1.0  # lambda of Eq. 1, the weight of the regulariser; 0 is the baseline
     e_st: int = 10  # epoch in which the regulariser starts, counted from 0
     e_dur: int = 100  # epochs that it lasts
     uniformity: float = 0.0  # weight of U-MAE's uniformity; 0.01 is U-MAE, or with the regulariser MU-MAE
     inverse: float = 0.0  # weight of Eq. 3, in the epochs of the regulariser
     layers: tuple[int, ...] = (-2, -1)  # K: reference layers, then the regularised one; blocks, counted as in Python
-    layer_pairs: str = "last"  # last: each reference to the last of K, averaged; all: all ordered pairs, summed (Eq. 2)
-    laplacian: str = "normalized"  # normalized (code), unnormalized (half of Eq. 2) or printed (Eq. 7)
+    layer_pairs: Literal["last", "all"] = "last"  # each reference to the last of K, averaged; or all, summed (Eq. 2)
+    laplacian: Literal["normalized", "unnormalized", "printed"] = "normalized"  # that of the code, half of Eq. 2, Eq. 7
     kernel_factor: float = 1.0  # 1 is the code's kernel, 0.5 that of Eq. 4
     diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
     detach_reference: bool = False  # stop the gradient through the weights w
@@ -337,6 +328,17 @@ class Config(TrainConfig):
     projector_dim: int = 2048  # hidden width of the projector of SimCLR and VICReg
     colour: float = 1.0  # strength of the colour jitter of SimCLR and VICReg
     blur: float = 0.5  # probability of blurring a view of SimCLR and VICReg
+
+    def check(self):
+        super().check()
+        check_least(self, lam=0, uniformity=0, inverse=0, e_st=0, e_dur=0, colour=0, projector_dim=1)
+        check_positive(self, "kernel_factor", "temperature")
+        if not 0 <= self.blur <= 1:
+            raise UserError(f"--blur {self.blur} is not a probability; give 0 to 1")
+        depth = VIT_SIZES[self.model]["depth"]
+        blocks = {layer % depth for layer in self.layers if -depth <= layer < depth}
+        if len(blocks) < max(2, len(self.layers)):
+            raise UserError(f"--layers {self.layers}: give two or more different blocks from {-depth} to {depth - 1}")
 
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
@@ -383,17 +385,7 @@ class Magma(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
-        check_choices(config, model=VIT_SIZES, ssl=("mae", "simclr", "vicreg"))
-        check_choices(config, laplacian=LAPLACIANS, layer_pairs=("last", "all"))
-        check_least(config, lam=0, uniformity=0, inverse=0, e_st=0, e_dur=0, colour=0, projector_dim=1)
-        check_positive(config, "kernel_factor", "temperature")
-        if not 0 <= config.blur <= 1:
-            raise UserError(f"--blur {config.blur} is not a probability; give 0 to 1")
         size = VIT_SIZES[config.model] | ({"heads": config.heads} if config.heads else {})
-        depth = size["depth"]
-        blocks = {layer % depth for layer in config.layers if -depth <= layer < depth}
-        if len(blocks) < max(2, len(config.layers)):
-            raise UserError(f"--layers {config.layers}: give two or more different blocks from {-depth} to {depth - 1}")
         vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
         self.config = config
         self.start_epoch(0)

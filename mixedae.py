@@ -57,6 +57,7 @@ Choices of ours:
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -68,13 +69,9 @@ from common import (
     VIT_SIZES,
     MaskedAutoencoder,
     Method,
-    TrainConfig,
-    UserError,
     ViT,
+    ViTSize,
     attend,
-    check_choices,
-    check_least,
-    check_positive,
     gradient_if,
     patchify,
     random_mask,
@@ -82,8 +79,10 @@ from common import (
     take,
     unpatchify,
     visible_patches,
-    world_size,
 )
+from plumbing.errors import UserError
+from plumbing.processes import world_size
+from plumbing.settings import TrainConfig, check_least, check_positive
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's mathematics. G groups of K images, N patches, D width of a token. Pure functions for any float dtype and
@@ -245,25 +244,35 @@ class Config(TrainConfig):
     base_lr: float = 7.5e-5  # learning rate for a batch of 256
     warmup_epochs: int = 40
     crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
-    model: str = "vit_base"  # vit_micro, vit_tiny, vit_small, vit_base or vit_large
+    model: ViTSize = "vit_base"  # size of the encoder
     patch: int = 16  # side of a patch, in pixels
-    pool: str = "mean"  # what is probed: mean of the patch tokens, or cls
+    pool: Literal["mean", "cls"] = "mean"  # what is probed: the mean of the patch tokens, or the CLS token
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder
     decoder_heads: int = 16  # attention heads of the decoder
     norm_pixels: bool = True  # normalise the pixels to predict patch by patch
-    mode: str = "compose"  # compose: one mixture a group; full: K mixtures; mae: no mixing, global attention
+    mode: Literal["compose", "full", "mae"] = "compose"  # one mixture a group; K mixtures; no mixing, global attention
     images_per_group: int = 4  # K = 1 / r
     cell: int = 2  # side of the cells that are mixed, in patches
-    segment: str = "every"  # blocks whose input gets the segment code: every, first or off
+    segment: Literal["every", "first", "off"] = "every"  # blocks whose input gets the segment code
     segment_scale: float = 1.0  # factor of the segment code
     segment_centred: bool = False  # take out of the codes what all slots share, and give each unit length
-    attention: str = "topk"  # topk (homologous), global, or oracle (within the same image)
+    attention: Literal["topk", "global", "oracle"] = "topk"  # homologous, plain, or within the same image
     attention_blocks: tuple[int, ...] = ()  # blocks with that attention, negative ones from the end; none given: all
     topk: int = 0  # keys that a query keeps, 0 for round(patches / K)
     reconstruction: float = 1.0  # weight of the reconstruction loss
     contrast: float = 0.1  # weight of the homologous contrastive loss
     temperature: float = 0.25  # of the homologous contrastive loss
+
+    def check(self):
+        super().check()
+        check_least(self, reconstruction=0, contrast=0, topk=0)
+        check_positive(self, "temperature")
+        if self.images_per_group < 2:
+            raise UserError(f"--images-per-group {self.images_per_group}: a mixture needs two images or more")
+        depth = VIT_SIZES[self.model]["depth"]
+        if not all(-depth <= block < depth for block in self.attention_blocks):
+            raise UserError(f"--attention-blocks {self.attention_blocks}: give blocks from {-depth} to {depth - 1}")
 
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
@@ -290,25 +299,16 @@ class MixedAE(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
-        check_choices(config, model=VIT_SIZES, mode=("compose", "full", "mae"))
-        check_choices(config, segment=("every", "first", "off"), attention=("topk", "global", "oracle"))
         size, k = VIT_SIZES[config.model], config.images_per_group
         vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
         rows, columns = vit.grid
-        if k < 2:
-            raise UserError(f"--images-per-group {k}: a mixture needs two images or more")
         if config.cell < 1 or rows % config.cell or columns % config.cell:
             raise UserError(f"--cell {config.cell} does not divide the {rows} x {columns} patches of an image")
         if rows * columns // config.cell**2 < k:
             raise UserError(f"--cell {config.cell} leaves fewer cells than the {k} images that share them")
-        check_least(config, reconstruction=0, contrast=0, topk=0)
-        check_positive(config, "temperature")
         if config.topk > rows * columns:
             raise UserError(f"--topk {config.topk} keeps more than the {rows * columns} patches of an image")
-        depth = size["depth"]
-        if not all(-depth <= block < depth for block in config.attention_blocks):
-            raise UserError(f"--attention-blocks {config.attention_blocks}: give blocks from {-depth} to {depth - 1}")
-        self.config = config
+        depth, self.config = size["depth"], config
         self.topk = config.topk or round(rows * columns / k)
         self.special_blocks = {block % depth for block in config.attention_blocks or range(depth)}
         decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)

@@ -61,6 +61,7 @@ Where text and the authors' code differ, and what the text leaves open:
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -72,28 +73,22 @@ from common import (
     VIT_SIZES,
     MaskedAutoencoder,
     Method,
-    TrainConfig,
-    UserError,
     ViT,
-    autocast,
-    average,
-    check_choices,
-    check_least,
-    check_positive,
+    ViTSize,
     decays,
-    features_of,
-    labelled,
-    load_encoder,
     mask_from_noise,
-    mix_seed,
     patchify,
-    probe,
-    rank,
     take,
     unpatchify,
     visible_patches,
-    world_size,
 )
+from plumbing.crops import mix_seed
+from plumbing.encoders import load_encoder
+from plumbing.errors import UserError
+from plumbing.images import BatchPlan
+from plumbing.probes import features_of, labelled, probe
+from plumbing.processes import autocast, average, world_size
+from plumbing.settings import TrainConfig, check_least, check_positive
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks and their loss
@@ -260,9 +255,6 @@ def proximal_hypergradient(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-OBJECTIVES = ("mlo", "blo", "full", "mae", "fixed")
-
-
 @dataclass
 class Config(TrainConfig):
     """The paper's experiment on ImageNet (Table 11)."""
@@ -274,7 +266,7 @@ class Config(TrainConfig):
     mask_lr: float = 4e-5  # learning rate of the masking network, for a batch of 256
     warmup_epochs: int = 0  # epochs in which the learning rate rises linearly
     crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
-    model: str = "vit_base"  # vit_micro, vit_tiny, vit_small, vit_base or vit_large
+    model: ViTSize = "vit_base"  # size of the encoder
     patch: int = 16  # side of a patch, in pixels
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder
@@ -282,22 +274,33 @@ class Config(TrainConfig):
     mask_ratio: float = 0.75  # r: share of the patches that are masked
     mask_ratio_end: float = 0.0  # r in the last epoch, reached linearly; 0 for no change (Table 17: 0.5 to 0.9)
     hidden: int = 512  # hidden width of the masking network
-    objective: str = "mlo"  # mlo, blo (Eq. 5), full (Eq. 13); baselines: mae (random masks), fixed (one random mask)
+    objective: Literal["mlo", "blo", "full", "mae", "fixed"] = "mlo"  # levels, or a baseline: random masks, one mask
     unrolling: int = 1  # steps of level I for one of level II (Table 7)
     update_every: int = 1  # cycles between two steps of the masking network (Table 16)
-    hypergradient: str = "exact"  # exact, or finite_difference (the paper, float32 alone)
+    hypergradient: Literal["exact", "finite_difference"] = "exact"  # the difference is the paper's, for float32 alone
     radius: float = 0.01  # finite_difference: how far the parameters move
     lr_factors: bool = True  # with the learning rates of Eq. 9 to 11; without them is the code
-    mask_gradient: str = "weight"  # how the gradient reaches T: weight, straight_through or softsort (App. A.4)
+    mask_gradient: Literal["weight", "straight_through", "softsort"] = "weight"  # how the gradient reaches T (App. A.4)
     temperature: float = 0.1  # of softsort
-    normalization: str = "mean"  # of the loss of level I: mean (code) or sum (Eq. 1)
+    normalization: Literal["mean", "sum"] = "mean"  # of the loss of level I: that of the code, or Eq. 1
     detach_tokens: bool = False  # keep the encoder from learning through the masking network's input
-    level1_data: str = "train"  # images of level I: train (without the validation part), or all (the code)
+    level1_data: Literal["train", "all"] = "train"  # images of level I: without the validation part, or all (the code)
     validation: float = 0.2  # share of the labelled training images kept for level III
-    head: str = "linear"  # linear, or code (norm, dropout 0.1, linear)
+    head: Literal["linear", "code"] = "linear"  # that of the code has a norm and dropout 0.1 before it
     gamma: float = 1.0  # blo: weight of the reconstruction (Eq. 5)
     proximal: float = 0.01  # full: lambda, which holds the fine-tuned encoder near the pretrained one (Eq. 13)
     start: str = ""  # an encoder.pt to go on from (section 3.6)
+
+    def check(self):
+        super().check()
+        check_least(self, unrolling=1, update_every=1, hidden=1, gamma=0, proximal=0)
+        check_positive(self, "base_lr", "head_lr", "mask_lr", "temperature", "radius")
+        if not 0 < self.validation < 1:
+            raise UserError(f"--validation {self.validation} is no share of the images; give more than 0, less than 1")
+        if self.accumulate > 1:
+            raise UserError("--accumulate does not work here: a step has a batch for each level; lower --batch-size")
+        if self.compile:
+            raise UserError("--compile does not work here: torch.compile has no forward-mode derivatives")
 
 
 CIFAR = {"image_size": 32, "patch": 2, "epochs": 200, "batch_size": 128, "base_lr": 1e-3}
@@ -334,6 +337,43 @@ def mean_over_processes(tensors: dict) -> dict:
     return {name: part.view_as(x) for (name, x), part in zip(tensors.items(), parts, strict=True)}
 
 
+def learns_masks(config: Config) -> bool:
+    return config.objective in ("mlo", "blo", "full")
+
+
+class LevelPlan(BatchPlan):
+    """Which images a cycle loads: those of `unrolling` steps of level I, of one of II, and of III where T learns in it.
+
+    An epoch is one pass of level II over `trained_on`; level III has the images `held_out`. With two steps of level I,
+    cycles of batches a, b for level I, c for level II and d for level III are drawn as (a b c d): (4, batch_size).
+    """
+
+    def __init__(self, images: int, config: Config, trained_on: Tensor, held_out: Tensor):
+        super().__init__(images, config)
+        if min(len(trained_on), len(held_out)) < config.batch_size:
+            raise UserError(
+                f"a batch of {config.batch_size} is larger than the {len(held_out)} images of level III "
+                f"or the {len(trained_on)} of level II; lower --batch-size or change --validation"
+            )
+        allowed = torch.ones(images, dtype=torch.bool)  # in level I
+        if config.level1_data == "train":
+            allowed[held_out] = False
+        self.pools = ((allowed.nonzero()[:, 0], config.unrolling), (trained_on, 1), (held_out, 1))
+
+    def __len__(self):
+        return len(self.pools[1][0]) // self.config.batch_size
+
+    def draw(self, epoch: int) -> list:
+        config, orders = self.config, []
+        for level, (pool, times) in enumerate(self.pools):
+            generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, level))
+            wanted = len(self) * times * config.batch_size
+            passes = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(-(-wanted // len(pool)))]
+            orders.append(torch.cat(passes)[:wanted].view(len(self), times, config.batch_size))
+        learns = [learns_masks(config) and step % config.update_every == 0 for step in self.steps_of(epoch)]
+        return [torch.cat([order[i] for order in orders[: 2 + learns[i]]]) for i in range(len(self))]
+
+
 def build_encoder(config: Config, data) -> ViT:
     """The encoder that --model names, or the one in the file --start."""
     if not config.start:
@@ -356,19 +396,6 @@ class MultiLevelMAE(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
-        check_choices(config, model=VIT_SIZES, objective=OBJECTIVES, hypergradient=("exact", "finite_difference"))
-        check_choices(config, mask_gradient=("weight", "straight_through", "softsort"), normalization=("mean", "sum"))
-        check_choices(config, level1_data=("train", "all"), head=("linear", "code"))
-        check_least(config, unrolling=1, update_every=1, hidden=1, gamma=0, proximal=0)
-        check_positive(config, "base_lr", "head_lr", "mask_lr", "temperature", "radius")
-        if not 0 < config.validation < 1:
-            raise UserError(
-                f"--validation {config.validation} is no share of the images; give more than 0, less than 1"
-            )
-        if config.accumulate > 1:
-            raise UserError("--accumulate does not work here: a step has a batch for each level; lower --batch-size")
-        if config.compile:
-            raise UserError("--compile does not work here: torch.compile has no forward-mode derivatives")
         self.config, self.ratio = config, config.mask_ratio
         encoder = build_encoder(config, data)
         patches = encoder.grid[0] * encoder.grid[1]
@@ -381,7 +408,7 @@ class MultiLevelMAE(Method):
         self.head = nn.Linear(encoder.dim, len(data.classes))
         if config.head == "code":
             self.head = nn.Sequential(nn.LayerNorm(encoder.dim, eps=1e-6), nn.Dropout(0.1), self.head)
-        self.masking = MaskingNetwork(patches, encoder.dim, config.hidden) if self.learns_masks else None
+        self.masking = MaskingNetwork(patches, encoder.dim, config.hidden) if learns_masks(self.config) else None
         self.register_buffer("fixed_noise", torch.rand(1, patches))  # of the one mask of --objective fixed
         self.register_buffer("validation_loss", torch.tensor(0.0))  # of the last step of level III
         self.tuned = None
@@ -397,38 +424,8 @@ class MultiLevelMAE(Method):
     def encoder(self) -> ViT:
         return self.autoencoder.encoder
 
-    @property
-    def learns_masks(self) -> bool:
-        return self.config.objective in ("mlo", "blo", "full")
-
-    # What is loaded: a step's images are those of all its levels, one after the other.
-
-    def steps_per_epoch(self, images: int, config: Config) -> int:
-        if min(len(self.trained_on), len(self.held_out)) < config.batch_size:
-            raise UserError(
-                f"a batch of {config.batch_size} is larger than the {len(self.held_out)} images of level III "
-                f"or the {len(self.trained_on)} of level II; lower --batch-size or change --validation"
-            )
-        return len(self.trained_on) // config.batch_size
-
-    def plan(self, images: int, config: Config, first_step: int):
-        """As `common.batch_plan`: (seed, indices) a step, those of level I, of II, and of III where T learns in it."""
-        allowed = torch.ones(images, dtype=torch.bool)  # in level I
-        if config.level1_data == "train":
-            allowed[self.held_out] = False
-        pools = [(allowed.nonzero()[:, 0], config.unrolling), (self.trained_on, 1), (self.held_out, 1)]
-        steps, share = self.steps_per_epoch(images, config), config.batch_size // world_size()
-        for epoch in range(first_step // steps, config.epochs):
-            orders = []
-            for level, (pool, times) in enumerate(pools):
-                generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, level))
-                wanted = steps * times * config.batch_size
-                passes = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(-(-wanted // len(pool)))]
-                orders.append(torch.cat(passes)[:wanted].view(steps, times, config.batch_size))
-            for step in range(max(first_step, epoch * steps), (epoch + 1) * steps):
-                levels = orders if self.learns_masks and step % config.update_every == 0 else orders[:2]
-                parts = [order[step % steps, :, rank() * share : (rank() + 1) * share].flatten() for order in levels]
-                yield mix_seed(config.seed, step, rank(), 1), torch.cat(parts)
+    def plan(self, images: int, config: Config) -> "LevelPlan":
+        return LevelPlan(images, config, self.trained_on, self.held_out)
 
     def start_epoch(self, epoch: int):
         """The curriculum of the mask ratio (Table 17)."""
@@ -451,7 +448,7 @@ class MultiLevelMAE(Method):
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) -> what is masked, numbers 0 and 1, and the probability of each patch; both (B, N)."""
-        if self.learns_masks:
+        if learns_masks(self.config):
             seen, config = widen(tokens.detach() if self.config.detach_tokens else tokens), self.config
             with torch.autocast(tokens.device.type, enabled=False):
                 probability = self.masking(seen)
@@ -467,7 +464,7 @@ class MultiLevelMAE(Method):
         mask, probability = self.choose(tokens)
         seen = mask.shape[1] - round(self.ratio * mask.shape[1])
         visible = visible_patches(mask.detach(), seen)  # (B, M)
-        if self.config.mask_gradient != "weight" and self.learns_masks:
+        if self.config.mask_gradient != "weight" and learns_masks(self.config):
             tokens = tokens * (1 - mask)[..., None]  # of visible ones times 1, with the gradient of the selection
         encoded = encoder.encode(take(tokens, visible))  # (B, 1 + M, D)
         return self.autoencoder.decode(encoded, visible), self.autoencoder.target(images), mask, probability
@@ -605,7 +602,7 @@ class MultiLevelMAE(Method):
         if not joint:
             head_loss = self.train_head(*training, stepper)
         logged = {"loss": total, "loss_head": head_loss.detach()}
-        if not self.learns_masks:
+        if not learns_masks(self.config):
             return logged
         if validation:
             self.learn_masks((unlabelled[-1][0], None), training, validation[0], before, head_before, stepper)
@@ -615,12 +612,12 @@ class MultiLevelMAE(Method):
 
     # What there is to see.
 
-    def probe(self, encode, train, test, config: Config, **loading) -> dict:
+    def probe(self, encode, train, test, config: Config) -> dict:
         """kNN and linear accuracy, that of level II's head, and on shapes how much more often than by chance (1) the
         object is masked.
         """
         torch.manual_seed(config.seed)  # the same masks each time
-        found = probe(encode, train, test, config.image_size, config.probe_images, **loading)
+        found = probe(encode, train, test, config.image_size, config.probe_images)
         chosen = labelled(test, config.probe_images)
 
         def look(images):
@@ -628,7 +625,7 @@ class MultiLevelMAE(Method):
                 mask, _ = self.choose(self.encoder.embed(images))
                 return torch.cat([self.head(self.features(images)).float(), mask], dim=1)
 
-        rows, labels = features_of(look, test, chosen, config.image_size, **loading)
+        rows, labels = features_of(look, test, chosen, config.image_size)
         classes = len(test.classes)
         found["accuracy"] = 100 * float((rows[:, :classes].argmax(dim=1) == labels).float().mean())
         if getattr(test, "masks", None) is not None:

@@ -15,15 +15,12 @@ import sys
 
 import torch
 
-import common
-
-METHODS = {
-    "ebm_pretrain": "EnergyPretraining",
-    "finola": "FinolaAutoencoder",
-    "magma": "Magma",
-    "mixedae": "MixedAE",
-    "mlo_mae": "MultiLevelMAE",
-}  # module: class
+from common import METHODS, fit, load_data
+from plumbing.command import run_command
+from plumbing.errors import UserError, unknown
+from plumbing.processes import rank, start_distributed
+from plumbing.settings import check_batch, read_flags
+from plumbing.tables import format_table
 
 
 def method_lines() -> str:
@@ -39,26 +36,24 @@ def train(argv: list):
     name = argv[0]
     if name not in METHODS:
         if name.startswith("-"):
-            raise common.UserError(f"give the method first: python train.py METHOD {' '.join(argv)}")
-        raise common.UserError(common.unknown("method", name, METHODS))
+            raise UserError(f"give the method first: python train.py METHOD {' '.join(argv)}")
+        raise UserError(unknown("method", name, METHODS))
     module = importlib.import_module(name)
     usage = f"python train.py {name} [--any-field value]"
-    config = common.read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
-    device = common.start_distributed(config.device)
-    common.check_config(config)
-    common.check_batch(config)
-    options = {"root": config.root, "image_size": config.image_size, "device": device}
-    options |= {"download": config.download, "skip_bad_images": config.skip_bad_images}
-    data, test = (common.load_data(config.data, split=split, **options) for split in ("train", "test"))
+    config = read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
+    device = start_distributed(config.device)
+    check_batch(config)  # before any data is read
+    options = {name: getattr(config, name) for name in ("root", "image_size", "download", "skip_bad_images", "workers")}
+    data, test = (load_data(config.data, split=split, device=device, **options) for split in ("train", "test"))
     torch.manual_seed(config.seed)  # of the initial weights, the same on every process
     method = getattr(module, METHODS[name])(config, data).to(device)
-    results = common.fit(method, data, test, config)
-    if common.rank() == 0 and results:
-        print(common.format_results(results))
+    results = fit(method, data, test, config)
+    if rank() == 0 and results:
+        print(format_table(results, "accuracy (%)"))
 
 
 def main(argv: list) -> int:
-    return common.run_command(train, argv)
+    return run_command(train, argv)
 
 
 if __name__ == "__main__":

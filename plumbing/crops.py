@@ -1,0 +1,85 @@
+"""Crops and resampling, the whole batch at once on its device. Images (B, 3, H, W)."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def mix_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several small numbers, the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def crop_boxes(height: Tensor, width: Tensor, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), generator=None) -> Tensor:
+    """Boxes of random resized crops: image sizes (B,), (B,) -> (B, 4) as (top, left, height, width), in pixels.
+
+    Area is uniform in `scale` (share of the image), aspect log-uniform in `ratio`; the first of ten draws that fits is
+    taken, otherwise the largest centred box of an allowed aspect (the rule of torchvision's RandomResizedCrop).
+    """
+    device, batch = height.device, len(height)
+    draw = torch.rand(4, batch, 10, device=device, generator=generator)  # ten tries an image
+    area = (scale[0] + (scale[1] - scale[0]) * draw[0]) * (height * width)[:, None]
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * draw[1])
+    h, w = (area / aspect).sqrt(), (area * aspect).sqrt()  # (B, 10)
+    fits = (h <= height[:, None]) & (w <= width[:, None])
+    first = fits.int().argmax(dim=1, keepdim=True)
+    image_aspect = (width / height).clamp(*ratio)
+    fallback_w = torch.minimum(width, height * image_aspect)
+    found = fits.any(dim=1)
+    fallback_h = torch.minimum(height, fallback_w / image_aspect)
+    h = torch.where(found, h.gather(1, first)[:, 0], fallback_h)
+    w = torch.where(found, w.gather(1, first)[:, 0], fallback_w)
+    place = torch.where(found, draw[2:, :, 0], 0.5)  # the fallback is centred
+    return torch.stack([(height - h) * place[0], (width - w) * place[1], h, w], dim=1)
+
+
+def resize_matrix(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
+    """Bilinear resampling of one axis as a matrix: windows (B,), (B,) of `source` pixels -> (B, target, source).
+
+    Row i holds the weights of output pixel i. Windows that shrink are low-passed (the triangle grows with the step), as
+    in Pillow. A negative length, with the start at the other end, flips.
+    """
+    step = (length / target)[:, None]  # (B, 1) source pixels an output pixel
+    centre = start[:, None] + (torch.arange(target, device=start.device) + 0.5) * step  # (B, target)
+    pixel = torch.arange(source, device=start.device) + 0.5
+    distance = (pixel - centre[..., None]).abs() / step.abs().clamp_min(1)[..., None]  # (B, target, source)
+    weight = (1 - distance).clamp_min(0)
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply a row matrix (B, h, H) and a column matrix (B, w, W) to images (B, C, H, W) -> (B, C, h, w)."""
+    batch, channels, height, _ = images.shape
+    x = torch.bmm(images.flatten(1, 2), columns.transpose(1, 2))  # (B, C * H, w)
+    # Two plain batched products: matmul with a broadcast axis is five times slower on CPUs.
+    x = torch.bmm(rows.repeat_interleave(channels, dim=0), x.view(batch * channels, height, -1))
+    return x.view(batch, channels, rows.shape[1], -1)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Whole images (B, 3, H, W), uint8 or float -> float (B, 3, size, size) in [0, 1]."""
+    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    if images.shape[-2:] == (size, size):
+        return images
+    zero = torch.zeros(1, device=images.device)
+    rows, columns = (resize_matrix(zero, zero + side, side, size) for side in images.shape[-2:])
+    return resample(images, rows.expand(len(images), -1, -1), columns.expand(len(images), -1, -1)).clamp(0, 1)
+
+
+def random_resized_crop(
+    images: Tensor, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip: float = 0.5, generator=None
+) -> Tensor:
+    """Each image with its own random crop and flip, the whole batch at once: uint8 (B, 3, H, W) -> float in [0, 1].
+
+    Bilinear, by two batched matrix products. `flip` is the probability of a mirror image.
+    """
+    batch, _, height, width = images.shape
+    sides = (torch.full((batch,), float(side), device=images.device) for side in (height, width))
+    top, left, h, w = crop_boxes(*sides, scale, ratio, generator).unbind(dim=1)
+    flipped = torch.rand(batch, device=images.device, generator=generator) < flip
+    rows = resize_matrix(top, h, height, size)
+    columns = resize_matrix(torch.where(flipped, left + w, left), torch.where(flipped, -w, w), width, size)
+    return resample(images.float(), rows, columns / 255).clamp(0, 1)

@@ -1,0 +1,267 @@
+"""`load_data`: named data sets in their official layouts, and folders of one's own."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from plumbing.download import fetch
+from plumbing.errors import UserError, unknown
+from plumbing.images import FolderImages, MemoryImages, attempt_all, check_images, keep_good, to_rgb
+from plumbing.processes import on_rank_zero, rank
+from plumbing.shapes import SHAPES, render_shapes
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+STATISTICS = {  # of the training pixels, in [0, 1]
+    "shapes": {"mean": (0.424, 0.423, 0.424), "std": (0.272, 0.275, 0.270)},
+    "cifar10": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)},
+    "cifar100": {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)},
+    "stl10": {"mean": (0.4467, 0.4398, 0.4066), "std": (0.2603, 0.2566, 0.2713)},
+    "tinyimagenet": {"mean": (0.4802, 0.4481, 0.3975), "std": (0.2770, 0.2691, 0.2821)},
+}
+ARCHIVES = {  # folder, where it comes from, MD5 of the archive
+    "cifar10": (
+        "cifar-10-batches-bin",
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        "c32a1d4ab5d03f1284b67883e8d87530",
+    ),
+    "cifar100": (
+        "cifar-100-binary",
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        "03b5dce01913d631647c71ecec9e9cb8",
+    ),
+    "stl10": (
+        "stl10_binary",
+        "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
+        "91f7769df0f17e558f3565bffb0c7dfb",
+    ),
+    "tinyimagenet": (
+        "tiny-imagenet-200",
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "90528d7ca1a48142e341f4ef8d21d0de",
+    ),
+}
+CIFAR = {  # files a split, label bytes before the pixels (the last one counts), classes, file of class names
+    "cifar10": ({"train": "data_batch_*.bin", "test": "test_batch*.bin"}, 1, 10, "batches.meta"),
+    "cifar100": ({"train": "train*.bin", "test": "test*.bin"}, 2, 100, "fine_label_names"),
+}
+DATASETS = ("shapes", *ARCHIVES, "imagenet100", "imagenet")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+# The 100 classes that Tian et al. (2020, CMC) chose from ImageNet.
+IMAGENET100 = """
+    02869837 01749939 02488291 02107142 13037406 02091831 04517823 04589890 03062245 01773797 01735189 07831146
+    07753275 03085013 04485082 02105505 01983481 02788148 03530642 04435653 02086910 02859443 13040303 03594734
+    02085620 02099849 01558993 04493381 02109047 04111531 02877765 04429376 02009229 01978455 02106550 01820546
+    01692333 07714571 02974003 02114855 03785016 03764736 03775546 02087046 07836838 04099969 04592741 03891251
+    02701002 03379051 02259212 07715103 03947888 04026417 02326432 03637318 01980166 02113799 02086240 03903868
+    02483362 04127249 02089973 03017168 02093428 02804414 02396427 04418357 02172182 01729322 02113978 03787032
+    02089867 02119022 03777754 04238763 02231487 03032252 02138441 02104029 03837869 03494278 04136333 03794056
+    03492542 02018207 04067472 03930630 03584829 02123045 04229816 02100583 03642806 04336792 03259280 02116738
+    02108089 03424325 01855672 02090622
+""".split()  # noqa: SIM905
+
+
+def load_data(
+    name: str,
+    root="data",
+    split: str = "train",
+    image_size: int = 32,
+    device="cpu",
+    seed: int = 0,
+    download: bool = False,
+    skip_bad_images: bool = False,
+    workers: int = 0,
+):
+    """One split of a data set -> MemoryImages or FolderImages.
+
+    `split` is "train" (all that one may train on; the label is -1 where there is none), "labelled" (those of it that
+    have a label: fewer in `stl10` alone) or "test". `name` is one of DATASETS or a folder with train/<class>/* and
+    val/<class>/*. `root` is the folder that holds the files of a named set; `download` fetches missing ones. Batches
+    come on `device`: small sets lie there as one uint8 tensor, files are decoded by `workers` processes. Only `shapes`
+    needs `image_size` and `seed`.
+    Raises UserError where the name is unknown, or a file is missing or not what it should be. Images that cannot be
+    read are left out with `skip_bad_images`.
+    """
+    if name == "shapes":
+        count = 1024 if split == "test" else 4096
+        images, labels, masks = render_shapes(count, image_size, seed=2 * seed + (split == "test"))
+        images, labels, masks = (x.to(device) for x in (images, labels, masks))
+        return MemoryImages(images, labels, list(SHAPES), **STATISTICS[name], masks=masks)
+    if name in ARCHIVES:
+        home = find_home(name, Path(root), download)
+        if name == "stl10":
+            return read_stl10(home, split, device)
+        if name == "tinyimagenet":
+            return read_tinyimagenet(home, split, device, skip_bad_images)
+        return read_cifar(name, home, split, device)
+    if name in ("imagenet100", "imagenet"):
+        keep = IMAGENET100 if name == "imagenet100" else None
+        return read_folders(Path(root), split, keep, skip_bad_images, workers, device)
+    if Path(name).is_dir():
+        return read_folders(Path(name), split, None, skip_bad_images, workers, device)
+    if "/" in name:
+        raise UserError(f"no folder {name}; expected one with train/<class>/* and val/<class>/*")
+    raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder with train/<class>/* and val/<class>/*")
+
+
+def find_home(name: str, root: Path, download: bool = False) -> Path:
+    """The folder of a named data set in `root`, or `root` itself; fetched into place where it is missing."""
+    folder, url, md5 = ARCHIVES[name]
+    home = root if root.name == folder else root / folder
+    if download:  # asked on every process alike: what one of them sees may differ
+        on_rank_zero(lambda: home.is_dir() or fetch(url, md5, home))
+    if not home.is_dir():
+        raise UserError(
+            f"no {name} at {home}; give the --root that holds {folder}, or add --download to get it from {url}"
+        )
+    return home
+
+
+def read_cifar(name: str, home: Path, split: str, device="cpu") -> MemoryImages:
+    """The official binary files of CIFAR-10 or CIFAR-100, any number of records a file."""
+    patterns, label_bytes, count, names = CIFAR[name]
+    pattern = patterns["test" if split == "test" else "train"]
+    files = sorted(home.glob(pattern))
+    if not files:
+        raise UserError(f"no {name} at {home / pattern}; remove {home} and add --download, or give --root")
+    record = label_bytes + 3072
+    parts = []
+    for file in files:
+        raw = np.fromfile(file, dtype=np.uint8)
+        if len(raw) == 0 or len(raw) % record:
+            raise UserError(f"{file} has {len(raw)} bytes, expected a multiple of {record}: cut short or not {name}")
+        parts.append(raw.reshape(-1, record))
+        largest = parts[-1][:, label_bytes - 1].max()
+        if largest >= count:
+            raise UserError(f"{file} holds the label {largest}, {name} ends at {count - 1}")
+    records = torch.from_numpy(np.concatenate(parts)).to(device)
+    labels, images = records[:, label_bytes - 1].long(), records[:, label_bytes:].reshape(-1, 3, 32, 32)
+    classes = class_names(next(home.glob(names + "*.txt"), None), count)
+    return MemoryImages(images, labels, classes, **STATISTICS[name])
+
+
+def class_names(listed: Path | None, count: int) -> list:
+    """The words of a text file, one a class, or numbers without a file. Raises UserError if their count is wrong."""
+    if not listed or not listed.exists():
+        return [str(i) for i in range(count)]
+    names = listed.read_text(errors="replace").split()
+    if len(names) != count:
+        raise UserError(f"{listed} lists {len(names)} classes, expected {count}; mend or remove it")
+    return names
+
+
+def read_stl10(home: Path, split: str, device="cpu") -> MemoryImages:
+    """The official binary files of STL-10, any number of pictures; "train" is the labelled and the unlabelled ones."""
+    picture = 3 * 96 * 96
+    parts, labels = {"train": ("train", "unlabeled"), "labelled": ("train",), "test": ("test",)}[split], []
+    files = [home / f"{part}_X.bin" for part in parts]
+    for file in files:
+        size = file.stat().st_size if file.exists() else -1
+        if size < 0:
+            raise UserError(f"no {file}; remove {home} and add --download, or give --root")
+        if size == 0 or size % picture:
+            raise UserError(f"{file} has {size} bytes, expected a multiple of {picture}: cut short or not stl10")
+        count, listed = size // picture, file.with_name(file.name.replace("_X", "_y"))
+        if file.name == "unlabeled_X.bin":
+            labels.append(torch.full((count,), -1))
+            continue
+        if not listed.exists():
+            raise UserError(f"no {listed}; remove {home} and add --download, or give --root")
+        numbers = np.fromfile(listed, dtype=np.uint8)
+        if len(numbers) != count or numbers.min() < 1 or numbers.max() > 10:
+            raise UserError(f"{listed} must hold {count} labels from 1 to 10, one a picture of {file.name}")
+        labels.append(torch.from_numpy(numbers).long() - 1)
+    images, done = torch.empty(sum(map(len, labels)), 3, 96, 96, dtype=torch.uint8), 0
+    for file, part in zip(files, labels, strict=True):
+        stored = np.memmap(file, dtype=np.uint8, mode="c").reshape(-1, 3, 96, 96)  # each plane column by column
+        for chunk in torch.from_numpy(stored).split(4096):  # the unlabelled file is large: never hold it twice
+            images[done : done + len(chunk)] = chunk.transpose(2, 3)
+            done += len(chunk)
+    classes = class_names(home / "class_names.txt", 10)
+    return MemoryImages(images.to(device), torch.cat(labels).to(device), classes, **STATISTICS["stl10"])
+
+
+def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: bool = False) -> MemoryImages:
+    """The official folder of Tiny-ImageNet, decoded once and held in memory (1.2 GB for all of its training images)."""
+    train = home / "train"
+    if not train.is_dir():
+        raise UserError(f"no folder {train}; remove {home} and add --download, or give --root")
+    wnids = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
+    number = {wnid: i for i, wnid in enumerate(wnids)}
+    if split == "test":  # the 10,000 official test images have no labels: as in every paper, validation is tested on
+        listing = home / "val" / "val_annotations.txt"
+        if not listing.exists():
+            raise UserError(f"no {listing}; remove {home} and add --download, or give --root")
+        rows = [line.split("\t") for line in listing.read_text(errors="replace").splitlines() if line.strip()]
+        strange = next((row for row in rows if len(row) < 2 or row[1] not in number), None)
+        if strange:
+            raise UserError(f"{listing} has the line {' '.join(strange)!r}, expected a file and a class of {train}")
+        files = [(str(home / "val" / "images" / row[0]), number[row[1]]) for row in rows]
+    else:
+        folders = [(train / wnid / "images", label) for wnid, label in number.items()]
+        files = [(str(path), label) for folder, label in folders for path in sorted(folder.glob("*.JPEG"))]
+    if not files:
+        raise UserError(f"no image in {home}; remove it and add --download, or give --root")
+    images = torch.empty(len(files), 3, 64, 64, dtype=torch.uint8)
+
+    def read(i):
+        with Image.open(files[i][0]) as image:
+            if image.size != (64, 64):
+                raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, expected 64 x 64")
+            images[i] = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+    bad = attempt_all(read, range(len(files)), "reading")
+    good = keep_good([path for path, _ in files], bad, skip_bad_images)
+    words = home / "words.txt"
+    lines = words.read_text(errors="replace").splitlines() if words.exists() else []
+    names = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    classes = [names.get(wnid, wnid).split(",")[0] for wnid in wnids]
+    labels = torch.tensor([files[i][1] for i in good])
+    images = images if len(good) == len(images) else images[torch.tensor(good)]
+    return MemoryImages(images.to(device), labels.to(device), classes, **STATISTICS["tinyimagenet"])
+
+
+def read_folders(
+    root: Path, split: str, keep=None, skip_bad_images: bool = False, workers: int = 0, device="cpu"
+) -> FolderImages:
+    """A folder with train/<class>/* and val/<class>/*; `keep` lists the class numbers ("01440764") to pick.
+
+    Classes are numbered in the order of the sorted folder names of train, for both splits. Every image is checked once.
+    """
+    home = root / ("val" if split == "test" else "train")
+    names = {}
+    for part in dict.fromkeys((root / "train", home)):
+        if not part.is_dir():
+            raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*")
+        names[part] = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
+    classes = names[root / "train"]
+    if keep is not None:
+        chosen = [name for name in classes if name.removeprefix("n") in set(keep)]
+        if not chosen:
+            raise UserError(f"{root / 'train'} holds none of the {len(keep)} classes of ImageNet-100 (n02869837, ...)")
+        if len(chosen) < len(keep) and split != "test" and rank() == 0:
+            print(f"note: {root / 'train'} holds {len(chosen)} of the {len(keep)} classes of ImageNet-100", flush=True)
+        classes = chosen
+    elif strange := sorted(set(names[home]) - set(classes)):
+        raise UserError(
+            f"class {strange[0]!r} of {home} is not in {root / 'train'}; the splits must have the same classes"
+        )
+    paths, labels, others = [], [], []
+    for label, name in enumerate(classes):
+        folder = home / name
+        seen = sorted(entry.path for entry in os.scandir(folder)) if folder.is_dir() else []
+        found = [path for path in seen if path.lower().endswith(IMAGE_ENDINGS)]
+        others += [path for path in seen if not path.lower().endswith(IMAGE_ENDINGS)]
+        if not found and split != "test":
+            raise UserError(f"class folder {folder} holds no image ({' '.join(IMAGE_ENDINGS)})")
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) below {home}")
+    if others and rank() == 0:
+        print(f"note: {len(others)} other files below {home} are left out, such as {others[0]}", flush=True)
+    good = keep_good(paths, on_rank_zero(lambda: check_images(paths)), skip_bad_images)
+    paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])
+    return FolderImages(paths, numbers, classes, **IMAGENET, workers=workers, device=device)

@@ -1,0 +1,36 @@
+"""What can go wrong, by who can mend it. Every message is one line: what was given, what was expected, what to do."""
+
+import difflib
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. Its text is one line: what was given, what was expected, what to do."""
+
+
+class OtherProcessFailed(RuntimeError):
+    """Process 0 failed at what the others were waiting for, and says why."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is infinite or not a number: the run stops, its last checkpoint stays."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run after its current step, and it was saved; `number` is the signal's."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+def what_is_left(checkpoint: Path) -> str:
+    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written"
+    return f"{kept}; start anew with a lower --base-lr or --amp off"
+
+
+def unknown(kind: str, given: str, choices) -> str:
+    """The message for a name that does not exist, with the nearest one that does."""
+    close = difflib.get_close_matches(given.lower(), list(choices), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown {kind} {given!r}; {hint}choose from {', '.join(choices)}"

@@ -1,0 +1,91 @@
+"""What frozen features are worth: nearest neighbours and ridge regression, both exact."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plumbing.crops import resize
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10, chunk: int = 0):
+    """Share of queries (M, D) whose k nearest rows of the bank (N, D) vote for their label, in percent.
+
+    Euclidean distance, one vote each, the lowest class wins a tie (MAGMA, section 5: k = 10).
+    """
+    centre = bank.mean(dim=0)  # the Gram form of a distance loses its digits where the mean is large
+    bank, queries = bank - centre, queries - centre
+    norms, right = bank.square().sum(dim=1), 0
+    chunk = chunk or max(1, 2**24 // len(bank))  # at most 64 MB of distances at a time
+    for part, truth in zip(queries.split(chunk), labels.split(chunk), strict=True):
+        distance = torch.addmm(norms, part, bank.T, alpha=-2)  # (chunk, N), up to a constant a row
+        nearest = bank_labels[distance.topk(min(k, len(bank)), largest=False).indices]  # (chunk, k)
+        votes = F.one_hot(nearest, int(bank_labels.max()) + 1).sum(dim=1)
+        right += int((votes.argmax(dim=1) == truth).sum())
+    return 100 * right / len(labels)
+
+
+def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int):
+    """Accuracy in percent of ridge regression on one-hot labels: a linear probe without a training loop.
+
+    Features (N, D) are standardised. Of seven ridge strengths, 1e-5 to 10 times N, the one with the best exact
+    leave-one-out accuracy on the training part is taken.
+    """
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
+    train, test = (train - mean) / std, (test - mean) / std
+    if len(train) < train.shape[1]:
+        # The weights lie in the span of the images, so a basis of it will do. Fits are nearly exact there: what they
+        # leave needs more digits.
+        basis = torch.linalg.qr(train.T).Q.double()  # (D, N)
+        train, test = train.double() @ basis, test.double() @ basis
+    onehot = F.one_hot(train_labels, classes).to(train.dtype)
+    offset = onehot.mean(dim=0)
+    values, vectors = torch.linalg.eigh(train.T @ train)  # (D,), (D, D)
+    rotated = train @ vectors  # (N, D)
+    target, squares = rotated.T @ (onehot - offset), rotated.square()  # (D, classes), (N, D)
+    best, best_weight = -1.0, None
+    for strength in len(train) * 10.0 ** torch.arange(-5, 2):
+        shrink = 1 / (values.clamp_min(0) + strength)  # (D,)
+        fitted = rotated @ (shrink[:, None] * target) + offset
+        leverage = (squares @ shrink + 1 / len(train)).clamp_max(1 - 1e3 * torch.finfo(train.dtype).eps)[:, None]
+        left_out = onehot - (onehot - fitted) / (1 - leverage)
+        accuracy = float((left_out.argmax(dim=1) == train_labels).float().mean())
+        if accuracy > best:
+            best, best_weight = accuracy, vectors @ (shrink[:, None] * target)
+    return 100 * float(((test @ best_weight + offset).argmax(dim=1) == test_labels).float().mean())
+
+
+def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
+    """One vector an image (B, D): what the encoder returns, or the mean over positions where that is a map."""
+    out = encoder(images)
+    return out.mean(dim=(2, 3)) if out.ndim == 4 else out
+
+
+@torch.no_grad()
+def features_of(encode, data, indices, size: int) -> tuple[Tensor, Tensor]:
+    """encode(images) -> (B, D) over whole images of a data set: float32 features (N, D) and labels (N,)."""
+    parts = [(encode(images).float(), labels) for images, labels in data.plain_batches(indices, size)]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """The baseline of every probe: (B, 3, H, W) -> (B, D), at no more than 32 x 32, or photographs would be huge."""
+    return resize(images, min(images.shape[-1], 32)).flatten(1)
+
+
+def labelled(data, limit: int = 0) -> Tensor:
+    """Indices of the images that have a label; at most `limit`, drawn once by a fixed seed, 0 takes all."""
+    chosen = torch.nonzero(data.labels >= 0)[:, 0].cpu()
+    if limit and limit < len(chosen):
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:limit]]
+    return chosen
+
+
+def probe(encode, train, test, size: int, limit: int = 0) -> dict:
+    """kNN and linear accuracy in percent of frozen features: {"knn": ..., "linear": ...}.
+
+    At most `limit` images of each split; 0 takes all. Unlabelled ones do not count.
+    """
+    parts = []
+    for data in (train, test):
+        parts += features_of(encode, data, labelled(data, limit), size)
+    return {"knn": knn_accuracy(*parts), "linear": ridge_accuracy(*parts, len(train.classes))}

@@ -1,0 +1,174 @@
+"""The device and its precision, several processes (torchrun), and the signals that stop them."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from plumbing.errors import OtherProcessFailed, UserError
+
+
+def rank() -> int:
+    """The number of this process, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def keep_freed_memory():
+    """Make glibc keep the memory of freed tensors: mapping large ones anew each step can cost more than the crops."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map nothing
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def start_distributed(device: str = "auto") -> torch.device:
+    """Join the other processes where torchrun started several (NCCL on GPUs, gloo on CPUs) and return the device."""
+    name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    local, several = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and name.startswith("cuda:"):
+        raise UserError(f"device {device!r} would be shared by all processes; give --device cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: this torch sees no GPU; try --device cpu")
+    try:
+        chosen = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        else:
+            torch.empty(0, device=chosen)
+            keep_freed_memory()
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
+    if several and not dist.is_initialized():
+        # One day, since the others wait while rank 0 downloads, checks images or probes.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    return chosen
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, or None for plain float32.
+
+    float32 products keep full precision (no TF32): under autocast the heavy ones are in bf16 or fp16 already, and what
+    is left in float32, such as a loss on nearly equal features, is there because it needs every digit.
+    """
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bf16 = device.type == "cpu" and any(
+        capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16")
+    )
+    return torch.bfloat16 if has_bf16 else None  # emulated bf16 is slower than float32
+
+
+def autocast(amp: str, device: torch.device):
+    """The context in which --amp computes on a device."""
+    dtype = pick_precision(amp, device)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def on_rank_zero(function):
+    """Run a function on rank 0 alone and give its result, or its UserError, to every rank."""
+    if world_size() == 1:
+        return function()
+    result, mistake, failure = None, None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as error:
+            mistake = str(error)
+        except Exception as error:  # noqa: BLE001 (raised again below; the others must not wait for ever)
+            failure = error
+    shared = [result, mistake, repr(failure) if failure else None]
+    dist.broadcast_object_list(shared)
+    if failure:
+        raise failure
+    if shared[2]:
+        raise OtherProcessFailed(f"process 0 failed: {shared[2]}")
+    if shared[1]:
+        raise UserError(shared[1])
+    return shared[0]
+
+
+def average(x: Tensor) -> Tensor:
+    """The mean of a tensor over the processes, without gradient; x itself in one process."""
+    if world_size() > 1:
+        x = x.detach().clone()
+        dist.all_reduce(x)
+        x /= world_size()
+    return x
+
+
+def agree(number: int, device="cpu") -> int:
+    """The largest of the numbers that the processes give."""
+    if world_size() == 1:
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # Every rank's loss depends on this rank's rows: sum what all of them send back, then take our rows.
+        gradient = gradient.contiguous().clone()  # autograd may hold the same tensor elsewhere
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
+
+
+def gather(x: Tensor) -> Tensor:
+    """Rows of all processes in rank order: (B, ...) -> (ranks * B, ...), differentiable; x itself in one process.
+
+    Where every rank computes the same loss of the gathered rows, the mean of the ranks' gradients (what DDP takes) is
+    the gradient of that loss in one process.
+    """
+    return _Gather.apply(x) if world_size() > 1 else x
+
+
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+"""Ctrl-C, a polite kill, and what Slurm can be told to send before a job's time is over."""
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Signals that stop a run only add their number to the list that this gives; a second Ctrl-C stops at once."""
+    noted, first = [], 0.0
+
+    def note(number, frame):
+        nonlocal first
+        # torchrun passes Ctrl-C on to processes that have it already: that one is no second one.
+        if number == signal.SIGINT and signal.SIGINT in noted and time.monotonic() - first > 1:
+            raise KeyboardInterrupt
+        first = first or time.monotonic()
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other one do this
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

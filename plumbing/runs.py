@@ -1,0 +1,328 @@
+"""A run folder: begin, log, save, stop, go on."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from plumbing.encoders import save_encoder
+from plumbing.errors import NonFiniteLoss, Stopped, UserError, what_is_left
+from plumbing.files import load_checkpoint, write_atomically
+from plumbing.pictures import save_pictures
+from plumbing.probes import pooled_features, probe, raw_pixels
+from plumbing.processes import agree, noted_signals, on_rank_zero, rank, world_size
+from plumbing.settings import FREE_FIELDS, TrainConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class Meter:
+    """Means of logged scalars over an epoch, read from the device every few steps: each read waits for it."""
+
+    def __init__(self, sums: dict | None = None, count: int = 0):
+        self.sums, self.count, self.waiting = dict(sums or {}), count, []
+
+    def add(self, step: int, values: dict):
+        self.waiting.append((step, values))
+
+    def flush(self, checkpoint: Path):
+        """Fold in what waits, averaged over the processes; raise NonFiniteLoss where the loss is not finite."""
+        if not self.waiting:
+            return
+        names = list(self.waiting[0][1])
+        table = torch.stack([torch.stack([values[name] for name in names]) for _, values in self.waiting])
+        if world_size() > 1:  # one bad rank stops all, at the same step
+            dist.all_reduce(table)
+            table /= world_size()
+        for (step, _), row in zip(self.waiting, table.tolist(), strict=True):
+            if not math.isfinite(row[names.index("loss")]):
+                terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(names, row, strict=True))
+                raise NonFiniteLoss(f"step {step}: {terms}; {what_is_left(checkpoint)}")
+            for name, value in zip(names, row, strict=True):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.count += 1
+        self.waiting = []
+
+    def means(self) -> dict:
+        return {name: total / max(1, self.count) for name, total in self.sums.items()}
+
+
+def identity_of(method, train, config: TrainConfig, stepper) -> dict:
+    """All that must be the same where a run goes on: else it would not end where an uninterrupted one does."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+    return {
+        "method": method.name,
+        "origin": method.origin,
+        "images": len(train),
+        "processes": world_size(),
+        "precision": str(stepper.dtype),
+    } | fields
+
+
+def lock_run(out: Path, resume: bool):
+    """Make a run folder, or with --resume take the one that is there; lock it until the returned file closes.
+
+    The lock is the operating system's: it ends with the process, however that ends. Raises UserError where the run
+    exists, or another process is writing it.
+    """
+    try:
+        if not resume and out.exists():
+            raise FileExistsError
+        out.mkdir(parents=True, exist_ok=resume)
+        file = open(out / ".lock", "a")  # noqa: SIM115 (stays open for as long as the run)
+    except FileExistsError:
+        raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out") from None
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {out} ({error.strerror}); choose another by --out") from None
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # either one means that somebody has it
+        file.close()
+        raise UserError(f"another process is writing {out}; wait for it, or choose another folder by --out") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    return file
+
+
+def open_run(out: Path, identity: dict, config: TrainConfig) -> int:
+    """Begin the run in a locked folder, or with --resume find its checkpoint; returns the step to go on from.
+
+    Raises UserError rather than overwrite a run, or go on with one that is not the same.
+    """
+    if config.resume and (out / "last.pt").exists():
+        state = load_checkpoint(out / "last.pt")
+        old = state.get("identity") if isinstance(state, dict) and "step" in state else None
+        if old is None:
+            raise UserError(f"{out / 'last.pt'} is not a checkpoint of a run; choose another folder by --out")
+        differing = sorted(name for name in identity.keys() | old.keys() if old.get(name) != identity.get(name))
+        if differing:
+            changes = ", ".join(f"{name} {old.get(name)} -> {identity.get(name)}" for name in differing)
+            raise UserError(f"{out} was trained otherwise ({changes}); go on with what it was trained with")
+        return state["step"]
+    if (out / "encoder.pt").exists():
+        raise UserError(f"{out} holds an encoder but no last.pt to go on from; choose another folder by --out")
+    if config.resume:
+        print(f"note: no checkpoint in {out} yet, starting from the beginning", flush=True)
+    settings = json.dumps({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
+    write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
+    write_atomically(out / "log.jsonl", lambda file: file.write(log_header(identity, config).encode()))
+    return 0
+
+
+def log_header(identity: dict, config: TrainConfig) -> str:
+    """The first line of a log: how to make the run again."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    header = {"command": " ".join(sys.argv), "method": identity["method"], "config": dataclasses.asdict(config)}
+    return json.dumps(header | {"precision": identity["precision"], "versions": versions}) + "\n"
+
+
+def read_log(path: Path) -> tuple[str, list]:
+    """A log.jsonl: the text of its first line, "" where that is missing, and its epochs as dicts."""
+    header, lines = "", []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+            line = json.loads(text)
+            if isinstance(line, dict) and "command" in line:
+                header = text + "\n"
+            elif isinstance(line, dict) and "epoch" in line:
+                lines.append(line)
+    return header, lines
+
+
+def rewind_log(path: Path, last_epoch: int, header: str) -> list:
+    """Drop the lines of a log after `last_epoch`, whose steps will be done again, and return the lines that stay."""
+    first, lines = read_log(path)
+    kept = [line for line in lines if line["epoch"] <= last_epoch]
+    text = (first or header) + "".join(json.dumps(line) + "\n" for line in kept)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return kept
+
+
+def restore_run(method, stepper, out: Path, first_step: int) -> Meter:
+    """Put back weights, optimiser and loss scaler of a checkpoint; returns the sums of its unfinished epoch."""
+    state = load_checkpoint(out / "last.pt")
+    if state["step"] != first_step:
+        raise UserError(f"{out / 'last.pt'} is at step {state['step']} here, at step {first_step} on process 0")
+    try:
+        method.load_state_dict(state["weights"])
+        stepper.optimizer.load_state_dict(state["optimizer"])
+        stepper.scaler.load_state_dict(state["scaler"])
+        return Meter(state["sums"], state["count"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{out / 'last.pt'} does not fit this version ({reason}); choose another folder by --out"
+        ) from None
+
+
+class Run:
+    """A run folder while it is written: locked, begun or gone on with, logged, saved, and stopped by a signal.
+
+    To be used as a context. `method` and `stepper` are a `common.Method` and a `common.Stepper`, `plan` says which
+    images each step loads. `step` is the step to go on from, 0 for a new run.
+    Raises UserError where the folder is taken or holds another run.
+    """
+
+    def __init__(self, method, stepper, plan, train, test, config):
+        self.method, self.stepper, self.config, self.steps = method, stepper, config, len(plan)
+        self.train, self.test, self.device = train, test, stepper.device
+        self.out = Path(config.out or f"runs/{method.name}-{Path(config.data).name}")
+        self.identity = identity_of(method, train, config, stepper)
+        self.often = 1 if self.device.type == "cpu" else 10  # steps between two readings of the device: each waits
+
+    def __enter__(self):
+        config, out = self.config, self.out
+        with contextlib.ExitStack() as stack:
+
+            def lock():  # of process 0
+                stack.enter_context(lock_run(out, config.resume))
+
+            on_rank_zero(lock)
+            self.signals = stack.enter_context(noted_signals())
+            self.step = on_rank_zero(lambda: open_run(out, self.identity, config))
+            self.meter, self.log, epoch = Meter(), [], self.step // self.steps
+            if self.step:
+                self.meter = restore_run(self.method, self.stepper, out, self.step)
+                header = log_header(self.identity, config)
+                self.log = on_rank_zero(lambda: rewind_log(out / "log.jsonl", epoch, header))
+            total, batch = config.epochs * self.steps, config.batch_size
+            if rank() == 0:
+                print_start(self.method, self.train, config, self.stepper, out, epoch, self.steps)
+            watched = None if rank() == 0 else True  # None: only where a person is watching
+            bar = tqdm(total=total * batch, initial=self.step * batch, unit="img", unit_scale=True, disable=watched)
+            self.bar = stack.enter_context(bar)
+            if rank() == 0:
+                if self.step:
+                    self.save_weights()  # a kill may have come just before
+                if self.step == total:
+                    print("the run is finished: nothing is left to do")
+                if not self.log or self.log[-1]["epoch"] < epoch:
+                    self.log_epoch(epoch)  # the untrained encoder, or a kill came between a checkpoint and its line
+            if self.step % self.steps == 0:
+                self.meter = Meter()
+            self.started, self.done = time.perf_counter(), 0
+            self.closing = stack.pop_all()
+        return self
+
+    def __exit__(self, *error):
+        self.closing.close()
+
+    def note(self, step: int, values: dict):
+        """What a step made: scalars to log. Raises NonFiniteLoss, and Stopped after a signal, when all is saved."""
+        self.meter.add(step, values)
+        self.done += self.config.batch_size
+        if step % self.often == 0:
+            self.meter.flush(self.out / "last.pt")
+        asked = step % self.often == 0 or world_size() == 1
+        if asked and (number := agree(self.signals[0] if self.signals else 0, self.device)):
+            self.stop(step + 1, number)
+        if step % 10 == 0:
+            loss, rate = self.meter.means()["loss"], self.stepper.rate(step)
+            self.bar.set_postfix(epoch=step // self.steps + 1, loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+        self.bar.update(self.config.batch_size)
+
+    def end_epoch(self, epoch: int):
+        """Save, probe, draw and log an epoch that is over, counted from 1. Raises NonFiniteLoss."""
+        self.meter.flush(self.out / "last.pt")
+        self.check_weights(epoch * self.steps - 1)
+        if rank() == 0:
+            speed = round(self.done / (time.perf_counter() - self.started))
+            if epoch % self.config.save_every == 0 or epoch == self.config.epochs:
+                self.save(epoch * self.steps)  # before the probe, which may fail
+            self.log_epoch(epoch, images_per_second=speed)
+        self.meter, self.started, self.done = Meter(), time.perf_counter(), 0
+
+    def results(self) -> dict:
+        """The probes' accuracies: {"trained": {...}, "untrained": {...}, "pixels": {...}}, those that were measured."""
+        log = on_rank_zero(lambda: self.log)
+        first = next((line for line in log if line["epoch"] == 0), {})
+        found = {"trained": log[-1], "untrained": first, "pixels": first.get("pixels", {})}
+        return {row: {name: line[name] for name in ("linear", "knn")} for row, line in found.items() if "knn" in line}
+
+    def log_epoch(self, epoch: int, **extra):
+        """One line of the log, with probes and pictures where they are due; epoch 0 is the untrained encoder."""
+        config, method = self.config, self.method
+        line = {"epoch": epoch, **self.meter.means()}
+        line |= ({"lr": self.stepper.rate(epoch * self.steps - 1)} if epoch else {}) | extra
+        if config.probe_every and (epoch == config.epochs or epoch % config.probe_every == 0):
+            method.eval()
+            line |= method.probe(self.encode, self.train, self.test, config)
+            if epoch == 0 and "knn" in line:
+                line["pixels"] = probe(raw_pixels, self.train, self.test, config.image_size, config.probe_images)
+            some, _ = next(iter(self.test.plain_batches(range(min(8, len(self.test))), config.image_size)))
+            torch.manual_seed(config.seed)
+            with torch.no_grad(), self.stepper.autocast():
+                rows = method.pictures(some)
+            save_pictures(rows, self.out / "pictures.png", method.captions)
+            method.train()
+        self.log.append(line)
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        shown = {name: line[name] for name in ("loss", "knn", "linear", "accuracy") if name in line}
+        if len(shown) > 1 or (shown and self.bar.disable):
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            tqdm.write(f"epoch {epoch}/{config.epochs}  {shown}")
+
+    def encode(self, images: Tensor) -> Tensor:
+        with self.stepper.autocast():
+            return pooled_features(self.method.encoder, images)
+
+    def save(self, step: int):
+        """Write last.pt, all that is needed to go on from a step, and encoder.pt."""
+        state = {"identity": self.identity, "step": step, "sums": self.meter.sums, "count": self.meter.count}
+        state |= {"weights": self.method.state_dict(), "optimizer": self.stepper.optimizer.state_dict()}
+        state |= {"scaler": self.stepper.scaler.state_dict()}
+        write_atomically(self.out / "last.pt", lambda file: torch.save(state, file))
+        self.save_weights()
+
+    def save_weights(self):
+        write_atomically(self.out / "encoder.pt", lambda file: save_encoder(self.method.encoder, file))
+
+    def check_weights(self, step: int):
+        if not all(
+            bool(p.isfinite().all()) for p in self.method.parameters()
+        ):  # a finite loss may have such a gradient
+            raise NonFiniteLoss(f"step {step}: the weights are not finite; {what_is_left(self.out / 'last.pt')}")
+
+    def stop(self, done: int, number: int):
+        """What a signal asks for: a checkpoint, and one line on how to go on."""
+        self.meter.flush(self.out / "last.pt")
+        self.check_weights(done - 1)
+        on_rank_zero(lambda: self.save(done))
+        self.bar.close()
+        name = signal.Signals(number).name
+        raise Stopped(f"stopped by {name} after {done} steps; go on with the same command and --resume", number)
+
+
+def print_start(method, train, config: TrainConfig, stepper, out: Path, epoch: int, steps: int):
+    """What is about to run, so that a wrong setting is seen in the first second."""
+    millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (method, method.encoder)]
+    device, precision = stepper.device, str(stepper.dtype or torch.float32).removeprefix("torch.")
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
+    peak = config.base_lr * config.batch_size / 256
+    print(f"method      {method.name}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M")
+    print(f"data        {config.data}: {len(train)} images, {len(train.classes)} classes, size {config.image_size}")
+    print(f"device      {device} ({place}), {precision}, {world_size()} process(es)")
+    print(f"batch       {config.batch_size} images, {config.accumulate} part(s); learning rate {peak:.3g}")
+    print(f"epochs      {epoch} of {config.epochs} done, {steps} steps each; writes {out}")
+    own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    shown = "  ".join(f"{name}={value}" for name, value in own.items() if name not in TrainConfig.__dataclass_fields__)
+    print(f"settings    {shown}", flush=True)

@@ -1,0 +1,199 @@
+"""The settings of the loop, and how a dataclass becomes flags, help and checks.
+
+A field is a flag; the comment behind it is the help text (read from the source); its type says what it can be. The
+values of a Literal are its choices.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import re
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+from plumbing.errors import UserError, unknown
+from plumbing.processes import world_size
+
+
+@dataclass
+class TrainConfig:
+    """The settings of the loop; each method's Config adds its own. Raises UserError where one makes no sense."""
+
+    data: str = "shapes"  # name of a data set, or a folder with train/<class>/* and val/<class>/*
+    recipe: str = ""  # data set whose recipe is taken, by default that of --data: shapes has laptop sizes
+    root: str = "data"  # folder that holds the files of a named data set
+    download: bool = False  # fetch the files of a named data set where they are missing
+    skip_bad_images: bool = False  # leave out images that cannot be read instead of stopping
+    image_size: int = 224  # side of the crops, in pixels
+    crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
+    flip: float = 0.5  # probability of a mirror image
+    epochs: int = 100  # passes over the training images
+    batch_size: int = 256  # images a step, over all processes and accumulated parts
+    accumulate: int = 1  # parts a step is cut into, to save memory
+    base_lr: float = 1.5e-4  # learning rate for a batch of 256; the real one is base_lr * batch_size / 256
+    warmup_epochs: int = 10  # epochs in which the learning rate rises linearly
+    warmup_lr: float = 0.0  # learning rate that the warm-up starts from
+    milestones: tuple[int, ...] = ()  # epochs at which the learning rate falls tenfold, instead of a cosine
+    weight_decay: float = 0.05  # of AdamW; none on biases, norms and tokens
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    clip: float = 0.0  # largest norm of the gradient, 0 for no limit
+    amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 where the processor has it, else fp16 on a GPU
+    compile: bool = False  # compile the model with torch.compile
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    workers: int = 8  # processes that decode image files, for each training process; at most the cores
+    seed: int = 0  # of weights, order, crops and masks
+    probe_every: int = 10  # epochs between two probes and pictures; the last epoch always has them, with 0 none has
+    probe_images: int = 20000  # most images of each split to probe, 0 for all
+    save_every: int = 1  # epochs between two checkpoints; the last epoch is always saved
+    out: str = ""  # run folder; the default is runs/<method>-<data>
+    resume: bool = False  # go on with the run in the run folder
+
+    def __post_init__(self):
+        self.check()
+
+    def check(self):
+        """Raise UserError where a setting makes no sense, whatever the data; a method's Config adds its own rules."""
+        check_choices(self)
+        check_least(self, image_size=1, epochs=1, batch_size=1, accumulate=1, save_every=1)
+        check_least(self, warmup_epochs=0, probe_every=0, probe_images=0, workers=0, seed=0)
+        check_least(self, base_lr=0, warmup_lr=0, weight_decay=0, clip=0)
+        if not 0 < self.crop_min <= 1:
+            raise UserError(f"--crop-min {self.crop_min} is not a share of the image; give more than 0, at most 1")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"--flip {self.flip} is not a probability; give 0 to 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas {self.betas} must both be at least 0 and less than 1")
+
+
+FREE_FIELDS = {"recipe", "root", "download", "skip_bad_images", "device", "workers", "amp"}
+FREE_FIELDS |= {"probe_every", "probe_images", "save_every", "out", "resume"}
+"""Fields that may differ between a run and its continuation; of `amp`, the precision that it stands for must not."""
+
+
+@functools.cache
+def field_comments(config_class) -> dict:
+    """The comment behind each field of a dataclass, base classes included: {field: comment}."""
+    comments = {}
+    for cls in reversed(config_class.__mro__):
+        if dataclasses.is_dataclass(cls):
+            found = re.findall(r"^ {4}(\w+): [^#\n]*(?:# (.*))?$", inspect.getsource(cls), flags=re.MULTILINE)
+            comments |= {name: text for name, text in found if text or name not in comments}
+    return comments
+
+
+@functools.cache
+def field_types(config_class) -> dict:
+    """The type of each field of a dataclass: {field: type}."""
+    hints = typing.get_type_hints(config_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
+
+
+def choices_of(kind) -> tuple:
+    """The values of a Literal, without the empty one that stands for a default; () for any other type."""
+    return tuple(name for name in typing.get_args(kind) if name) if typing.get_origin(kind) is Literal else ()
+
+
+def check_choices(config):
+    """Raise UserError where a setting is not one of the choices of its type."""
+    for field, kind in field_types(type(config)).items():
+        if choices_of(kind) and getattr(config, field) not in typing.get_args(kind):
+            raise UserError(unknown("--" + field.replace("_", "-"), str(getattr(config, field)), choices_of(kind)))
+
+
+def check_least(config, **least):
+    """Raise UserError where a setting is below its least value, infinite or nan: check_least(config, steps=0)."""
+    for field, bound in least.items():
+        if not bound <= (value := getattr(config, field)) < math.inf:  # false for nan too
+            raise UserError(f"--{field.replace('_', '-')} {value} makes no sense; give {bound} or more")
+
+
+def check_positive(config, *fields):
+    """Raise UserError where a setting is not more than 0, infinite or nan."""
+    for field in fields:
+        if not 0 < (value := getattr(config, field)) < math.inf:
+            raise UserError(f"--{field.replace('_', '-')} {value} makes no sense; give more than 0")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line: UserError."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def flag_parser(config, usage: str, description: str) -> Parser:
+    """A parser with one flag a field of a dataclass: --any-field value, --no-x for booleans, no abbreviations.
+
+    `config` is the class, or a config whose values are the defaults that --help shows.
+    """
+    parser = Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    config_class = config if isinstance(config, type) else type(config)
+    comments = field_comments(config_class)
+    for name, kind in field_types(config_class).items():
+        shown, options = getattr(config, name), {"type": kind}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif choices := choices_of(kind):  # what is none of them is refused by `check_choices`, with the nearest one
+            options = {"type": str, "metavar": "{" + ",".join(choices) + "}"}
+        elif typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)
+            options = {"type": inner[0], "nargs": "+" if inner[-1] is ... else len(inner)}
+            shown = " ".join(map(str, shown))
+        text = f"{comments[name]} (default: {shown})".replace("%", "%%").strip()
+        parser.add_argument("--" + name.replace("_", "-"), help=text, **options)
+    return parser
+
+
+def given_flags(config_class, argv: list, usage: str = "", description: str = "") -> dict:
+    """Command line -> {field: value} of the flags that are there. Raises UserError for one that does not exist."""
+    parser = flag_parser(config_class, usage, description)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        if not rest[0].startswith("-"):
+            raise UserError(f"{rest[0]!r} stands alone; a value needs its flag: --any-field value")
+        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        flag = rest[0].split("=")[0].lower()
+        close = [option for option in known if flag.strip("-") in option.split("-")]  # --lr: --base-lr
+        close = close or difflib.get_close_matches(flag, known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"unknown flag {rest[0]!r}; {hint}--help lists the flags")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+
+
+def read_flags(config_class, recipes: dict, argv: list, usage: str = "", description: str = ""):
+    """Command line -> config: the defaults, then every recipe that fits, then the flags themselves.
+
+    A recipe's key is what one would type: "cifar100" fits --data cifar100, "cifar100 --ssl simclr" needs that flag too.
+    --help prints the flags with the defaults that hold beside those given, and ends the program.
+    Raises UserError for a flag or a value that does not exist.
+    """
+    asked = [word for word in argv if word not in ("-h", "--help")]
+    given, values = given_flags(config_class, asked, usage, description), {}
+    source, names = given.get("recipe") or given.get("data", config_class.data), {key.split()[0] for key in recipes}
+    if given.get("recipe") and source not in names:
+        raise UserError(unknown("--recipe", source, sorted(names)))
+    for key, recipe in recipes.items():
+        name, *flags = key.split()
+        if name == source and given_flags(config_class, flags).items() <= given.items():
+            values |= recipe
+    if len(asked) < len(argv):
+        note = f"{description}\nDefaults are those for {' '.join(asked) or '--data ' + config_class.data}."
+        flag_parser(config_class(**values), usage, note).print_help()
+        raise SystemExit(0)
+    return config_class(**values | given)
+
+
+def check_batch(config: TrainConfig, images: int | None = None):
+    """Raise UserError where a batch does not divide by the processes and the accumulated parts, or exceeds the data."""
+    parts = world_size() * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"a batch of {config.batch_size} does not divide by {world_size()} processes x {config.accumulate} parts; "
+            f"change --batch-size or --accumulate"
+        )
+    if images is not None and config.batch_size > images:
+        raise UserError(f"a batch of {config.batch_size} is larger than the data set of {images}; lower --batch-size")
