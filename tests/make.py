@@ -1,0 +1,175 @@
+"""What the tests are made of: seeded tensors, small modules and methods, and data sets in their official layouts."""
+
+from unittest import mock
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from PIL import Image
+
+import common
+import ebm_pretrain
+import finola
+import magma
+import mixedae
+import mlo_mae
+from plumbing.datasets import ARCHIVES, CIFAR
+from plumbing.images import MemoryImages
+from plumbing.shapes import SHAPES, render_shapes
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.rand(*shape, generator=generator(seed), dtype=dtype)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def images_of(count, size=16, seed=0):
+    """Pictures of noise (count, 3, size, size) in [0, 1]."""
+    return rand(count, 3, size, size, seed=seed)
+
+
+def shapes(count=40, size=8, mean=(0.4,) * 3, std=(0.3,) * 3, seed=0):
+    """A data set of a few built-in pictures."""
+    images, labels, masks = render_shapes(count, size, seed)
+    return MemoryImages(images, labels, list(SHAPES), mean, std, masks)
+
+
+def statistics(mean=(0.5,) * 3, std=(0.25,) * 3):
+    """A data set of which nothing but mean and deviation is known: what a method is built from."""
+    return MemoryImages(None, None, [], mean, std)
+
+
+# --- modules and methods, the same weights each time -----------------------------------------------------------------
+
+
+def vit(**fields):
+    torch.manual_seed(0)
+    return common.ViT(**{"image_size": 8, "patch": 4, "dim": 16, "depth": 2, "heads": 2} | fields)
+
+
+def autoencoder(**fields):
+    return common.MaskedAutoencoder(vit(**fields), decoder_dim=8, decoder_depth=1, decoder_heads=2, mask_ratio=0.5)
+
+
+def tiny_magma(**fields):
+    """Magma on 8 x 8 pictures."""
+    laptop = magma.RECIPES["shapes"] | {"image_size": 8, "patch": 4, "mask_ratio": 0.5, "e_st": 0, "amp": "off"}
+    torch.manual_seed(0)
+    return magma.Magma(magma.Config(**laptop | {"projector_dim": 16} | fields), shapes(10))
+
+
+def tiny_mixedae(**fields):
+    """MixedAE on pictures of 16 x 16, in groups of two."""
+    small = {"model": "vit_micro", "image_size": 16, "patch": 4, "decoder_dim": 16, "decoder_depth": 1}
+    small |= {"decoder_heads": 2, "batch_size": 8, "images_per_group": 2}
+    torch.manual_seed(0)
+    return mixedae.MixedAE(mixedae.Config(**small | fields), statistics())
+
+
+def tiny_finola(**fields):
+    """FINOLA on pictures of 64 x 64, with 16 channels."""
+    small = {"width": "micro", "image_size": 64, "channels": 16, "upsampler_width": 16, "upsampler_blocks": 1}
+    torch.manual_seed(0)
+    return finola.FinolaAutoencoder(finola.Config(**small | fields), statistics())
+
+
+ENERGY_DATA = statistics((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+
+def tiny_energy(encoder=None, **fields):
+    """The energy method with a small transformer, on pictures of 16 x 16."""
+    small = {"image_size": 16, "patch": 4, "grid": 4, "scale": 4, "amp": "off", "batch_size": 4, "base_lr": 0.1}
+    small |= {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "workers": 0}
+    torch.manual_seed(0)
+    encoder = encoder or vit(image_size=16, mean=ENERGY_DATA.mean, std=ENERGY_DATA.std)
+    return ebm_pretrain.EnergyPretraining(ebm_pretrain.Config(**small | fields), ENERGY_DATA, encoder)
+
+
+SMALL_LEVELS = {"image_size": 16, "patch": 4, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "hidden": 8}
+SMALL_LEVELS |= {"batch_size": 4, "base_lr": 0.64, "head_lr": 1.28, "mask_lr": 0.64, "amp": "off", "workers": 0}
+SMALL_LEVELS |= {"model": "vit_micro", "epochs": 2}
+
+
+def tiny_levels(**fields):
+    """MLO-MAE with a transformer of two narrow blocks, on sixty pictures of 16 x 16."""
+    torch.manual_seed(0)
+    with mock.patch.dict(common.VIT_SIZES, vit_micro={"dim": 16, "depth": 2, "heads": 2}):
+        config = mlo_mae.Config(**SMALL_LEVELS | fields)
+        return mlo_mae.MultiLevelMAE(config, shapes(60, 16, (0.5,) * 3, (0.25,) * 3))
+
+
+# --- data sets in their official layouts -----------------------------------------------------------------------------
+
+
+def write_cifar(root, name, counts=(5, 3), test=4, seed=0):
+    """CIFAR-10 or -100 in the official binary layout; returns the records of every file."""
+    folder, (_, label_bytes, classes, _) = ARCHIVES[name][0], CIFAR[name]
+    home = root / folder
+    home.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    files = [(f"data_batch_{i + 1}.bin", n) for i, n in enumerate(counts)] + [("test_batch.bin", test)]
+    if name == "cifar100":
+        files = [("train.bin", sum(counts)), ("test.bin", test)]
+    records = {}
+    for file, count in files:
+        rows = rng.integers(0, 256, (count, label_bytes + 3072), dtype=np.uint8)
+        rows[:, :label_bytes] = rng.integers(0, 20 if name == "cifar100" else 10, (count, label_bytes))
+        rows[:, label_bytes - 1] = rng.integers(0, classes, count)
+        rows.tofile(home / file)
+        records[file] = rows
+    return records
+
+
+def write_stl10(root, train=6, test=4, unlabeled=5, seed=0):
+    """STL-10 in the official binary layout; returns the pictures of each part as (N, 3, row, column)."""
+    home = root / "stl10_binary"
+    home.mkdir()
+    rng, pictures = np.random.default_rng(seed), {}
+    for part, count in (("train", train), ("test", test), ("unlabeled", unlabeled)):
+        pictures[part] = rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        pictures[part].transpose(0, 1, 3, 2).tofile(home / f"{part}_X.bin")  # column by column
+        if part != "unlabeled":
+            (np.arange(count, dtype=np.uint8) % 10 + 1).tofile(home / f"{part}_y.bin")
+    (home / "class_names.txt").write_text("\n".join(f"name{i}" for i in range(10)) + "\n")
+    return pictures
+
+
+def write_tinyimagenet(root, wnids=("n02", "n01"), train=3, val=2):
+    """Tiny-ImageNet in the official layout; returns its folder."""
+    home = root / "tiny-imagenet-200"
+    rows = []
+    for label, wnid in enumerate(wnids):
+        (home / "train" / wnid / "images").mkdir(parents=True)
+        for i in range(train):
+            mode = "L" if i == 0 else "RGB"  # some of the official files are grey
+            colour = 50 * label + 10 * i if mode == "L" else (50 * label + 10 * i, 200, 100)
+            path = home / "train" / wnid / "images" / f"{wnid}_{i}.JPEG"
+            Image.new(mode, (64, 64), colour).save(path, quality=95)
+        rows += [(f"val_{label + 2 * i}.JPEG", wnid, label) for i in range(val)]
+    (home / "val" / "images").mkdir(parents=True)
+    for file, _, label in rows:
+        Image.new("RGB", (64, 64), (50 * label, 30, 30)).save(home / "val" / "images" / file, quality=95)
+    lines = [f"{file}\t{wnid}\t0\t32\t44\t62\n" for file, wnid, _ in sorted(rows)]
+    (home / "val" / "val_annotations.txt").write_text("".join(lines))
+    (home / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\ttabby, tabby cat\n\n")
+    return home
+
+
+def write_folders(root, classes=("ant", "bee"), train=3, val=2, size=(40, 30), ending="png"):
+    """Class folders of flat pictures, each class and file with its own colour."""
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                colour = (40 + 60 * label, 30 + 20 * i, 90 if split == "train" else 200)
+                Image.new("RGB", size, colour).save(root / split / name / f"{i} é.{ending}")
+    return root
