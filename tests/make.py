@@ -107,6 +107,38 @@ def tiny_levels(**fields):
         return mlo_mae.MultiLevelMAE(config, shapes(60, 16, (0.5,) * 3, (0.25,) * 3))
 
 
+class LevelRecorder:
+    """A Stepper of plain gradient descent for MLO-MAE that keeps the gradients of every step in `steps`, a dict by the
+    parameter's name each; with `moves` False the weights stay.
+    """
+
+    def __init__(self, method, moves=True):
+        self.method, self.moves, self.dtype, self.steps = method, moves, None, []
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.param_groups = method.optimizer(method.config).param_groups
+        for group in self.param_groups:
+            group["lr"] = method.config.base_lr * group["lr_scale"]
+
+    @property
+    def optimizer(self):
+        return self
+
+    def autocast(self):
+        return torch.autocast("cpu", enabled=False)
+
+    def step(self):
+        found = {name: p.grad.clone() for name, p in self.method.named_parameters() if p.grad is not None}
+        self.steps.append(found)
+        for group in self.param_groups if self.moves else ():
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data -= group["lr"] * parameter.grad
+        self.zero_grad()
+
+    def zero_grad(self, set_to_none=True):
+        self.method.zero_grad(set_to_none=True)
+
+
 # --- data sets in their official layouts -----------------------------------------------------------------------------
 
 
