@@ -1,8 +1,6 @@
 """MLO-MAE: masks, weighted loss, second derivatives, the hypergradient, the three levels."""
 
-import dataclasses
 import itertools
-import math
 
 import processes
 import pytest
@@ -14,11 +12,10 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 import common
-import evaluate
 import mlo_mae
-import train
 from common import UserError
 from mlo_mae import Config, MaskingNetwork, MultiLevelMAE
+from plumbing.runs import read_log
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -676,7 +673,7 @@ def test_resume_matches_an_uninterrupted_run(objective, tmp_path):
     again = run("stopped", resume=True)
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
-    logs = [evaluate.read_log(tmp_path / name / "log.jsonl") for name in ("whole", "stopped")]
+    logs = [read_log(tmp_path / name / "log.jsonl")[1] for name in ("whole", "stopped")]
     for one, other in zip(*logs, strict=True):
         assert {k: v for k, v in one.items() if k != "images_per_second"} == {
             k: v for k, v in other.items() if k != "images_per_second"
@@ -750,21 +747,6 @@ def test_pretraining_goes_on_from_an_encoder(tmp_path):
         tiny(start=str(tmp_path / "other.pt"))
 
 
-def test_a_run_that_went_on_from_a_file_is_rebuilt_without_it(tmp_path):
-    start = common.ViT(16, 4, 96, 2, 4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    common.save_encoder(start, tmp_path / "start.pt")
-    common.VIT_SIZES["vit_other"] = {"dim": 96, "depth": 2, "heads": 4}
-    method = tiny(start=str(tmp_path / "start.pt"), model="vit_other")
-    common.save_encoder(method.encoder, tmp_path / "encoder.pt")
-    torch.save({"weights": method.state_dict()}, tmp_path / "last.pt")
-    (tmp_path / "start.pt").unlink()
-    settings = dataclasses.asdict(method.config) | {"method": "mlo_mae"}
-    again = evaluate.load_method(tmp_path, settings, pictures_of())
-    del common.VIT_SIZES["vit_other"]
-    torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
-    assert torch.equal(again.encoder.mean, start.mean) and torch.equal(again.encoder.std, start.std)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -792,16 +774,3 @@ def test_a_batch_must_fit_into_every_level():
     method = tiny(batch_size=20)
     with pytest.raises(UserError, match="a batch of 20 is larger than the 12 images of level III"):
         method.steps_per_epoch(60, method.config)
-
-
-def test_a_run_is_trained_and_evaluated(tmp_path, capsys):
-    argv = ["mlo_mae", "--epochs", "1", "--out", str(tmp_path / "run"), "--model", "vit_micro", "--patch", "16"]
-    argv += ["--batch-size", "400", "--probe-images", "100", "--hidden", "8", "--unrolling", "1"]
-    assert train.main(argv) == 0
-    last = evaluate.read_log(tmp_path / "run" / "log.jsonl")[-1]
-    assert {"loss", "loss_head", "loss_validation", "probability", "entropy", "accuracy", "object", "linear"} < set(
-        last
-    )
-    assert math.isfinite(last["loss_validation"]) and last["loss_validation"] > 0
-    assert evaluate.main([str(tmp_path / "run"), "--protocol", "knn", "pictures", "--probe-images", "50"]) == 0
-    assert (tmp_path / "run" / "pictures" / "reconstructions.png").exists()
