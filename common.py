@@ -4,12 +4,8 @@ Axis letters, used in every shape comment of the project:
     B batch   V views   C channels   H W height, width   N patches   M visible ones   D width of a token
     P values of a patch (p p C)   d width of a head, of a decoder, or of Mobile-Former's tokens
 
-Each section can be read alone:
-    1. Patches and positions      patchify, unpatchify, sincos_positions, random_mask, take
-    2. Vision transformer         attend, ViT, VIT_SIZES
-    3. Mobile-Former              MobileFormer, MOBILE_FORMERS
-    4. Masked autoencoder         MaskedAutoencoder (He et al. 2022), the baseline of four papers
-    5. The loop                   Method, Stepper, fit
+Five sections, each to be read alone: patches, `ViT`, `MobileFormer`, `MaskedAutoencoder` (the baseline of four papers),
+and the loop, `fit`.
 
 Images are float tensors in [0, 1] everywhere. The encoder normalises them itself, with the mean and standard deviation
 that it carries, so that nobody who lifts it out can forget to. What a run needs besides, data, flags, run folders and
@@ -31,7 +27,7 @@ from plumbing.encoders import Encoder
 from plumbing.errors import UserError, unknown
 from plumbing.images import BatchPlan
 from plumbing.probes import probe
-from plumbing.processes import pick_precision, rank, world_size
+from plumbing.processes import distribute, pick_precision, rank, synchronize_norms, world_size
 from plumbing.runs import Run
 from plumbing.settings import TrainConfig, check_batch
 
@@ -53,9 +49,8 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 def unpatchify(patches: Tensor, patch: int, height: int, width: int) -> Tensor:
     """Put (B, N, patch * patch * C) patches together to (B, C, height, width) images: the inverse of `patchify`."""
-    return rearrange(
-        patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height // patch, w=width // patch, p=patch, q=patch
-    )
+    rows, columns = height // patch, width // patch
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)
 
 
 def sincos_positions(height: int, width: int, dim: int) -> Tensor:
@@ -119,7 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v on (B, heads, N, d).
 
     The fused kernel is the fastest on GPUs, and on CPUs in float32. In bf16 on CPUs it takes about six times as long as
-    the three plain steps (`python bench.py attention` shows both).
+    the three plain steps (`python tests/bench.py attention` shows both).
     """
     if q.is_cuda or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)
@@ -179,9 +174,8 @@ class ViT(Encoder):
         super().__init__(mean, std, **fields, mlp_ratio=mlp_ratio, pool=pool)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         if min(patch, dim, depth, heads, height, width) < 1:
-            raise UserError(
-                f"a transformer of width {dim}, {depth} blocks, {heads} heads and patch {patch} cannot be built"
-            )
+            size = f"width {dim}, {depth} blocks, {heads} heads and patch {patch}"
+            raise UserError(f"a transformer of {size} cannot be built")
         if height % patch or width % patch:
             raise UserError(f"image size {height} x {width} is not a multiple of the patch size {patch}")
         if pool not in ("mean", "cls"):
@@ -206,8 +200,7 @@ class ViT(Encoder):
         `attention(q, k, v)` on (B, heads, 1 + M, d) may be any function. With `hidden`, also return the list of every
         block's output before the final norm, each (B, 1 + M, D).
         """
-        x = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
-        outputs = []
+        x, outputs = torch.cat([self.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1), []
         for block in self.blocks:
             x = block(x, attention)
             outputs.append(x)
@@ -227,10 +220,7 @@ class ViT(Encoder):
 
 
 def table_9(factor: float, middle: tuple = (("down", 1152, 352), ("same", 1408, 352), ("same", 1408, 352))) -> list:
-    """Rows (block, #exp, #out) of MF-W2880 (FINOLA, Table 9), their widths times `factor`; stem and stage 1 to 4.
-
-    `middle` are the first three rows at 1/16, before that factor, where a network has its own.
-    """
+    """Rows (block, #exp, #out) of MF-W2880 (FINOLA, Table 9), times `factor`; `middle` are the first three at 1/16."""
     rows = [("stem", 0, 64), ("lite", 128, 64), ("down", 384, 112), ("same", 336, 112)]
     rows += [("down", 672, 192), ("same", 576, 192), ("same", 576, 192), *middle]
     rows += [("same", 2112, 480), ("same", 2880, 480), ("same", 2880, 480)]
@@ -408,14 +398,7 @@ class MobileFormer(Encoder):
 
     stride = 16  # pixels of a cell, which sides are multiples of
 
-    def __init__(
-        self,
-        width: int | str = 2880,
-        head: int = 0,
-        mean: tuple = (0.0, 0.0, 0.0),
-        std: tuple = (1.0, 1.0, 1.0),
-        norm: str = "batch",
-    ):
+    def __init__(self, width: int | str = 2880, head: int = 0, mean=(0.0,) * 3, std=(1.0,) * 3, norm: str = "batch"):
         super().__init__(mean, std, width=width, head=head, norm=norm)
         if str(width) not in MOBILE_FORMERS:
             raise UserError(unknown("Mobile-Former", str(width), MOBILE_FORMERS))
@@ -501,17 +484,15 @@ class MaskedAutoencoder(nn.Module):
         if not 0 < mask_ratio < 1 or not 0 < round(mask_ratio * patches) < patches:
             raise UserError(f"a mask ratio of {mask_ratio} leaves no patch masked or none visible out of {patches}")
         if decoder_dim < 1 or decoder_heads < 1 or decoder_depth < 0:
-            raise UserError(
-                f"a decoder of width {decoder_dim}, {decoder_depth} blocks, {decoder_heads} heads cannot be built"
-            )
+            size = f"width {decoder_dim}, {decoder_depth} blocks, {decoder_heads} heads"
+            raise UserError(f"a decoder of {size} cannot be built")
         self.encoder, self.mask_ratio, self.norm_pixels = encoder, mask_ratio, norm_pixels
         self.decoder_embed = nn.Linear(encoder.dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.decoder_blocks = nn.ModuleList(Block(decoder_dim, decoder_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_head = nn.Linear(decoder_dim, 3 * encoder.patch**2)
-        positions = sincos_positions(*encoder.grid, decoder_dim)
-        self.register_buffer("decoder_positions", positions, persistent=False)
+        self.register_buffer("decoder_positions", sincos_positions(*encoder.grid, decoder_dim), persistent=False)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_head):
             module.apply(initialize)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -542,13 +523,11 @@ class MaskedAutoencoder(nn.Module):
         """
         tokens = self.encoder.embed(images)  # (B, N, D)
         batch, patches = tokens.shape[:2]
+        masked = round(self.mask_ratio * patches) if mask is None else int(mask[0].sum())
         if mask is None:
             mask = random_mask(batch, patches, self.mask_ratio, device=images.device)
-            masked = round(self.mask_ratio * patches)
-        else:
-            masked = int(mask[0].sum())
-            if not (mask.sum(dim=1) == masked).all():
-                raise ValueError("the rows of a mask must hide the same number of patches, these differ")
+        elif not (mask.sum(dim=1) == masked).all():
+            raise ValueError("the rows of a mask must hide the same number of patches, these differ")
         visible = visible_patches(mask, patches - masked)  # (B, M)
         encoded, hidden = self.encoder.encode(take(tokens, visible), hidden=True)
         return Reconstruction(self.decode(encoded, visible), self.target(images), mask, encoded, hidden)
@@ -561,14 +540,14 @@ class MaskedAutoencoder(nn.Module):
 
     def pictures_of(self, images: Tensor, prediction: Tensor, mask: Tensor) -> Tensor:
         """`pictures` for predicted patches (B, N, P) and a mask (B, N)."""
-        height, width = images.shape[-2:]
-        patches = patchify(self.encoder.normalize(images), self.encoder.patch)  # (B, N, P)
+        encoder = self.encoder
+        patches = patchify(encoder.normalize(images), encoder.patch)  # (B, N, P)
         if self.norm_pixels:  # give each predicted patch the brightness and contrast of the true one
             _, mean, std = normalize_patches(patches)
             prediction = prediction.float() * std + mean
-        grey = torch.zeros_like(patches)  # the mean colour of the data set
-        rows = [patches, torch.where(mask[..., None], grey, patches), torch.where(mask[..., None], prediction, patches)]
-        rows = [unpatchify(x, self.encoder.patch, height, width) * self.encoder.std + self.encoder.mean for x in rows]
+        fillings = (patches, torch.zeros_like(patches), prediction)  # of the masked patches; 0 is the mean colour
+        rows = [torch.where(mask[..., None], x, patches) for x in fillings]
+        rows = [unpatchify(x, encoder.patch, *images.shape[-2:]) * encoder.std + encoder.mean for x in rows]
         return torch.stack(rows, dim=1).clamp(0, 1)
 
 
@@ -656,10 +635,8 @@ class Method(nn.Module):
 
     def optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
         """AdamW without decay on biases, norms and tokens."""
-        decay, plain = [], []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                (decay if decays(name, parameter) else plain).append(parameter)
+        learned = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        decay, plain = ([p for name, p in learned if decays(name, p) == wanted] for wanted in (True, False))
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 
@@ -701,14 +678,10 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     config.check()  # it may have been changed since it was made
     check_batch(config, len(train))
     device, plan = next(method.parameters()).device, method.plan(len(train), config)
-    if world_size() > 1 and device.type == "cuda":
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    method = synchronize_norms(method, device)
     stepper = Stepper(method.optimizer(config), config, device, len(plan))
     with Run(method, stepper, plan, train, test, config) as run:
-        model = method
-        if world_size() > 1:
-            devices = [device.index] if device.type == "cuda" else None
-            model = nn.parallel.DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
+        model = distribute(method, device)
         model = torch.compile(model) if config.compile else model
         scale = (config.crop_min, 1.0)
         batches = train.train_batches(plan.after(run.step), config.image_size, scale, config.flip, method.views)

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from plumbing.errors import OtherProcessFailed, UserError
 
@@ -119,6 +119,21 @@ def agree(number: int, device="cpu") -> int:
     largest = torch.tensor(number, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def synchronize_norms(module: nn.Module, device: torch.device) -> nn.Module:
+    """Batch norms that see the images of all processes, where these have GPUs; call it before the optimiser is made."""
+    if world_size() > 1 and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return module
+
+
+def distribute(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module whose backward pass averages gradients over the processes (DDP); itself in one process."""
+    if world_size() == 1:
+        return module
+    devices = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
 
 
 class _Gather(torch.autograd.Function):
