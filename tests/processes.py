@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import tempfile
+import types
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -14,13 +15,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 # A process that imports everything once, and of which each new process is a copy: real processes, in no time.
-LIBRARIES = ["reference", "pytest", "torch._dynamo", "torch._decomp.decompositions_for_jvp"]  # torch imports these late
-METHODS = ["ebm_pretrain", "finola", "magma", "mixedae", "mlo_mae", "evaluate"]
-mp.get_context("forkserver").set_forkserver_preload(["processes", *LIBRARIES, *METHODS])
+LATE = ["torch._dynamo", "torch._decomp.decompositions_for_jvp", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+FILES = [*ROOT.glob("plumbing/*.py"), *ROOT.glob("protocols/*.py")]
+ROOMS = [f"{path.parent.name}.{path.stem}" for path in sorted(FILES)]
+PRELOADED = ["processes", "make", "reference", "train", "evaluate", "pytest", *ROOMS, *LATE]
+mp.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 
 def start(function, *args, ranks=2):
@@ -72,58 +75,75 @@ def _end(rank, function, args, ranks, folder):
     os._exit(code)
 
 
-def train_with_fault(argv, fault="", at=0, victim=-1):
+def train_with_fault(argv, hits, fault="", at=0, victim=-1):
     """train.py's command line on 40 small pictures; something goes wrong on one rank or (-1) on all; the exit code.
 
     After step `at`: kill (SIGKILL), die (exit code 9), SIGTERM, SIGINT, SIGUSR1, twice (Ctrl-C, and again), full (no
     more room on the disk), nan (a loss that is none). In the save number `at`: half (SIGKILL in the middle of a file).
     When a worker has decoded `at` images: group (SIGTERM to the process and its workers, as a cluster does).
+    Each thing that takes another's place leaves a file "<rank> <name>" in the folder `hits` when it is called.
     """
-    import common
+    from make import shapes
+
+    import plumbing.images
+    import plumbing.processes
+    import plumbing.runs
     import train
 
+    def hit(name):
+        (Path(hits) / f"{plumbing.processes.rank()} {name}").touch()
+
     def load_data(name, root, split, image_size, device, **_):
-        images, labels, masks = common.render_shapes(40, image_size, seed=split == "test")
-        return common.MemoryImages(images, labels, list(common.SHAPES), (0.4,) * 3, (0.3,) * 3, masks)
+        hit("load_data")
+        return shapes(40, image_size, seed=split == "test")
 
     def decode(*args):
         decoded.append(1)
         if len(decoded) == at:
+            hit(fault)
             os.killpg(0, signal.SIGTERM)
         return decode_image(*args)
 
     if "--data" not in argv:
-        common.load_data = load_data
-    decoded, decode_image = [], common.decode_image
+        train.load_data = load_data
+    decoded, decode_image = [], plumbing.images.decode_image
     if fault == "group":
         os.setpgid(0, 0)
-        common.decode_image = decode
-    real, save, saved = common.Meter.add, torch.save, []
+        plumbing.images.decode_image = decode
+    add, save, saved = plumbing.runs.Meter.add, torch.save, []
 
-    def add(self, step, values):
-        here = step == at and victim in (-1, common.rank())
-        if here and fault == "nan":
-            values = values | {"loss": values["loss"] * float("nan")}
-        real(self, step, values)
-        if here and fault in ("kill", "SIGTERM", "SIGINT", "SIGUSR1", "twice"):
+    def later():
+        hit("monotonic")
+        return 1e9
+
+    def add_and_fail(self, step, values):
+        if step != at or victim not in (-1, plumbing.processes.rank()):
+            return add(self, step, values)
+        hit(fault)
+        add(self, step, values | {"loss": values["loss"] * float("nan")} if fault == "nan" else values)
+        if fault == "die":
+            os._exit(9)
+        elif fault == "full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        elif fault != "nan":
             number = {"kill": signal.SIGKILL, "twice": signal.SIGINT}.get(fault) or getattr(signal, fault)
             os.kill(os.getpid(), number)
             if fault == "twice":
-                common.time.monotonic = lambda: 1e9  # much later
+                plumbing.processes.time = types.SimpleNamespace(monotonic=later)
                 os.kill(os.getpid(), number)
-        if here and fault == "die":
-            os._exit(9)
-        if here and fault == "full":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
-    def half(state, file):
+    def save_half(state, file):
         saved.append(file)
         if len(saved) == at:
+            hit(fault)
             os.write(file.fileno(), b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
         save(state, file)
 
-    common.Meter.add, torch.save = add, half if fault == "half" else save
+    if fault == "half":
+        torch.save = save_half
+    elif fault not in ("", "group"):
+        plumbing.runs.Meter.add = add_and_fail
     return train.main(argv)
 
 
@@ -148,10 +168,10 @@ def coupled_loss(name, a, b):
 
 def gradient_of_gathered_loss(name, z):
     """The mean over the ranks of the gradient that each one's rows get, put in rank order: (B, ...) like z."""
-    import common
+    from plumbing.processes import gather
 
     local = [mine(x).clone().requires_grad_() for x in z]
-    loss = coupled_loss(name, *(common.gather(x) for x in local))
+    loss = coupled_loss(name, *(gather(x) for x in local))
     loss.backward()
     share = torch.stack([x.grad for x in local]) / dist.get_world_size()  # DDP would divide the parameters' gradients
     parts = [torch.empty_like(share) for _ in range(dist.get_world_size())]
@@ -177,9 +197,9 @@ class Recorder:
 
 def gradients_of_magma(fields, images, mask):
     """One step of Magma under DDP on this rank's share of the images: the gradients that DDP leaves behind."""
-    import test_magma
+    from make import tiny_magma
 
-    method = test_magma.tiny(**fields)
+    method = tiny_magma(**fields)
     accumulate = fields.get("accumulate", 1)
     model = torch.nn.parallel.DistributedDataParallel(method)
 
@@ -193,15 +213,16 @@ def gradients_of_magma(fields, images, mask):
 
 def fit_tiny(folder, flags):
     """Train through `fit` on this rank; returns the weights."""
-    import test_train
+    from make import shapes
 
-    import common
     import magma
+    from common import fit
+    from plumbing.settings import read_flags
 
-    config = common.read_flags(magma.Config, magma.RECIPES, flags)
+    config, data = read_flags(magma.Config, magma.RECIPES, flags), shapes()
     torch.manual_seed(config.seed)
-    method = magma.Magma(config, test_train.DATA)
-    results = common.fit(method, test_train.DATA, test_train.DATA, config)
+    method = magma.Magma(config, data)
+    results = fit(method, data, data, config)
     return {"weights": method.state_dict(), "rows": len(results)}
 
 
@@ -215,9 +236,9 @@ def evaluate_main(argv):
 
 def gradients_of_mixedae(images, assignment):
     """The gradients that DDP leaves behind after one backward of MixedAE on this rank's share of the groups."""
-    import test_mixedae
+    from make import tiny_mixedae
 
-    method = test_mixedae.tiny()
+    method = tiny_mixedae()
     model = torch.nn.parallel.DistributedDataParallel(method)
     model(mine(images), assignment=mine(assignment))["loss"].backward()
     return {name: p.grad for name, p in method.named_parameters()}
@@ -225,9 +246,9 @@ def gradients_of_mixedae(images, assignment):
 
 def gradients_of_energy(images):
     """The gradients of a step of the energy under DDP, in two accumulated parts of this rank's share; and log alpha."""
-    import test_ebm_pretrain
+    from make import tiny_energy
 
-    method = test_ebm_pretrain.tiny(task="super_resolution")
+    method = tiny_energy(task="super_resolution")
     model = torch.nn.parallel.DistributedDataParallel(method)
 
     recorder = Recorder(method)
@@ -237,12 +258,13 @@ def gradients_of_energy(images):
 
 def fit_energy(flags, stop_after=0):
     """Train an energy through `fit`, on this rank of several or alone; returns the weights."""
-    import common
-    import ebm_pretrain
+    from make import shapes
 
-    config = common.read_flags(ebm_pretrain.Config, {}, flags)
-    images, labels, _ = common.render_shapes(32, 16)
-    data = common.MemoryImages(images, labels, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
+    import ebm_pretrain
+    from common import fit
+    from plumbing.settings import read_flags
+
+    config, data = read_flags(ebm_pretrain.Config, {}, flags), shapes(32, 16, (0.5,) * 3, (0.25,) * 3)
     torch.manual_seed(config.seed)
     method = ebm_pretrain.EnergyPretraining(config, data)
     if stop_after:
@@ -252,16 +274,16 @@ def fit_energy(flags, stop_after=0):
                 raise KeyboardInterrupt
 
         method.start_epoch = start_epoch
-    common.fit(method, data, data, config)
+    fit(method, data, data, config)
     return method.state_dict()
 
 
 def gradients_of_levels(images, labels, fields):
     """The gradients of every level of one cycle on this rank's share of each level's batch."""
-    import test_mlo_mae
+    from make import LevelRecorder, tiny_levels
 
-    method = test_mlo_mae.tiny(unrolling=1, **fields)
-    recorder = test_mlo_mae.Recorder(method)
+    method = tiny_levels(unrolling=1, **fields)
+    recorder = LevelRecorder(method)
     parts = [torch.cat([mine(part) for part in x.split(4)]) for x in (images, labels)]
     method.update(method, [tuple(parts)], recorder)
     return {name: gradient for step in recorder.steps for name, gradient in step.items()}
