@@ -1,0 +1,96 @@
+"""What energy-inspired pretraining learned: how its chains go, and what energies they have (its Fig. 1, 3 and 4)."""
+
+from pathlib import Path
+
+import torch
+
+from ebm_pretrain import EnergyPretraining, sample
+from plumbing.errors import UserError
+from plumbing.probes import labelled
+from plumbing.processes import autocast
+from protocols.figures import Album, panels
+from protocols.rows import Subject, method_for
+from protocols.settings import Config
+
+CHAIN = 8  # steps that are drawn; training takes two
+
+
+def draw_energy(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
+    """Chains, errors and energies of a run, into its folder `energy`; returns paths and the figures for the table."""
+    method = method_for("energy", "ebm_pretrain", subject, run_folder, known, config)
+    if method.config.objective != "energy" or not method.config.steps:
+        raise UserError(
+            "--protocol energy needs --objective energy with --steps 1 or more: this run has no chain to follow"
+        )
+    album = Album(Path(config.out) / "energy", f"energy on {Path(config.data).name}")
+    images = subject.one_a_class(config)
+    for task in method.tasks:
+        torch.manual_seed(config.seed)
+        _, corrupted = method.corrupt(images, task)
+        chain, _ = follow(method, corrupted, config)
+        rows = torch.cat([images[:, None], (chain.transpose(0, 1) * method.std + method.mean).clamp(0, 1)], dim=1)
+        captions = ["image", "corrupted", *[f"step {i + 1}" for i in range(CHAIN)]]
+        album.sheet(f"chain_{task}", task.replace("_", " "), captions, rows)
+    found, steps, figures = look_into_energy(method, subject, config), method.config.steps, {}
+    for task, values in found.items():
+        left = share_left(values["error"])
+        figures[f"left_{task}"] = float(left[steps])
+        lower = {"restored": values["energy"][:, steps], "clean": values["clean"]}
+        shares = {name: float((value < values["energy"][:, 0]).float().mean()) for name, value in lower.items()}
+        figures |= {f"{name}_lower_{task}": share for name, share in shares.items()}
+        print(
+            f"{task}: of the corrupted images' squared error {100 * left[steps]:.0f} % is left after step {steps}; "
+            f"energy below that of the corrupted image: restored {100 * shares['restored']:.0f} %, "
+            f"clean {100 * shares['clean']:.0f} % of the images"
+        )
+    album.chart("chains", chain_curves(found, steps, f"{album.title}: along the chain"))
+    return album.written, figures
+
+
+def follow(method: EnergyPretraining, corrupted, config: Config) -> tuple:
+    """A chain of corrupted images (B, 3, H, W), normalised, and its energies: (T + 1, B, 3, H, W), (T + 1, B)."""
+    with autocast(config.amp, corrupted.device):
+        return sample(method.energy, corrupted, CHAIN, method.step_size(corrupted))
+
+
+@torch.no_grad()
+def look_into_energy(method: EnergyPretraining, subject: Subject, config: Config) -> dict:
+    """Chains of all test images, {task: {"error": (N, T + 1), "energy": (N, T + 1), "clean": (N,)}}, rows are images.
+
+    `error` is the mean squared error of normalised pixels along the chain, `clean` the energy of the whole image.
+    """
+    chosen, found = labelled(subject.test, config.probe_images), {}
+    torch.manual_seed(config.seed)
+    for images, _ in subject.test.plain_batches(chosen, config.image_size):
+        for task in method.tasks:
+            clean, corrupted = method.corrupt(images, task)
+            chain, energies = follow(method, corrupted, config)
+            with autocast(config.amp, subject.device):
+                energy = method.energy(clean)
+            error = (chain - clean).square().mean(dim=(2, 3, 4))
+            part = {"error": error.T.cpu(), "energy": energies.T.cpu(), "clean": energy.cpu()}
+            for name, value in part.items():
+                found.setdefault(task, {}).setdefault(name, []).append(value)
+    return {task: {name: torch.cat(parts) for name, parts in values.items()} for task, values in found.items()}
+
+
+def share_left(error: torch.Tensor) -> torch.Tensor:
+    """Errors along chains (N, T + 1) -> the share of the first that is left, of all images together (T + 1,)."""
+    error = error.mean(dim=0)
+    return error / error[0].clamp_min(1e-12)
+
+
+def chain_curves(found: dict, steps: int, title: str):
+    """Error and energy along the chains that `look_into_energy` found, task by task, with the steps of the training."""
+    figure, (left, right) = panels(title, 2)
+    for task, values in found.items():
+        left.plot(share_left(values["error"]).tolist(), marker="o", markersize=3, label=task.replace("_", " "))
+        above = (values["energy"] - values["clean"][:, None]).mean(dim=0)  # (T + 1,)
+        right.plot(above.tolist(), marker="o", markersize=3)
+    left.set(xlabel="step", ylabel="squared error, 1 = corrupted")
+    right.set(xlabel="step", ylabel="energy above that of the clean image")
+    right.axhline(0, color="black", linewidth=0.8)
+    for axes in (left, right):
+        axes.axvline(steps, color="gray", linestyle=":", label="last step of the training")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
+    return figure

@@ -1,0 +1,242 @@
+"""Pictures of a run: what its method makes of images, where its encoder looks, how its features lie, how it learned."""
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from common import METHODS, ViT
+from plumbing.errors import UserError
+from plumbing.files import write_atomically
+from plumbing.pictures import save_pictures
+from plumbing.processes import autocast
+from plumbing.runs import read_log
+from plumbing.tables import column_of
+from protocols.rows import Subject, method_of
+from protocols.settings import Config
+
+
+def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
+    """Write all that there is to see of a run into its folder `pictures`; returns the paths, and no figures."""
+    encoder, notes, name = subject.encoder, [], known.get("method", "encoder")
+    album = Album(Path(config.out) / "pictures", f"{name} on {Path(config.data).name}")
+    subject.use_pool(config)
+    images = subject.one_a_class(config)
+
+    method = None
+    if known.get("method") in METHODS and (run_folder / "last.pt").exists():
+        try:
+            method = method_of(subject, run_folder, known)
+        except (UserError, KeyError, TypeError, RuntimeError) as error:
+            notes.append(f"no reconstructions, last.pt and config.json do not fit ({str(error).splitlines()[0]})")
+    else:
+        notes.append("no reconstructions, these need the config.json and last.pt of a method's run")
+    if method is not None and method.config.image_size == config.image_size:
+        torch.manual_seed(config.seed)
+        with autocast(config.amp, subject.device):
+            rows = method.pictures(images)
+        album.sheet("reconstructions", "reconstructions", method.captions, rows)
+    elif method is not None:
+        notes.append(f"reconstructions are drawn at the run's own size, {method.config.image_size}, alone")
+
+    if isinstance(encoder, ViT):
+        attention, keys = look_inside(encoder, images)
+        maps = stretch(attention, (2,)).unflatten(2, encoder.grid)  # (B, heads, h, w)
+        captions = ["image", *[f"head {i + 1}" for i in range(maps.shape[1])]]
+        album.sheet("attention", "attention of the CLS token, last block", captions, beside(images, maps))
+        maps = key_maps(keys).unflatten(2, encoder.grid)  # (B, blocks, h, w)
+        captions = ["image", *[f"block {i + 1}" for i in range(maps.shape[1])]]
+        heading = "leading component of the keys, without their mean over the images"
+        album.sheet("keys", heading, captions, beside(images, maps))
+    else:
+        notes.append("attention and keys are drawn for transformers alone")
+
+    features, labels = subject.features("test", config)
+    album.chart("features", feature_map(features, labels, subject.test.classes, f"{album.title}: test features"))
+    title = f"{name} on {Path(known.get('data', '')).name}"  # what it was trained on
+    curves = learning_curves(read_log(run_folder / "log.jsonl")[1], title, known)
+    if curves:
+        album.chart("curves", curves)
+    else:
+        notes.append("log.jsonl has no two epochs, so no curves")
+    for note in notes:
+        print(f"note: {note}")
+    return album.written, {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sheets of pictures, and charts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Album:
+    """A folder of pictures under one title; `written` lists the files."""
+
+    def __init__(self, folder: Path, title: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.title, self.written = folder, title, []
+
+    def sheet(self, name: str, heading: str, captions, rows: Tensor):
+        """Rows of pictures (R, K, 3, H, W) in [0, 1], with a caption over each column."""
+        self.save(name, lambda path: save_pictures(rows, path, captions, f"{self.title}: {heading}"))
+
+    def chart(self, name: str, figure):
+        """A Figure of matplotlib."""
+        self.save(name, lambda path: write_atomically(path, lambda file: figure.savefig(file, format="png")))
+
+    def save(self, name: str, write):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in such letters shows as boxes
+            write(self.folder / f"{name}.png")
+        self.written.append(self.folder / f"{name}.png")
+
+
+def panels(title: str, count: int = 1, size: tuple = (5.2, 3.8)) -> tuple:
+    """A figure of so many panels, at most three in a row: (Figure, [Axes, ...]); `size` of each in inches."""
+    from matplotlib.figure import Figure  # here, since importing it takes a while
+
+    across = min(3, count)
+    down = math.ceil(count / across)
+    figure = Figure((across * size[0], down * size[1]), dpi=100, layout="constrained")
+    # Whatever stands between two $ in the name of a folder is no formula.
+    figure.suptitle(title, parse_math=False, fontsize=min(13, 110 * across * size[0] / len(title)))
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    for one in axes[:count]:
+        one.grid(alpha=0.3)
+    return figure, axes[:count]
+
+
+def heat(values: Tensor) -> Tensor:
+    """Values in [0, 1] (..., H, W) as colours (..., 3, H, W) in [0, 1], from dark blue to yellow."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"](values.double().cpu().clamp(0, 1).numpy())  # (..., H, W, 4)
+    return torch.from_numpy(colours[..., :3]).float().movedim(-1, -3)
+
+
+def beside(images: Tensor, maps: Tensor) -> Tensor:
+    """Images (B, 3, H, W) with their maps (B, K, h, w) in [0, 1] as heat: rows (B, 1 + K, 3, H, W)."""
+    maps = F.interpolate(maps.float().cpu(), images.shape[2:], mode="nearest")  # (B, K, H, W)
+    return torch.cat([images.cpu()[:, None], heat(maps)], dim=1)
+
+
+def stretch(x: Tensor, dims) -> Tensor:
+    """Shift and scale to [0, 1] over some dimensions; what is all the same becomes 0."""
+    low, high = x.amin(dim=dims, keepdim=True), x.amax(dim=dims, keepdim=True)
+    return (x - low) / (high - low).clamp_min(1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What an encoder looks at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def look_inside(encoder: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of the CLS token in the last block (B, heads, N), and the keys of every block (blocks, B, N, D)."""
+    keys, last = [], []
+
+    def attention(q, k, v):
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, 1 + N, 1 + N)
+        keys.append(rearrange(k[:, :, 1:], "b h n d -> b n (h d)").float().cpu())
+        last[:] = [weights[:, :, 0, 1:].float().cpu()]
+        return weights @ v
+
+    encoder.encode(encoder.embed(images), attention)
+    return last[0], torch.stack(keys)
+
+
+def key_maps(keys: Tensor) -> Tensor:
+    """The leading principal component of the keys of each block: (blocks, B, N, D) -> (B, blocks, N) in [0, 1].
+
+    First the mean over the images is taken off the keys of each position: from the third block or so on, the largest
+    difference between keys is where they are, not what is there. (A single image is left as it is.)
+    """
+    keys = keys.double()
+    if keys.shape[1] > 1:
+        keys = keys - keys.mean(dim=1, keepdim=True)
+    scores = [principal_components(block.flatten(0, 1), 1).view(block.shape[:2]) for block in keys]  # each (B, N)
+    return stretch(torch.stack(scores, dim=1), (0, 2))
+
+
+def principal_components(x: Tensor, count: int) -> Tensor:
+    """The leading principal components of rows (N, D) -> (N, count), each with its larger tail on the positive side."""
+    x = x.double() - x.double().mean(dim=0)
+    _, vectors = torch.linalg.eigh(x.T @ x)
+    scores = x @ vectors[:, -count:].flip(1)
+    return scores * torch.where(scores.pow(3).sum(dim=0) < 0, -1.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How features lie, and how a run learned
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def feature_map(features: Tensor, labels: Tensor, classes: list, title: str):
+    """The features (N, D) of at most ten classes in their two leading principal components, coloured by class."""
+    shown = labels.unique()[:10]
+    chosen = torch.isin(labels, shown)
+    labels, points = labels[chosen].cpu(), principal_components(features[chosen].cpu(), 2)
+    figure, (axes,) = panels(title, size=(7.2, 5.6))
+    for label in shown.tolist():
+        axes.scatter(*points[labels == label].T.numpy(), s=9, alpha=0.7, linewidths=0, label=str(label))
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    for text, label in zip(legend.get_texts(), shown.tolist(), strict=True):
+        name = str(classes[label])
+        text.set(text=name if len(name) <= 24 else f"{name[:23]}…", parse_math=False)
+    axes.set(xlabel="first principal component", ylabel="second principal component", xticks=[], yticks=[])
+    return figure
+
+
+def learning_curves(log: list, title: str, known: dict):
+    """All that a log follows over the epochs, the accuracies in one panel; None where it has too few epochs.
+
+    Of a MAGMA run (`known` is its config.json), the epochs in which the regulariser acts are shaded.
+    """
+    curves = {}
+    for line in log:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in ("epoch", "lr", "images_per_second"):
+                curves.setdefault(name, []).append((line["epoch"], value))
+    if len(curves.get("loss", ())) < 2:
+        return None
+    probes = {name: curves.pop(name) for name in ("knn", "linear", "accuracy") if name in curves}
+    groups = [{name: points} for name, points in curves.items()]
+    if probes:
+        groups.insert(1, probes)
+    figure, axes = panels(title, len(groups))
+    for one, group in zip(axes, groups, strict=True):
+        for name, points in group.items():
+            one.plot(*zip(*points, strict=True), marker="o", markersize=3, label=column_of(name)[0])
+        one.set(title=column_of(name)[0], xlabel="epoch")
+        one.locator_params(axis="x", integer=True)
+        values = [value for points in group.values() for _, value in points]
+        if group is probes:
+            one.set(title="probes", ylabel="accuracy (%)", ylim=(0, None))
+            one.legend(loc="lower right")
+        elif 0 < 100 * min(values) < max(values):  # more than two decades
+            one.set_yscale("log")
+    if span := regularised(known, log[-1]["epoch"]):
+        for one in axes:
+            one.axvspan(*span, color="tab:orange", alpha=0.12, linewidth=0, label="regulariser on")
+        axes[0].legend()
+    return figure
+
+
+def regularised(known: dict, last: int) -> tuple | None:
+    """Where MAGMA's regulariser acts (Eq. 1) on an axis of epochs that are over, or None: nowhere up to epoch `last`.
+
+    `e_st` counts epochs from 0, the log from 1: its first epoch lies between the points e_st and e_st + 1.
+    """
+    start, lasts = known.get("e_st"), known.get("e_dur")
+    wanted = known.get("method") == "magma" and (known.get("lam") or known.get("inverse"))
+    if not wanted or not isinstance(start, int) or not isinstance(lasts, int):
+        return None
+    end = min(start + lasts, last)
+    return (start, end) if start < end else None

@@ -1,0 +1,140 @@
+"""What FINOLA's own analysis looks at: its Fig. 5, Eq. 2, 4 and 9 on real images, and appendix E."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finola import (
+    FinolaAutoencoder,
+    gaussian_samples,
+    interpolate,
+    laplacian_residual,
+    mirror,
+    pde_residuals,
+    peak_curvature,
+    principal_reconstructions,
+    psnr,
+)
+from plumbing.probes import labelled
+from plumbing.processes import autocast
+from protocols.figures import Album, beside, panels, stretch
+from protocols.rows import Subject, method_for
+from protocols.settings import Config
+
+COMPONENTS = (1, 4, 16, 64, 192, 768)  # of Fig. 15
+
+
+def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
+    """FINOLA's analysis of a run, into its folder `finola`; returns the paths and the figures for the table."""
+    method = method_for("finola", "finola", subject, run_folder, known, config)
+    album = Album(Path(config.out) / "finola", f"{method.config.variant} on {Path(config.data).name}")
+    images, found = subject.one_a_class(config), look_into_finola(method, subject, config)
+    if "q" in found:
+        with torch.no_grad(), autocast(config.amp, subject.device):
+            own = method.embed(images, method.middle(images)).float()
+        draw_embeddings(method, found["q"], own, images, album)
+    else:
+        print("note: masked_b has no vector q, so no embeddings and no residuals")
+    if method.config.norm != "channel":
+        print("note: residuals are those of Eq. 2, which has the channel norm, so there are none")
+    residuals = {name: found[name].sort().values for name in ("dz/dx", "dz/dy", "laplacian") if name in found}
+    if residuals:
+        lines = {f"{name}: median {values.median():.2f}": values for name, values in residuals.items()}
+        labels = {"xlabel": "test images, sorted", "ylabel": "relative residual"}
+        album.chart("residuals", ranked(f"{album.title}: residuals of Eq. 2 and 4", lines, **labels))
+    if "curvature" in found:
+        quartiles = found["curvature"].quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)  # (3, K)
+        lines = dict(zip(("lower quartile", "median of the images", "upper quartile"), quartiles, strict=True))
+        labels = {"xlabel": "channels, sorted", "ylabel": "peak curvature"}
+        album.chart("curvature", ranked(f"{album.title}: curvature", lines, **labels))
+        with torch.no_grad():
+            z = method.feature_map(images, method.middle(images)).float()
+        top = peak_curvature(z).topk(min(6, z.shape[1]), dim=1).indices  # (B, K)
+        maps = stretch(z[torch.arange(len(z))[:, None], top], (2, 3))  # (B, K, S, S)
+        captions = ["image", *[f"rank {i + 1}" for i in range(top.shape[1])]]
+        album.sheet("surfaces", "channels of the largest curvature", captions, beside(images, maps))
+    else:
+        print(f"note: a map of {method.size} x {method.size} is too small for curvature; give a larger --image-size")
+    figures = {"psnr": float(found["psnr"].mean()), "psnr_of_mean": float(found["psnr of mean"].mean())}
+    figures |= {name: float(values.median()) for name, values in residuals.items()}
+    if "curvature" in found:
+        figures["curvature"] = float(found["curvature"][:, 0].median())
+    return album.written, figures
+
+
+@torch.no_grad()
+def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config) -> dict:
+    """What the analysis of FINOLA needs of all test images: {name: tensor}, one row an image.
+
+    PSNR of the reconstruction and of the mean training image, both outside the visible block in masked variants, where
+    it lies in the middle; the residuals of Eq. 2, and of Eq. 4 in the quadrant right of and below q where it has three
+    cells a side; each image's peak curvatures, sorted, at most 256; the vectors q.
+    """
+    found = {}
+
+    def batches(data):
+        chosen = labelled(data, config.probe_images)
+        return ((images, len(chosen)) for images, _ in data.plain_batches(chosen, config.image_size))
+
+    mean = sum(images.double().sum(dim=0) / count for images, count in batches(subject.train)).float()  # (3, H, W)
+    row, column = method.start
+    for images, _ in batches(subject.test):
+        corner = method.middle(images)
+        with autocast(config.amp, subject.device):
+            z = method.feature_map(images, corner)
+            others = method.decode(z)
+        mask, z = method.scored(images, corner), z.float()
+        part = {"psnr": psnr(images, others, mask), "psnr of mean": psnr(images, mean.expand_as(images), mask)}
+        if method.config.variant != "masked_b":
+            with autocast(config.amp, subject.device):
+                part["q"] = method.embed(images, corner).float()
+        if method.config.variant != "masked_b" and method.config.norm == "channel":
+            part["dz/dx"], part["dz/dy"] = pde_residuals(z, method.finola, method.start)
+            if min(method.size - row, method.size - column) >= 3:  # the quadrant that A and B unroll
+                right, down = method.finola.right, method.finola.down
+                part["laplacian"] = laplacian_residual(z[:, :, row:, column:], right, down)
+        if method.size >= 3:
+            part["curvature"] = peak_curvature(z).sort(dim=1, descending=True).values[:, :256]
+        for name, value in part.items():
+            found.setdefault(name, []).append(value.cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def draw_embeddings(method: FinolaAutoencoder, q: Tensor, own: Tensor, images: Tensor, album: Album):
+    """Appendix E: what the upsampler makes of embeddings that belong to no image.
+
+    q (N, C) are those of all test images, `own` (B, C) those of `images`.
+    """
+    device, corner, count = images.device, method.middle(images), len(images)
+    q, mean = q.to(device), q.mean(dim=0).to(device)
+
+    def decoded(vectors):  # (K, B, C) -> rows of an image and what its vectors become, (B, 1 + K, 3, H, W)
+        flat = vectors.flatten(0, 1)
+        places = None if corner is None else corner[:1].expand(len(flat), -1)
+        pictures = method.decode(method.unroll(flat, places)).clamp(0, 1).unflatten(0, vectors.shape[:2])
+        return torch.cat([images[:, None], pictures.transpose(0, 1)], dim=1)
+
+    rows = decoded(interpolate(own, mirror(own, mean), 5))
+    captions = ["image", "q", "", "mean", "", "mirror"]
+    album.sheet("mean", "from q over the mean embedding to its mirror", captions, rows)
+    rows = decoded(interpolate(own, own.roll(-1, dims=0), 5))
+    rows = torch.cat([rows, images.roll(-1, dims=0)[:, None]], dim=1)
+    album.sheet("interpolations", "between two embeddings", ["first", *[""] * 5, "second"], rows)
+    samples = gaussian_samples(q, 6 * count, torch.Generator().manual_seed(0)).unflatten(0, (6, count))
+    album.sheet("samples", "an image, and Gaussian samples", ["image", *["sample"] * 6], decoded(samples))
+    counts = [k for k in COMPONENTS if k < q.shape[1]] + [q.shape[1]]
+    vectors = principal_reconstructions(own, mean, torch.cov(q.T), counts)
+    captions = ["image", *[f"K = {k}" for k in counts]]
+    album.sheet("components", "the top K principal components", captions, decoded(vectors))
+
+
+def ranked(title: str, lines: dict, **labels):
+    """A chart of curves {name: values (N,)} over the places 1 to N."""
+    figure, (axes,) = panels(title, size=(6.4, 4.4))
+    for name, values in lines.items():
+        axes.plot(range(1, len(values) + 1), values.tolist(), label=name)
+    axes.set(ylim=(0, None), **labels)
+    axes.legend()
+    return figure

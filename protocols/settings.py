@@ -1,0 +1,171 @@
+"""The settings of all protocols, and the recipes of the papers that fill them."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from plumbing.errors import UserError
+from plumbing.processes import rank, world_size
+from plumbing.settings import TrainConfig, check_batch, check_positive
+
+PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "tran1", "tran4", "finetune")
+
+
+@dataclass
+class Config(TrainConfig):
+    """The settings of all protocols; a recipe of RECIPES fills them, and flags have the last word.
+
+    Raises UserError where one makes no sense.
+    """
+
+    protocol: tuple[str, ...] = ("knn", "linear")  # knn linear tran1 tran4 finetune clusters pictures finola energy
+    recipe: str = ""  # linear: magma finola mae; tran1, tran4: finola; finetune: mae mae_code finola ebm mixedae
+    data: str = ""  # data set to evaluate on, by default that of the run
+    image_size: int = 0  # side of the images, 0 for what the encoder was trained with
+    probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
+    out: str = ""  # folder of what the protocols write, by default RUN; eval.jsonl is always in RUN
+    probe_images: int = 0  # knn, linear, clusters, finola, energy: most images of each split to take, 0 for all
+    untrained: bool = False  # also evaluate the same architecture with random weights
+    pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters)
+    scratch: bool = False  # finetune: start from random weights alone
+    pool: Literal["", "cls", "mean"] = ""  # features: CLS token or mean of the patch tokens; else recipe's or encoder's
+    k: int = 10  # knn: number of neighbours
+    metric: Literal["euclidean", "cosine"] = "euclidean"  # knn: euclidean is MAGMA's
+    cache: bool = True  # linear: encode whole images once, rather than crops and flips in each epoch
+    base_lrs: tuple[float, ...] = ()  # linear: one head for each base learning rate, instead of --base-lr
+    optimizer: Literal["sgd", "lars", "adamw"] = "adamw"  # of all that train
+    momentum: float = 0.9  # of sgd and lars
+    batchnorm: bool = False  # linear: standardise the features by a batch norm without affine weights
+    head: Literal["linear", "tran1", "tran4"] = "linear"  # finetune: what is trained on top of the encoder
+    dropout: float = 0.0  # of the head of tran1 and tran4
+    layer_decay: float = 1.0  # finetune: factor of the learning rate from a layer to the one below
+    drop_path: float = 0.0  # finetune: rate of stochastic depth in the last block
+    smoothing: float = 0.0  # all that train: label smoothing
+    mixup: float = 0.0  # tran1, tran4, finetune: alpha of mixup, 0 for off
+    cutmix: float = 0.0  # tran1, tran4, finetune: alpha of cutmix, 0 for off
+    randaugment: float = 0.0  # tran1, tran4, finetune: magnitude of RandAugment, of 10; 0 for off
+    erase: float = 0.0  # tran1, tran4, finetune: probability of random erasing
+
+    def check(self):
+        super().check()
+        check_positive(self, "k", "base_lr")
+        for field in ("momentum", "dropout", "drop_path", "smoothing"):
+            if not 0 <= getattr(self, field) < 1:
+                self.refuse(field, "at least 0, less than 1")
+        limits = {"erase": 1, "layer_decay": 1, "randaugment": 10, "mixup": math.inf, "cutmix": math.inf}
+        for field, most in limits.items():
+            if not 0 <= getattr(self, field) <= most or getattr(self, field) == math.inf:
+                self.refuse(field, f"0 to {most}")
+        if not all(0 < rate < math.inf for rate in self.base_lrs):
+            self.refuse("base_lrs", "more than 0")
+
+    def refuse(self, field: str, expected: str):
+        raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)} makes no sense; give {expected}")
+
+
+OUTSIDE = ("untrained", "pixels", "scratch", "k", "metric")  # fields that no training depends on
+
+
+def decoder_width(dim: int) -> int:
+    """Width of FINOLA's decoder: 192, 384, 768 for encoders of width 720, 1440, 2880, or at most that."""
+    return 192 if dim <= 720 else 384 if dim <= 1440 else 768
+
+
+class ByWidth(NamedTuple):
+    """A value of FINOLA's tables that depends on the width of its decoder: 192, 384 or 768."""
+
+    small: Any
+    middle: Any
+    large: Any
+
+    def at(self, width: int):
+        return self[(192, 384, 768).index(width)]
+
+
+LINEAR = {"base_lr": 0.1, "weight_decay": 0.0, "crop_min": 0.08}
+STRONG = {"randaugment": 9.0, "smoothing": 0.1}
+FINETUNE = STRONG | {"betas": (0.9, 0.999), "weight_decay": 0.05, "batch_size": 1024, "epochs": 100, "warmup_epochs": 5}
+FINETUNE |= {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1, "pool": "mean"}
+TRAN = STRONG | {"base_lr": 5e-4, "weight_decay": 0.1, "batch_size": 4096, "epochs": 200, "warmup_epochs": 10}
+TRAN |= {"dropout": ByWidth(0.1, 0.2, 0.2), "erase": ByWidth(0.0, 0.0, 0.25), "betas": (0.9, 0.999)}
+RECIPES = {
+    "linear": {
+        # MAGMA, "Evaluation protocol"
+        "magma": LINEAR
+        | {"optimizer": "sgd", "batch_size": 256, "epochs": 100, "warmup_epochs": 0, "milestones": (60, 80)},
+        # FINOLA, Table 13
+        "finola": LINEAR
+        | {"optimizer": "sgd", "batch_size": 4096, "epochs": 90, "warmup_epochs": 10}
+        | {"batchnorm": True, "cache": False, "pool": "mean"},
+        # MAE, Table 10
+        "mae": LINEAR
+        | {"optimizer": "lars", "batch_size": 16384, "epochs": 90, "warmup_epochs": 10}
+        | {"batchnorm": True, "cache": False, "pool": "cls"},
+    },
+    "tran1": {"finola": TRAN},  # FINOLA, Table 13
+    "tran4": {"finola": TRAN},
+    "finetune": {
+        "mae": FINETUNE | {"base_lr": 1e-3, "layer_decay": 0.75},  # MAE, Table 9, ViT-B
+        "mae_code": FINETUNE | {"base_lr": 5e-4, "layer_decay": 0.65, "erase": 0.25},  # its release, ViT-B
+        "ebm": FINETUNE | {"base_lr": 1e-3, "layer_decay": 0.75},  # Energy-inspired pretraining, Table A
+        "mixedae": FINETUNE | {"base_lr": 5e-4, "layer_decay": 0.7},  # MixedAE, Table A2, ViT-B
+        # FINOLA, Table 14
+        "finola": FINETUNE
+        | {"base_lr": 5e-4, "batch_size": 512, "epochs": ByWidth(200, 150, 100), "drop_path": 0.0, "head": "tran1"}
+        | {"layer_decay": ByWidth(0.9, 0.9, 0.85), "mixup": ByWidth(0.0, 0.2, 0.8), "dropout": 0.2, "erase": 0.25}
+        | {"cutmix": ByWidth(0.0, 0.25, 1.0)},
+    },
+}
+OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
+    "linear": {"magma": "magma", "finola": "finola"},
+    "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},
+}
+
+
+def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
+    """The recipe of a protocol, with its name: the one that is given, or else the method's own, or MAE's.
+
+    `dim` as in `settings_of`. With fewer or more epochs than its own, its warm-up and milestones move in proportion.
+    """
+    if protocol not in RECIPES:
+        return {"recipe": ""}
+    recipes, own = RECIPES[protocol], OWN_RECIPE.get(protocol, {}).get(method, "mae")
+    name = next(name for name in (given.get("recipe"), own, *recipes) if name in recipes)
+    width = decoder_width(dim)
+    values = {field: v.at(width) if isinstance(v, ByWidth) else v for field, v in recipes[name].items()}
+    if "epochs" in given:
+        share = given["epochs"] / values["epochs"]
+        values["warmup_epochs"] = round(share * values["warmup_epochs"])
+        values["milestones"] = tuple(round(share * epoch) for epoch in values.get("milestones", ()))
+    return values | {"recipe": name}
+
+
+def settings_of(protocol: str, given: dict, method: str, dim: int, images: int) -> Config:
+    """Defaults, the protocol's recipe, the given flags. `dim` is the encoder's width, `images` how many train.
+
+    A batch that is larger than the data set becomes all of it. Raises UserError for what makes no sense.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    recipe = recipe_of(protocol, given, method, dim)
+    values = defaults | recipe | given | {"recipe": recipe["recipe"]}
+    trained = protocol in RECIPES and not (protocol == "linear" and values["cache"])  # by `common.fit`
+    parts = world_size() * values["accumulate"] if trained else 1
+    if (batch := values["batch_size"]) > images:
+        values["batch_size"] = images - images % max(1, parts)
+        if protocol in RECIPES and rank() == 0:
+            size = values["batch_size"]
+            print(f"note: {protocol}: a batch of {batch} exceeds the {images} images, one of {size} it is")
+    if protocol != "linear":
+        values["base_lrs"] = ()
+    config = Config(**values)
+    if trained:
+        check_batch(config)
+    if config.batchnorm and config.batch_size < 2 * parts:
+        raise UserError(f"--batchnorm needs two images in each part of a batch, {config.batch_size} are too few")
+    return config
+
+
+def result_names(name: str, config: Config) -> list:
+    """What the results of a protocol's heads are called: one name, or one for each of several learning rates."""
+    return [f"{name} {rate:g}" for rate in dict.fromkeys(config.base_lrs)] or [name]
