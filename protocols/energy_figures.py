@@ -92,5 +92,5 @@ def chain_curves(found: dict, steps: int, title: str):
     right.axhline(0, color="black", linewidth=0.8)
     for axes in (left, right):
         axes.axvline(steps, color="gray", linestyle=":", label="last step of the training")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure

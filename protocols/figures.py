@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from common import METHODS, ViT
+from plumbing.crops import resize
 from plumbing.errors import UserError
 from plumbing.files import write_atomically
 from plumbing.pictures import save_pictures
@@ -73,6 +74,9 @@ def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Confi
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SIDE = 128  # pixels of a picture in a sheet, about
+
+
 class Album:
     """A folder of pictures under one title; `written` lists the files."""
 
@@ -81,7 +85,9 @@ class Album:
         self.folder, self.title, self.written = folder, title, []
 
     def sheet(self, name: str, heading: str, captions, rows: Tensor):
-        """Rows of pictures (R, K, 3, H, W) in [0, 1], with a caption over each column."""
+        """Rows of pictures (R, K, 3, H, W) in [0, 1], large ones reduced, with a caption over each column."""
+        if rows.shape[-1] > SIDE:
+            rows = resize(rows.flatten(0, 1).float(), SIDE).unflatten(0, rows.shape[:2])
         self.save(name, lambda path: save_pictures(rows, path, captions, f"{self.title}: {heading}"))
 
     def chart(self, name: str, figure):
@@ -110,6 +116,11 @@ def panels(title: str, count: int = 1, size: tuple = (5.2, 3.8)) -> tuple:
     for one in axes[:count]:
         one.grid(alpha=0.3)
     return figure, axes[:count]
+
+
+def wide(values: list) -> bool:
+    """Whether an axis had better be logarithmic: all values are positive, and they span more than two decades."""
+    return 0 < 100 * min(values) < max(values)
 
 
 def heat(values: Tensor) -> Tensor:
@@ -185,7 +196,7 @@ def feature_map(features: Tensor, labels: Tensor, classes: list, title: str):
     labels, points = labels[chosen].cpu(), principal_components(features[chosen].cpu(), 2)
     figure, (axes,) = panels(title, size=(7.2, 5.6))
     for label in shown.tolist():
-        axes.scatter(*points[labels == label].T.numpy(), s=9, alpha=0.7, linewidths=0, label=str(label))
+        axes.scatter(*points[labels == label].T.numpy(), s=14, alpha=0.7, linewidths=0, label=str(label))
     legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
     for text, label in zip(legend.get_texts(), shown.tolist(), strict=True):
         name = str(classes[label])
@@ -220,12 +231,12 @@ def learning_curves(log: list, title: str, known: dict):
         if group is probes:
             one.set(title="probes", ylabel="accuracy (%)", ylim=(0, None))
             one.legend(loc="lower right")
-        elif 0 < 100 * min(values) < max(values):  # more than two decades
+        elif wide(values):
             one.set_yscale("log")
     if span := regularised(known, log[-1]["epoch"]):
         for one in axes:
-            one.axvspan(*span, color="tab:orange", alpha=0.12, linewidth=0, label="regulariser on")
-        axes[0].legend()
+            shade = one.axvspan(*span, color="tab:orange", alpha=0.12, linewidth=0, label="regulariser on")
+        axes[0].legend(handles=[shade])
     return figure
 
 

@@ -18,7 +18,7 @@ from finola import (
 )
 from plumbing.probes import labelled
 from plumbing.processes import autocast
-from protocols.figures import Album, beside, panels, stretch
+from protocols.figures import Album, beside, panels, stretch, wide
 from protocols.rows import Subject, method_for
 from protocols.settings import Config
 
@@ -42,7 +42,8 @@ def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config)
     if residuals:
         lines = {f"{name}: median {values.median():.2f}": values for name, values in residuals.items()}
         labels = {"xlabel": "test images, sorted", "ylabel": "relative residual"}
-        album.chart("residuals", ranked(f"{album.title}: residuals of Eq. 2 and 4", lines, **labels))
+        equations = "Eq. 2 and 4" if "laplacian" in residuals else "Eq. 2"
+        album.chart("residuals", ranked(f"{album.title}: residuals of {equations}", lines, **labels))
     if "curvature" in found:
         quartiles = found["curvature"].quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)  # (3, K)
         lines = dict(zip(("lower quartile", "median of the images", "upper quartile"), quartiles, strict=True))
@@ -121,7 +122,8 @@ def draw_embeddings(method: FinolaAutoencoder, q: Tensor, own: Tensor, images: T
     album.sheet("mean", "from q over the mean embedding to its mirror", captions, rows)
     rows = decoded(interpolate(own, own.roll(-1, dims=0), 5))
     rows = torch.cat([rows, images.roll(-1, dims=0)[:, None]], dim=1)
-    album.sheet("interpolations", "between two embeddings", ["first", *[""] * 5, "second"], rows)
+    captions = ["first", "q of the first", "", "half way", "", "q of the second", "second"]
+    album.sheet("interpolations", "between two embeddings", captions, rows)
     samples = gaussian_samples(q, 6 * count, torch.Generator().manual_seed(0)).unflatten(0, (6, count))
     album.sheet("samples", "an image, and Gaussian samples", ["image", *["sample"] * 6], decoded(samples))
     counts = [k for k in COMPONENTS if k < q.shape[1]] + [q.shape[1]]
@@ -135,6 +137,10 @@ def ranked(title: str, lines: dict, **labels):
     figure, (axes,) = panels(title, size=(6.4, 4.4))
     for name, values in lines.items():
         axes.plot(range(1, len(values) + 1), values.tolist(), label=name)
-    axes.set(ylim=(0, None), **labels)
+    if wide(torch.cat(list(lines.values())).tolist()):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set(**labels)
     axes.legend()
     return figure
