@@ -23,34 +23,15 @@ Train it:  python train.py magma                                  M-MAE on built
            python train.py magma --ssl simclr                     M-SimCLR; --ssl vicreg likewise
            python train.py magma --data imagenet100 --root DIR    the paper's experiment
 
-What the paper leaves open, or says otherwise than its code (github.com/adondera/magma), and our choice:
+Choices that change a number (docs/magma.md has all of them; "code" is the authors' release):
 * Eq. 7 prints D^-1/2 W D^-1/2. Minimising that trace would push similar images apart; the code has the identity minus
   it, and so have we. `--laplacian printed` is the text, `unnormalized` is D - W, half the double sum of Eq. 2.
-* Eq. 4 prints exp(-d / 2 std), the code has exp(-d / std) (`--kernel-factor` 0.5 and 1). The code sets W_ii = 0 and
-  takes the deviation over distances that are not zero; we take it over i != j, which differs for exact duplicates only.
-  `--diagonal` is the text: W_ii = 1, and the deviation over all pairs.
-* Eq. 2 sums over all pairs of layers in K; the code goes from each reference layer to the last one and averages
-  (`--layer-pairs all` sums over all ordered pairs k != l). No gradient is stopped; `--detach-reference` stops the one
-  through the weights w, so that the graph is fixed and only the regularised features move.
-* "Average" of the patches is printed as a sum; the code has the mean over visible patches, without the CLS token.
-* Eq. 3 is printed, never used and not in the code: `--inverse` is its weight, 0 by default. It leaves out i = j, where
-  it would divide by zero, adds 1e-6 to the distance and caps the exponent at 30: choices of ours.
-* e_st and e_dur count epochs from 0, so the term acts in epochs e_st to e_st + e_dur - 1; the log counts from 1.
-* U-MAE's uniformity is taken on the CLS token after the final norm, once (the code; U-MAE's own code norms it twice),
-  on the images of one process (U-MAE gathers them: `--gather`).
-* SimCLR and VICReg: only the first view is regularised, and each view has batch statistics of its own in the projector,
-  as in the code. Heads (3), weight decay (0.05) and betas (0.9, 0.999) are choices. SimCLR's own CIFAR recipe (half the
-  colour strength, no blur) is used on CIFAR; VICReg leaves out the blur there too, as solo-learn does.
-* The paper probes by SGD for 100 epochs. While training, we probe by ridge regression in closed form instead.
-* Where every distance is the same (always for two images) the deviation is zero and the code gives NaN. We divide by
-  the mean distance there, so the affinity is the same for all pairs, as it should be.
-* The warm-up of the learning rate starts at 0 as in the released configurations; the text says 3e-5 (`--warmup-lr`).
-* Decoder sizes for the small data sets, e_dur off ImageNet-100 and the projector's output width (SimCLR 256, VICReg
-  2048: the defaults of solo-learn, which the code is built on) are not in the text. The statistics of
-  ImageNet-100, those of ImageNet, are a guess.
+* Eq. 4 prints exp(-d / 2 std); code and we have exp(-d / std) for i != j. `--kernel-factor 0.5 --diagonal` is the text.
+* Eq. 2 sums over all pairs of layers in K; code and we average over the references of the last (`--layer-pairs all`).
+  Gradients flow into both layers (`--detach-reference`), and the batch is that of one process (`--gather`).
+* The average of patches is a mean over visible ones (printed: a sum). Biases, norms, tokens do not decay (code: all).
 """
 
-import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -58,7 +39,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, gradient_if, reconstruction_loss
@@ -71,19 +51,20 @@ from plumbing.settings import TrainConfig, check_least, check_positive
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def in_float32(function):
-    """Run a function in float32 or better, also under autocast: differences of similar features need every digit."""
+def widen(x: Tensor) -> Tensor:
+    """Half precision to float32, since differences of similar features need every digit; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        def widen(x):
-            return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_tensor(x) else x
 
-        device = next(x.device for x in (*args, *kwargs.values()) if torch.is_tensor(x))
-        with torch.autocast(device.type, enabled=False):
-            return function(*map(widen, args), **{name: widen(x) for name, x in kwargs.items()})
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, which autocast would compute in half precision."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
-    return wrapped
+
+def image_features(tokens: Tensor) -> Tensor:
+    """One vector an image, Sec. 3.1: the mean of its patch tokens, without the CLS token: (B, 1 + M, D) -> (B, D)."""
+    return tokens[:, 1:].mean(dim=1)
 
 
 def off_diagonal(like: Tensor) -> Tensor:
@@ -91,18 +72,17 @@ def off_diagonal(like: Tensor) -> Tensor:
     return 1 - torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
-@in_float32
 def squared_distances(z: Tensor) -> Tensor:
     """All |z_i - z_j|^2: (B, D) -> (B, B), from a Gram matrix, so memory is O(B^2 + B D).
 
     The features are centred first. Without that (and in `torch.cdist`) a batch that has nearly collapsed around a large
     mean loses all digits of its differences, and of the gradient.
     """
+    z = widen(z)
     z = z - z.mean(dim=0, keepdim=True)
-    gram = z @ z.T  # (B, B)
+    gram = product(z, z.T)  # (B, B)
     norms = gram.diagonal()
-    distances = norms[:, None] + norms[None, :] - (gram + gram.T)
-    return distances.clamp_min(0)  # (B, B), exactly zero on the diagonal
+    return (norms[:, None] + norms[None, :] - (gram + gram.T)).clamp_min(0)  # (B, B), exactly zero on the diagonal
 
 
 def bandwidth(distances: Tensor, diagonal: bool = False) -> Tensor:
@@ -117,16 +97,13 @@ def bandwidth(distances: Tensor, diagonal: bool = False) -> Tensor:
     spread_out = variance > (1e-6 * mean) ** 2
     # The inner `where` keeps the infinite slope of the square root at zero out of the gradient.
     deviation = torch.where(spread_out, variance, 1.0).sqrt()
-    fallback = torch.where(mean > 0, mean, 1.0)
-    return torch.where(spread_out, deviation, fallback)
+    return torch.where(spread_out, deviation, torch.where(mean > 0, mean, 1.0))
 
 
-@in_float32
 def affinity(z: Tensor, kernel_factor: float = 1.0, diagonal: bool = False) -> Tensor:
     """How near the images are, Eq. 4: features (B, D) -> W (B, B), symmetric, in [0, 1].
 
-    W_ij = exp(-kernel_factor d_ij / std(d)); the factor is 1 in the code and 1/2 in the text. W_ii is 0 as in the code,
-    or 1 with `diagonal`.
+    W_ij = exp(-kernel_factor d_ij / std(d)); the factor is 1 in the code, 1/2 in the text. W_ii = 0, 1 if `diagonal`.
     """
     distances = squared_distances(z)
     w = torch.exp(-kernel_factor * distances / bandwidth(distances, diagonal))
@@ -149,14 +126,9 @@ def laplacian(w: Tensor, normalized: bool = True) -> Tensor:
     return torch.diag(w.sum(dim=1)) - w
 
 
-LAPLACIANS = {
-    "normalized": laplacian,
-    "unnormalized": functools.partial(laplacian, normalized=False),
-    "printed": printed_laplacian,
-}
+LAPLACIANS = {"normalized": laplacian, "unnormalized": lambda w: laplacian(w, False), "printed": printed_laplacian}
 
 
-@in_float32
 def manifold_loss(
     regularized: Tensor,
     reference: Tensor,
@@ -170,13 +142,13 @@ def manifold_loss(
     `form` is a key of LAPLACIANS. With "unnormalized" it is half of Eq. 2; only "printed" can be negative. Gradients
     flow into both layers, unless `detach_reference`. Finite for any batch: one image, two, identical ones.
     """
-    w = affinity(reference.detach() if detach_reference else reference, kernel_factor, diagonal)
+    regularized = widen(regularized)
+    w = affinity(reference.detach() if detach_reference else reference, kernel_factor, diagonal)  # (B, B)
     if form == "unnormalized":  # a common shift changes nothing there, and in float32 a large one drowns the gradient
         regularized = regularized - regularized.mean(dim=0, keepdim=True)
-    return (regularized * (LAPLACIANS[form](w) @ regularized)).sum() / len(regularized) ** 2
+    return (regularized * product(LAPLACIANS[form](w), regularized)).sum() / len(regularized) ** 2
 
 
-@in_float32
 def inverse_affinity(z: Tensor, kernel_factor: float = 1.0) -> Tensor:
     """w* of Eq. 5, large for images far apart: exp(+ kernel_factor d_ij / std(d)), i != j: (B, D) -> (B, B) >= 0."""
     distances = squared_distances(z)
@@ -185,110 +157,45 @@ def inverse_affinity(z: Tensor, kernel_factor: float = 1.0) -> Tensor:
 
 
 def inverse_manifold_loss(
-    regularized: Tensor,
-    reference: Tensor,
-    kernel_factor: float = 1.0,
-    detach_reference: bool = False,
-    eps: float = 1e-6,
+    regularized: Tensor, reference: Tensor, kernel_factor: float = 1.0, detach_reference: bool = False
 ) -> Tensor:
     """Reg* of Eq. 3: images far apart in the reference must not be close: (B, D), (B, D') -> scalar >= 0.
 
     In float64, since one over a small distance makes its rounding errors large.
     """
     w = inverse_affinity((reference.detach() if detach_reference else reference).double(), kernel_factor)
-    return (w / (squared_distances(regularized.double()) + eps)).sum() / len(regularized) ** 2
+    return (w / (squared_distances(regularized.double()) + 1e-6)).sum() / len(regularized) ** 2
 
 
-@in_float32
 def uniformity_loss(z: Tensor) -> Tensor:
     """U-MAE's uniformity: the mean over all pairs, i = j too, of the squared cosine: (B, D) -> scalar in [1/B, 1]."""
-    z = F.normalize(z, dim=1)
-    return (z @ z.T).square().mean()
+    z = F.normalize(widen(z), dim=1)
+    return product(z, z.T).square().mean()
 
 
-def image_features(tokens: Tensor) -> Tensor:
-    """One vector an image, Sec. 3.1: the mean of its patch tokens, without the CLS token: (B, 1 + M, D) -> (B, D)."""
-    return tokens[:, 1:].mean(dim=1)
-
-
-@in_float32
 def contrastive_loss(a: Tensor, b: Tensor, temperature: float = 0.2) -> Tensor:
     """SimCLR's NT-Xent over two views (B, D), (B, D): pick the other view among all 2B - 1 others -> scalar."""
-    z = F.normalize(torch.cat([a, b]), dim=1)  # (2B, D)
-    logits = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+    z = F.normalize(widen(torch.cat([a, b])), dim=1)  # (2B, D)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = (product(z, z.T) / temperature).masked_fill(itself, -math.inf)  # (2B, 2B)
     other_view = torch.arange(len(z), device=z.device).roll(len(a))
     return F.cross_entropy(logits, other_view)
 
 
-@in_float32
 def vicreg_loss(a: Tensor, b: Tensor, weights: tuple = (25.0, 25.0, 1.0)) -> Tensor:
     """VICReg over two views (B, D), (B, D): invariance, variance and covariance, weighted -> scalar >= 0.
 
     As in solo-learn: the views' variance terms are added (VICReg's Eq. 6; its code takes their mean), and the
     invariance is a mean over channels too (its code; its Eq. 5 sums over them).
     """
+    a, b = widen(a), widen(b)
     invariance, variance, covariance = F.mse_loss(a, b), 0.0, 0.0
     for z in (a, b):
         z = z - z.mean(dim=0)
         variance = variance + F.relu(1 - ((z.square().sum(dim=0) / max(1, len(z) - 1)) + 1e-4).sqrt()).mean()
-        square = (z.T @ z / max(1, len(z) - 1)).square()  # (D, D)
+        square = (product(z.T, z) / max(1, len(z) - 1)).square()  # (D, D)
         covariance = covariance + (square.sum() - square.diagonal().sum()) / z.shape[1]
     return weights[0] * invariance + weights[1] * variance + weights[2] * covariance
-
-
-# Strengths of the colour changes, and probabilities of applying them, grey, blur and solarisation.
-JITTER = {
-    "simclr": {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}  # SimCLR, appendix A
-    | {"apply": 0.8, "grey": 0.2, "blur": 0.5, "solarize": 0.0},
-    "vicreg": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}  # VICReg, appendix C.1
-    | {"apply": 0.8, "grey": 0.2, "blur": 0.5, "solarize": 0.1},
-}
-
-
-@in_float32
-def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
-    """Colour jitter, grey, blur and solarisation, each image with its own draw: (B, 3, H, W) -> the same, in [0, 1].
-
-    `strength` is an entry of JITTER. Brightness, contrast, saturation, hue and grey are one affine map of the colours
-    an image, in this order, clipped once. torchvision shuffles the order, clips after each, and turns the hue in HSV
-    rather than about the grey axis.
-    """
-    batch, like = len(images), {"dtype": images.dtype, "device": images.device}
-
-    def draw(low=0.0, high=1.0):
-        return low + (high - low) * torch.rand(batch, 1, 1, generator=generator, **like)  # (B, 1, 1)
-
-    def factor(name):
-        return draw(max(0.0, 1 - strength[name]), 1 + strength[name])
-
-    identity, luma = torch.eye(3, **like), torch.tensor([0.299, 0.587, 0.114], **like).expand(3, 3)
-    brightness, contrast, saturation = factor("brightness"), factor("contrast"), factor("saturation")
-    angle = 2 * math.pi * draw(-strength["hue"], strength["hue"])
-    third = torch.full((3, 3), 1 / 3, **like)
-    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], **like) / math.sqrt(3)
-    hue = angle.cos() * identity + (1 - angle.cos()) * third + angle.sin() * axis  # rotation about the grey axis
-    colour = hue @ (saturation * identity + (1 - saturation) * luma) * contrast * brightness  # (B, 3, 3)
-    mean_luma = (luma[0] @ images.mean(dim=(2, 3)).T)[:, None, None]
-    # Contrast turns about the mean grey, and a grey shift stays itself under saturation and hue.
-    shift = (brightness * (1 - contrast) * mean_luma).expand(-1, 3, 1)
-    applied = draw() < strength["apply"]
-    colour, shift = torch.where(applied, colour, identity), torch.where(applied, shift, 0.0)
-    grey = draw() < strength["grey"]
-    colour, shift = torch.where(grey, luma @ colour, colour), torch.where(grey, luma @ shift, shift)
-    pixels = rearrange(images, "b c h w -> b c (h w)")
-    images = (colour @ pixels + shift).clamp(0, 1).view_as(images)
-
-    sigma = torch.where(draw() < strength["blur"], draw(0.1, 2.0), 1e-3)  # (B, 1, 1) in pixels; 1e-3 changes nothing
-    matrices = []
-    for side in images.shape[-2:]:
-        at = torch.arange(side, **like)
-        radius = max(1, side // 20)  # a kernel of a tenth of the side, as SimCLR has it
-        apart = (at[:, None] - at[None, :]).abs()
-        weight = torch.exp(-0.5 * (apart / sigma) ** 2) * (apart <= radius)  # (B, side, side)
-        matrices.append(weight / weight.sum(dim=2, keepdim=True))
-    images = torch.einsum("bchw,bvw,buh->bcuv", images, matrices[1], matrices[0])
-    solarized = torch.where(images >= 0.5, 1 - images, images)
-    return torch.where((draw() < strength["solarize"])[..., None], solarized, images)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,38 +243,40 @@ class Config(TrainConfig):
         if not 0 <= self.blur <= 1:
             raise UserError(f"--blur {self.blur} is not a probability; give 0 to 1")
         depth = VIT_SIZES[self.model]["depth"]
-        blocks = {layer % depth for layer in self.layers if -depth <= layer < depth}
-        if len(blocks) < max(2, len(self.layers)):
+        exist = all(-depth <= layer < depth for layer in self.layers)
+        different = len({layer % depth for layer in self.layers}) == len(self.layers)
+        if not exist or not different or len(self.layers) < 2:
             raise UserError(f"--layers {self.layers}: give two or more different blocks from {-depth} to {depth - 1}")
 
 
+TABLE_4, TABLE_5 = {"model": "vit_tiny", "heads": 12}, {"model": "vit_tiny", "heads": 3}
+TABLE_5 |= {"epochs": 1000, "batch_size": 256, "base_lr": 1e-3, "betas": (0.9, 0.999), "e_st": 10}
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
 LAPTOP |= {"pool": "mean", "warmup_epochs": 2, "e_st": 5}
+VIEWS = {"batch_size": 128, "base_lr": 1e-3, "betas": (0.9, 0.999)}  # on a laptop
+SIMCLR_32, VICREG_32 = {"blur": 0.0, "colour": 0.5}, {"blur": 0.0}  # for pictures of 32 x 32
 
 RECIPES = {
     # Table 4: MAE, M-MAE, U-MAE and MU-MAE. Batches of 512 double the printed learning rate, as solo-learn does.
-    "cifar100": {"model": "vit_tiny", "heads": 12, "patch": 4, "image_size": 32, "epochs": 2000, "e_st": 60},
-    "tinyimagenet": {"model": "vit_tiny", "heads": 12, "patch": 8, "image_size": 64, "epochs": 800}
-    | {"batch_size": 512, "base_lr": 1e-3},
-    "stl10": {"model": "vit_tiny", "heads": 12, "patch": 12, "image_size": 96, "epochs": 800}
-    | {"batch_size": 512, "base_lr": 3e-4},
+    "cifar100": TABLE_4 | {"patch": 4, "image_size": 32, "epochs": 2000, "e_st": 60},
+    "tinyimagenet": TABLE_4 | {"patch": 8, "image_size": 64, "epochs": 800, "batch_size": 512, "base_lr": 1e-3},
+    "stl10": TABLE_4 | {"patch": 12, "image_size": 96, "epochs": 800, "batch_size": 512, "base_lr": 3e-4},
     "imagenet100": {},  # the defaults of Config
     "imagenet": {"e_st": 3},  # the released configuration
+    # Table 5: SimCLR and VICReg, with and without the regulariser.
+    "cifar100 --ssl simclr": TABLE_5 | SIMCLR_32,
+    "cifar100 --ssl vicreg": TABLE_5 | VICREG_32,
+    **{f"{data} --ssl {ssl}": TABLE_5 for data in ("tinyimagenet", "stl10") for ssl in ("simclr", "vicreg")},
+    "imagenet100 --ssl simclr": TABLE_5 | {"epochs": 200},
+    "imagenet100 --ssl vicreg": TABLE_5 | {"epochs": 200},
     # Laptop recipes of ours: many small steps.
     "shapes": LAPTOP | {"epochs": 24, "batch_size": 32, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 12},
+    "shapes --ssl simclr": VIEWS | SIMCLR_32,
+    "shapes --ssl vicreg": VIEWS | VICREG_32,
     "cifar10": LAPTOP | {"epochs": 30, "batch_size": 64, "base_lr": 8e-3, "crop_min": 0.2, "e_dur": 20},
+    "cifar10 --ssl simclr": VIEWS | SIMCLR_32,
+    "cifar10 --ssl vicreg": VIEWS | VICREG_32,
 }
-# Table 5: SimCLR and VICReg, with and without the regulariser.
-TABLE_5 = {"model": "vit_tiny", "heads": 3, "epochs": 1000, "batch_size": 256, "base_lr": 1e-3, "e_st": 10}
-TABLE_5 |= {"betas": (0.9, 0.999)}
-for _ssl in ("simclr", "vicreg"):
-    for _data in ("tinyimagenet", "stl10"):
-        RECIPES[f"{_data} --ssl {_ssl}"] = TABLE_5
-    RECIPES[f"imagenet100 --ssl {_ssl}"] = TABLE_5 | {"epochs": 200}
-    small = {"blur": 0.0} | ({"colour": 0.5} if _ssl == "simclr" else {})
-    RECIPES[f"cifar100 --ssl {_ssl}"] = TABLE_5 | small
-    for _data in ("cifar10", "shapes"):  # laptop recipes of ours
-        RECIPES[f"{_data} --ssl {_ssl}"] = small | {"batch_size": 128, "base_lr": 1e-3, "betas": (0.9, 0.999)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,28 +290,20 @@ class Magma(Method):
     The loop calls `start_epoch` to switch the regulariser on and off; whoever lifts this out must call it too.
     """
 
-    name = "magma"
+    name, captions = "magma", MaskedAutoencoder.captions
 
     def __init__(self, config: Config, data):
         super().__init__()
         size = VIT_SIZES[config.model] | ({"heads": config.heads} if config.heads else {})
         vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
-        self.config = config
-        self.start_epoch(0)
         if config.ssl == "mae":
             decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
             self.autoencoder = MaskedAutoencoder(vit, *decoder, config.mask_ratio, config.norm_pixels)
-            return
-        self.views, self.backbone, width = 2, vit, config.projector_dim
-        strength = JITTER[config.ssl]
-        colour = {name: config.colour * strength[name] for name in ("brightness", "contrast", "saturation", "hue")}
-        self.strength = strength | colour | {"blur": config.blur}
-        if config.ssl == "simclr":
-            layers = [nn.Linear(vit.dim, width), nn.ReLU(), nn.Linear(width, 256)]
         else:
-            layers = [nn.Linear(vit.dim, width), nn.BatchNorm1d(width), nn.ReLU()]
-            layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)]
-        self.projector = nn.Sequential(*layers)
+            self.backbone, self.views, self.captions = vit, 2, ("image", "view", "view")
+            self.projector = projector(config.ssl, vit.dim, config.projector_dim)
+        self.config = config
+        self.start_epoch(0)
 
     @property
     def encoder(self) -> ViT:
@@ -415,10 +316,7 @@ class Magma(Method):
         return gather(features) if self.config.gather else features
 
     def over_layers(self, function, hidden: list, *settings) -> Tensor:
-        """function(regularized, reference) over the layers K out of `hidden`, the output of every block (Eq. 2).
-
-        The last layer of K against each of the others, averaged; or all ordered pairs, summed.
-        """
+        """Eq. 2's sum over layers of K: function(regularized, reference); `hidden` is the output of every block."""
         chosen = [self.gathered(image_features(hidden[layer])) for layer in self.config.layers]  # each (B, D)
         if self.config.layer_pairs == "all":
             pairs = itertools.permutations(chosen, 2)
@@ -426,9 +324,17 @@ class Magma(Method):
         *references, last = chosen
         return sum(function(last, reference, *settings) for reference in references) / len(references)
 
+    def view(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] as SimCLR or VICReg sees them, each by its own draw -> the same."""
+        strength = JITTER[self.config.ssl] | {"blur": self.config.blur}
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            strength[name] *= self.config.colour
+        with torch.autocast(images.device.type, enabled=False):
+            return jitter(images, strength)
+
     def compare_views(self, views: Tensor) -> tuple[Tensor, Tensor, list]:
         """SimCLR or VICReg: views (B, 2, 3, H, W) -> loss, and the first view's tokens and every block's output."""
-        images = jitter(views.transpose(0, 1).flatten(0, 1), self.strength)  # (2B, 3, H, W), all first views first
+        images = self.view(views.transpose(0, 1).flatten(0, 1))  # (2B, 3, H, W), all first views first
         encoded, hidden = self.backbone.encode(self.backbone.embed(images), hidden=True)
         # The projector sees one view at a time: the statistics of its batch norm are those of a view.
         a, b = (self.gathered(self.projector(x)) for x in self.backbone.pooled(encoded).chunk(2))  # (B, D) each
@@ -442,9 +348,8 @@ class Magma(Method):
         """Eq. 1 for images (B, 3, H, W), with a mask (B, N) or a random one, or for two views (B, 2, 3, H, W)."""
         config = self.config
         if config.ssl == "mae":
-            reconstruction = self.autoencoder(images, mask)
-            encoded, hidden = reconstruction.encoded, reconstruction.hidden
-            loss = reconstruction_loss(reconstruction.prediction, reconstruction.target, reconstruction.mask)
+            prediction, target, mask, encoded, hidden = self.autoencoder(images, mask)
+            loss = reconstruction_loss(prediction, target, mask)
         else:
             loss, encoded, hidden = self.compare_views(images)
         pull, push = self.active * config.lam, self.active * config.inverse
@@ -462,13 +367,74 @@ class Magma(Method):
             loss = loss + push * terms["inverse"]
         return {"loss": loss, **terms}
 
-    @property
-    def captions(self) -> tuple:
-        return self.autoencoder.captions if self.config.ssl == "mae" else ("image", "view", "view")
-
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
         """Rows of (image, masked image, reconstruction) or (image, two jitters of it): (B, 3, 3, H, W) in [0, 1]."""
         if self.config.ssl == "mae":
             return self.autoencoder.pictures(images)
-        return torch.stack([images, jitter(images, self.strength), jitter(images, self.strength)], dim=1)
+        return torch.stack([images, self.view(images), self.view(images)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix: what SimCLR and VICReg need besides, the projector and the views
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def projector(ssl: str, dim: int, width: int) -> nn.Sequential:
+    """The layers through which the views are compared: (B, D) -> (B, 256) for SimCLR, (B, width) for VICReg."""
+    if ssl == "simclr":
+        return nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, 256))
+    layers = [nn.Linear(dim, width), nn.BatchNorm1d(width), nn.ReLU()]
+    layers += [nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, width)]
+    return nn.Sequential(*layers)
+
+
+# Strengths of the colour changes, and probabilities of these, of grey, of a blur and of solarisation.
+BOTH = {"apply": 0.8, "grey": 0.2, "blur": 0.5}
+JITTER = {
+    "simclr": BOTH | {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "solarize": 0.0},  # appendix A
+    "vicreg": BOTH | {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "solarize": 0.1},  # C.1
+}
+
+
+def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
+    """Colour jitter, grey, blur and solarisation, each image with its own draw: (B, 3, H, W) -> the same, in [0, 1].
+
+    `strength` is an entry of JITTER. Brightness, contrast, saturation, hue and grey are one affine map of the colours
+    an image, in this order, clipped once. torchvision shuffles the order, clips after each, and turns the hue in HSV
+    rather than about the grey axis. Autocast would take digits from it.
+    """
+    batch, like = len(images), {"dtype": images.dtype, "device": images.device}
+
+    def draw(low=0.0, high=1.0):
+        return low + (high - low) * torch.rand(batch, 1, 1, generator=generator, **like)  # (B, 1, 1)
+
+    def factor(name):
+        return draw(max(0.0, 1 - strength[name]), 1 + strength[name])
+
+    identity, luma = torch.eye(3, **like), torch.tensor([0.299, 0.587, 0.114], **like).expand(3, 3)
+    brightness, contrast, saturation = factor("brightness"), factor("contrast"), factor("saturation")
+    angle = 2 * math.pi * draw(-strength["hue"], strength["hue"])
+    third = torch.full((3, 3), 1 / 3, **like)
+    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], **like) / math.sqrt(3)
+    hue = angle.cos() * identity + (1 - angle.cos()) * third + angle.sin() * axis  # rotation about the grey axis
+    colour = hue @ (saturation * identity + (1 - saturation) * luma) * contrast * brightness  # (B, 3, 3)
+    mean_luma = (luma[0] @ images.mean(dim=(2, 3)).T)[:, None, None]
+    # Contrast turns about the mean grey, and a grey shift stays itself under saturation and hue.
+    shift = (brightness * (1 - contrast) * mean_luma).expand(-1, 3, 1)
+    applied = draw() < strength["apply"]
+    colour, shift = torch.where(applied, colour, identity), torch.where(applied, shift, 0.0)
+    grey = draw() < strength["grey"]
+    colour, shift = torch.where(grey, luma @ colour, colour), torch.where(grey, luma @ shift, shift)
+    images = (colour @ images.flatten(2) + shift).clamp(0, 1).view_as(images)
+
+    sigma = torch.where(draw() < strength["blur"], draw(0.1, 2.0), 1e-3)  # (B, 1, 1) in pixels; 1e-3 changes nothing
+    matrices = []  # of a kernel as wide as a tenth of the side, as SimCLR has it
+    for side in images.shape[-2:]:
+        at = torch.arange(side, **like)
+        apart = (at[:, None] - at[None, :]).abs()
+        weight = torch.exp(-0.5 * (apart / sigma) ** 2) * (apart <= max(1, side // 20))  # (B, side, side)
+        matrices.append(weight / weight.sum(dim=2, keepdim=True))
+    images = torch.einsum("bchw,bvw,buh->bcuv", images, matrices[1], matrices[0])
+    solarized = torch.where(images >= 0.5, 1 - images, images)
+    return torch.where((draw() < strength["solarize"])[..., None], solarized, images)

@@ -1,6 +1,5 @@
 """The equations of MAGMA against slow versions, its invariants as properties, and the method itself."""
 
-import dataclasses
 import math
 
 import pytest
@@ -8,21 +7,18 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from make import generator, images_of, randn, seeds, tiny_magma
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import magma
-from common import MemoryImages, Stepper, UserError
-from magma import RECIPES, Config, Magma
+from magma import RECIPES, Config
+from plumbing.errors import UserError
+from plumbing.settings import read_flags
 
-seeds = st.integers(0, 2**32 - 1)
 batches = st.integers(3, 8)
 widths = st.integers(1, 6)
 factors = st.sampled_from((0.5, 1.0))
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def gradients(function, *inputs):
@@ -41,12 +37,14 @@ def assert_same_value_and_gradient(fast, slow, *inputs, rtol=1e-9):
 
 @given(batches, widths, seeds)
 def test_squared_distances_matches_naive_loop(batch, width, seed):
+    """d_ij of Eq. 4."""
     z = randn(batch, width, seed=seed)
     torch.testing.assert_close(magma.squared_distances(z), reference.squared_distances(z))
 
 
 @given(batches, widths, factors, st.booleans(), seeds)
 def test_affinity_matches_naive_loop_of_eq_4(batch, width, factor, diagonal, seed):
+    """Eq. 4, as printed and as in the code, with its gradient."""
     z, weight = randn(batch, width, seed=seed), randn(batch, batch, seed=seed + 1)
     torch.testing.assert_close(magma.affinity(z, factor, diagonal), reference.affinity(z, factor, diagonal))
     assert_same_value_and_gradient(
@@ -59,6 +57,7 @@ def test_affinity_matches_naive_loop_of_eq_4(batch, width, factor, diagonal, see
 
 @given(batches, st.booleans(), seeds)
 def test_laplacian_matches_naive_loop_of_eq_7(batch, normalized, seed):
+    """Eq. 7: the identity minus what is printed, or D - W."""
     w = magma.affinity(randn(batch, 4, seed=seed))
     torch.testing.assert_close(magma.laplacian(w, normalized), reference.laplacian(w, normalized))
     torch.testing.assert_close(magma.printed_laplacian(w), torch.eye(batch).double() - magma.laplacian(w))
@@ -66,6 +65,7 @@ def test_laplacian_matches_naive_loop_of_eq_7(batch, normalized, seed):
 
 @given(batches, widths, widths, factors, st.booleans(), st.booleans(), seeds)
 def test_manifold_loss_matches_naive_loop_of_eq_6(batch, width, other, factor, diagonal, normalized, seed):
+    """Eq. 6, with the gradients of both layers."""
     regularized, features = randn(batch, width, seed=seed), randn(batch, other, seed=seed + 1)
     form = "normalized" if normalized else "unnormalized"
     assert_same_value_and_gradient(
@@ -79,6 +79,7 @@ def test_manifold_loss_matches_naive_loop_of_eq_6(batch, width, other, factor, d
 
 @given(batches, widths, factors, seeds)
 def test_inverse_manifold_loss_matches_naive_loop_of_eq_3_and_5(batch, width, factor, seed):
+    """Eq. 3 with the weights of Eq. 5."""
     regularized, features = randn(batch, width, seed=seed), randn(batch, 3, seed=seed + 1)
     assert_same_value_and_gradient(
         lambda y, x: magma.inverse_manifold_loss(y, x, factor),
@@ -91,6 +92,7 @@ def test_inverse_manifold_loss_matches_naive_loop_of_eq_3_and_5(batch, width, fa
 
 @given(st.integers(1, 6), widths, seeds)
 def test_uniformity_loss_matches_naive_loop(batch, width, seed):
+    """U-MAE's uniformity, between 1/B and 1."""
     z = randn(batch, width, seed=seed)
     assert_same_value_and_gradient(magma.uniformity_loss, reference.uniformity_loss, z)
     assert 1 / batch - 1e-9 <= magma.uniformity_loss(z) <= 1 + 1e-9
@@ -98,14 +100,20 @@ def test_uniformity_loss_matches_naive_loop(batch, width, seed):
 
 @given(st.integers(1, 5), widths, st.floats(0.1, 1), seeds)
 def test_contrastive_loss_matches_naive_loop(batch, width, temperature, seed):
+    """SimCLR's Eq. 1, the mean over all views."""
     a, b = randn(2, batch, width, seed=seed)
-    fast = lambda a, b: magma.contrastive_loss(a, b, temperature)
-    slow = lambda a, b: reference.contrastive_loss(a, b, temperature)
-    assert_same_value_and_gradient(fast, slow, a, b, rtol=1e-8)
+    assert_same_value_and_gradient(
+        lambda a, b: magma.contrastive_loss(a, b, temperature),
+        lambda a, b: reference.contrastive_loss(a, b, temperature),
+        a,
+        b,
+        rtol=1e-8,
+    )
 
 
 @given(st.integers(2, 5), widths, seeds)
 def test_vicreg_loss_matches_naive_loop(batch, width, seed):
+    """VICReg's Eq. 6, of its Eq. 1 to 5."""
     a, b = randn(2, batch, width, seed=seed)
     weights = (25.0, 24.0, 1.5)
     assert_same_value_and_gradient(
@@ -114,6 +122,7 @@ def test_vicreg_loss_matches_naive_loop(batch, width, seed):
 
 
 def test_image_features_leave_the_cls_token_out():
+    """Z_i of Sec. 3.1, a mean where a sum is printed."""
     tokens = randn(2, 5, 3)
     torch.testing.assert_close(magma.image_features(tokens), sum(tokens[:, i] for i in range(1, 5)) / 4)
 
@@ -154,7 +163,7 @@ def test_laplacian_is_symmetric_and_positive_semidefinite_with_eigenvalues_up_to
         assert torch.equal(matrix, matrix.T)
         assert values.min() > -1e-12
         assert not normalized or values.max() < 2 + 1e-12
-    ones = torch.ones(batch, dtype=torch.float64)
+    ones = torch.ones(batch, dtype=torch.float64)  # features that are all alike cost nothing
     torch.testing.assert_close(magma.laplacian(w, normalized=False) @ ones, 0 * ones)
 
 
@@ -166,6 +175,7 @@ def test_manifold_loss_is_never_negative(batch, width, seed):
 
 @given(batches, widths, seeds)
 def test_trace_is_half_of_the_double_sum_of_eq_2_for_the_unnormalized_laplacian(batch, width, seed):
+    """Eq. 2 and Eq. 6 are not the same, as the text has it."""
     y, x = randn(2, batch, width, seed=seed)
     double_sum = reference.pairwise_loss(y, magma.affinity(x))
     torch.testing.assert_close(2 * magma.manifold_loss(y, x, form="unnormalized"), double_sum)
@@ -303,68 +313,69 @@ def test_gradients_pass_gradcheck(name, seed):
 # --- views -----------------------------------------------------------------------------------------------------------
 
 STILL = dict.fromkeys(magma.JITTER["simclr"], 0.0)
-
-
-def pictures(batch=4, size=20, seed=0):
-    return torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)
 
 
 def test_jitter_of_no_strength_is_the_identity():
     for apply in (0.0, 1.0):
-        torch.testing.assert_close(magma.jitter(pictures(), STILL | {"apply": apply}), pictures())
+        images = images_of(4, 20)
+        torch.testing.assert_close(magma.jitter(images, STILL | {"apply": apply}, generator(0)), images)
 
 
 @pytest.mark.parametrize("name", ["simclr", "vicreg"])
 def test_jitter_stays_in_range_and_follows_its_generator(name):
-    out = [magma.jitter(pictures(), magma.JITTER[name], torch.Generator().manual_seed(3)) for _ in range(2)]
+    images = images_of(4, 20)
+    out = [magma.jitter(images, magma.JITTER[name], generator(3)) for _ in range(2)]
     assert torch.equal(*out)
     assert out[0].min() >= 0
     assert out[0].max() <= 1
-    assert not torch.allclose(out[0], pictures())
-
-
-def test_each_view_has_batch_statistics_of_its_own():
-    method, seen = tiny(ssl="vicreg"), []
-    method.projector.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    run(method)
-    assert seen == [6, 6]
+    assert not torch.allclose(out[0], images)
 
 
 def test_jitter_draws_for_each_image_on_its_own():
-    same = pictures(1).expand(8, -1, -1, -1)
-    out = magma.jitter(same, magma.JITTER["vicreg"] | {"apply": 1.0}, torch.Generator().manual_seed(0))
+    same = images_of(1, 20).expand(8, -1, -1, -1)
+    out = magma.jitter(same, magma.JITTER["vicreg"] | {"apply": 1.0}, generator(0))
     assert len({round(float(x.mean()), 6) for x in out}) == 8
 
 
+def jittered(images, **strength):
+    return magma.jitter(images, STILL | {"apply": 1.0} | strength, generator(1))
+
+
+def grey_of(images):
+    return (images * LUMA).sum(dim=1)
+
+
 def test_jitter_ops_mean_what_they_say():
-    images = 0.3 + 0.4 * pictures()  # far from clipping
-    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    images = images.double()
-    draw = lambda **strength: magma.jitter(images, STILL | {"apply": 1.0} | strength, torch.Generator().manual_seed(1))
-    grey = draw(grey=1.0)
-    torch.testing.assert_close(grey, (images * luma).sum(dim=1, keepdim=True).expand(-1, 3, -1, -1))
-    ratio = draw(brightness=0.3) / images
+    """Each colour change by what it leaves alone."""
+    images = 0.3 + 0.4 * images_of(4, 20).double()  # far from clipping
+    ratio = jittered(images, brightness=0.3) / images
     torch.testing.assert_close(ratio, ratio[:, :1, :1, :1].expand_as(ratio))
-    contrasted = draw(contrast=0.3)
-    torch.testing.assert_close((contrasted * luma).sum(1).mean((1, 2)), (images * luma).sum(1).mean((1, 2)))
+    contrasted = jittered(images, contrast=0.3)
+    torch.testing.assert_close(grey_of(contrasted).mean((1, 2)), grey_of(images).mean((1, 2)))
     assert not torch.allclose(contrasted, images, atol=1e-2)
-    saturated = draw(saturation=0.3)
-    torch.testing.assert_close((saturated * luma).sum(1), (images * luma).sum(1))
-    hue = draw(hue=0.1)
+    torch.testing.assert_close(grey_of(jittered(images, saturation=0.3)), grey_of(images))
+    hue = jittered(images, hue=0.1)
     torch.testing.assert_close(hue.mean(dim=1), images.mean(dim=1))  # the grey axis stays
     torch.testing.assert_close(hue.square().sum(dim=1), images.square().sum(dim=1))  # and it is a rotation
-    torch.testing.assert_close(draw(solarize=1.0), torch.where(images >= 0.5, 1 - images, images))
-    blurred = draw(blur=1.0)
-    assert blurred.var() < images.var()
+    assert not torch.allclose(hue, images, atol=1e-2)
+    grey = jittered(images, grey=1.0)
+    torch.testing.assert_close(grey, grey_of(images)[:, None].expand(-1, 3, -1, -1))
+
+
+def test_solarisation_inverts_what_is_bright_and_a_blur_keeps_what_is_flat():
+    images = images_of(4, 20).double()
+    torch.testing.assert_close(jittered(images, solarize=1.0), torch.where(images >= 0.5, 1 - images, images))
+    assert jittered(images, blur=1.0).var() < images.var()
     flat = torch.full_like(images, 0.4)
-    torch.testing.assert_close(magma.jitter(flat, STILL | {"blur": 1.0}), flat)
+    torch.testing.assert_close(jittered(flat, blur=1.0), flat)
 
 
 def test_contrast_turns_about_the_mean_of_the_brightened_image():
     images = torch.full((500, 3, 2, 2), 0.4, dtype=torch.float64)
     images[..., 0] = 0.2
     strength = STILL | {"apply": 1.0, "brightness": 0.3, "contrast": 0.3}
-    out = magma.jitter(images, strength, torch.Generator().manual_seed(0))
+    out = magma.jitter(images, strength, generator(0))
     brightness = out.mean(dim=(1, 2, 3)) / 0.3
     contrast = (out[..., 1] - out[..., 0]).mean(dim=(1, 2)) / 0.2 / brightness
     for factor in (brightness, contrast):
@@ -374,7 +385,7 @@ def test_contrast_turns_about_the_mean_of_the_brightened_image():
 
 def test_the_hue_turns_by_up_to_its_share_of_a_circle():
     colour = torch.tensor([0.5, 0.3, 0.3], dtype=torch.float64).view(1, 3, 1, 1).expand(500, 3, 1, 1)
-    out = magma.jitter(colour, STILL | {"apply": 1.0, "hue": 0.1}, torch.Generator().manual_seed(0))
+    out = magma.jitter(colour, STILL | {"apply": 1.0, "hue": 0.1}, generator(0))
     before, after = (x[:, :, 0, 0] - x[:, :, 0, 0].mean(dim=1, keepdim=True) for x in (colour, out))
     angle = torch.nn.functional.cosine_similarity(before, after).clamp(-1, 1).acos() / (2 * math.pi)  # in circles
     assert 0.099 < angle.max() < 0.1 + 1e-9 and angle.min() < 0.001
@@ -383,7 +394,7 @@ def test_the_hue_turns_by_up_to_its_share_of_a_circle():
 def test_blur_is_a_gaussian_of_up_to_two_pixels():
     images = torch.zeros(1000, 3, 41, 41, dtype=torch.float64)
     images[:, :, 20, 20] = 1.0
-    out = magma.jitter(images, STILL | {"blur": 1.0}, torch.Generator().manual_seed(0))[:, 0]
+    out = magma.jitter(images, STILL | {"blur": 1.0}, generator(0))[:, 0]
     beside, beyond = out[:, 20, 21] / out[:, 20, 20], out[:, 20, 22] / out[:, 20, 20]
     torch.testing.assert_close(beyond, beside**4)  # exp(-d^2 / (2 sigma^2)) at d = 1 and 2
     assert math.exp(-1 / (2 * 1.95**2)) < beside.max() < math.exp(-1 / (2 * 2.0**2))
@@ -394,83 +405,92 @@ def test_blur_is_a_gaussian_of_up_to_two_pixels():
 # --- the method ------------------------------------------------------------------------------------------------------
 
 
-def tiny(**fields):
-    """Magma on 8 x 8 images, built from a seed."""
-    laptop = RECIPES["shapes"] | {"image_size": 8, "patch": 4, "mask_ratio": 0.5, "e_st": 0, "amp": "off"}
-    laptop |= {"projector_dim": 16}
-    torch.manual_seed(0)
-    return Magma(Config(**(laptop | fields)), DATA)
-
-
-DATA = MemoryImages(*common.render_shapes(10, 8)[:2], list(common.SHAPES), (0.4, 0.4, 0.4), (0.3, 0.3, 0.3))
-
-
 def run(method, images=None, seed=0):
     torch.manual_seed(seed)
-    images = pictures(6, 8) if images is None else images
+    images = images_of(6, 8) if images is None else images
     return method(images if method.views == 1 else torch.stack([images, images.flip(-1)], dim=1))
 
 
 def weights_after_a_step(method):
     config = method.config
-    stepper = Stepper(method.optimizer(config), config, torch.device("cpu"))
+    stepper = common.Stepper(method.optimizer(config), config, torch.device("cpu"))
     torch.manual_seed(0)
-    method.update(method, [(pictures(6, 8), None)], stepper)
+    method.update(method, [(images_of(6, 8), None)], stepper)
     return torch.cat([p.detach().flatten() for _, p in sorted(method.autoencoder.named_parameters())])
 
 
 def test_lambda_zero_equals_the_masked_autoencoder_step_exactly():
-    torch.manual_seed(0)
-    vit = common.ViT(8, 4, **common.VIT_SIZES["vit_micro"], pool="mean", mean=DATA.mean, std=DATA.std)
-    plain = common.MaskedAutoencoder(vit, 64, 2, 4, mask_ratio=0.5)
+    """Eq. 1 with lambda = 0, against He et al.'s method written out."""
 
     class Mae(common.Method):
         def __init__(self):
             super().__init__()
-            self.encoder, self.autoencoder, self.config = vit, plain, tiny().config
+            like = tiny_magma()
+            self.encoder, self.autoencoder, self.config = like.encoder, like.autoencoder, like.config
 
         def forward(self, images, labels=None):
             out = self.autoencoder(images)
             return {"loss": common.reconstruction_loss(out.prediction, out.target, out.mask)}
 
-    assert torch.equal(weights_after_a_step(tiny(lam=0.0)), weights_after_a_step(Mae()))
-    assert not torch.equal(weights_after_a_step(tiny(lam=1.0)), weights_after_a_step(Mae()))
+    torch.manual_seed(0)
+    vit = common.ViT(8, 4, **common.VIT_SIZES["vit_micro"], mean=(0.4,) * 3, std=(0.3,) * 3)
+    plain = common.MaskedAutoencoder(vit, 64, 2, 4, mask_ratio=0.5)
+    ours = tiny_magma().autoencoder.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in plain.state_dict().items())
+    assert torch.equal(weights_after_a_step(tiny_magma(lam=0.0)), weights_after_a_step(Mae()))
+    assert not torch.equal(weights_after_a_step(tiny_magma(lam=1.0)), weights_after_a_step(Mae()))
 
 
 def test_loss_is_eq_1():
-    out = run(tiny(lam=0.7, uniformity=0.3, inverse=0.2))
+    """Eq. 1, with U-MAE's term and Eq. 3 beside it."""
+    out = run(tiny_magma(lam=0.7, uniformity=0.3, inverse=0.2))
     terms = {name: value.item() for name, value in out.items()}
     total = terms["mae"] + 0.7 * terms["manifold"] + 0.3 * terms["uniformity"] + 0.2 * terms["inverse"]
     assert terms["loss"] == pytest.approx(total, rel=1e-5)
 
 
-def test_regularizer_sees_the_mean_of_the_visible_patches_of_the_chosen_blocks():
-    method = tiny()
-    out = run(method)
+def features_of_blocks(method):
+    """Z of every block for the images and the mask of `run`: a list of (6, 96)."""
     torch.manual_seed(0)
-    hidden = method.autoencoder(pictures(6, 8)).hidden
+    hidden = method.autoencoder(images_of(6, 8)).hidden
     assert hidden[0].shape == (6, 1 + 2, 96)  # two of four patches are visible
-    z = [layer[:, 1:].mean(dim=1) for layer in hidden]
-    torch.testing.assert_close(out["manifold"], magma.manifold_loss(z[5], z[4]))
-    several = run(tiny(layers=(0, 2, 3)))["manifold"]
+    return [layer[:, 1:].mean(dim=1) for layer in hidden]
+
+
+def test_regularizer_sees_the_mean_of_the_visible_patches_of_the_chosen_blocks():
+    """K of Eq. 2, the last block and the one before it."""
+    z = features_of_blocks(tiny_magma())
+    torch.testing.assert_close(run(tiny_magma())["manifold"], magma.manifold_loss(z[5], z[4]))
+
+
+def test_layers_and_their_pairs_are_the_sum_over_k_of_eq_2():
+    """Each reference against the last one, averaged; or all ordered pairs, summed."""
+    z = features_of_blocks(tiny_magma())
+    several = run(tiny_magma(layers=(0, 2, 3)))["manifold"]
     torch.testing.assert_close(several, (magma.manifold_loss(z[3], z[0]) + magma.manifold_loss(z[3], z[2])) / 2)
-    both = run(tiny(layers=(1, 2), layer_pairs="all"))["manifold"]
+    both = run(tiny_magma(layers=(1, 2), layer_pairs="all"))["manifold"]
     torch.testing.assert_close(both, magma.manifold_loss(z[2], z[1]) + magma.manifold_loss(z[1], z[2]))
-    text = run(tiny(laplacian="printed", kernel_factor=0.5, diagonal=True))["manifold"]
+
+
+def test_the_settings_of_the_kernel_reach_the_regularizer():
+    z = features_of_blocks(tiny_magma())
+    text = run(tiny_magma(laplacian="printed", kernel_factor=0.5, diagonal=True))["manifold"]
     torch.testing.assert_close(text, magma.manifold_loss(z[5], z[4], 0.5, diagonal=True, form="printed"))
+    inverse = run(tiny_magma(inverse=1.0, kernel_factor=0.5))["inverse"]
+    torch.testing.assert_close(inverse, magma.inverse_manifold_loss(z[5], z[4], 0.5))
 
 
 def test_uniformity_is_taken_on_the_cls_token_after_the_final_norm():
-    method = tiny()
+    method = tiny_magma()
     torch.manual_seed(0)
-    encoded = method.autoencoder(pictures(6, 8)).encoded
+    encoded = method.autoencoder(images_of(6, 8)).encoded
     torch.testing.assert_close(run(method)["uniformity"], magma.uniformity_loss(encoded[:, 0]))
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 12))
 def test_regularizer_is_active_from_e_st_for_e_dur_epochs_and_measured_always(e_st, e_dur, epoch):
-    method = SCHEDULED
-    method.config = dataclasses.replace(method.config, e_st=e_st, e_dur=e_dur)
+    """Eq. 1's schedule; the term is measured outside of it, too, as in Fig. 2a."""
+    method = tiny_magma(e_st=e_st, e_dur=e_dur)
     method.start_epoch(epoch)
     out = run(method)
     active = epoch >= e_st and epoch < e_st + e_dur
@@ -479,13 +499,10 @@ def test_regularizer_is_active_from_e_st_for_e_dur_epochs_and_measured_always(e_
     assert out["loss"].item() == pytest.approx(out["mae"].item() + active * out["manifold"].item(), rel=1e-6)
 
 
-SCHEDULED = tiny()
-
-
 @pytest.mark.parametrize("ssl", ["mae", "simclr", "vicreg"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_training_reaches_every_parameter(ssl, pool):
-    method = tiny(ssl=ssl, pool=pool)
+    method = tiny_magma(ssl=ssl, pool=pool)
     run(method)["loss"].backward()
     silent = {name for name, p in method.named_parameters() if p.grad is None or not p.grad.any()}
     # A bias that the next step takes away again (the batch norm, the covariance) has a gradient of rounding errors.
@@ -494,23 +511,23 @@ def test_training_reaches_every_parameter(ssl, pool):
 
 @pytest.mark.parametrize("ssl", ["mae", "simclr", "vicreg"])
 def test_a_few_steps_lower_the_loss(ssl):
-    method = tiny(ssl=ssl, base_lr=0.05)
+    method = tiny_magma(ssl=ssl, base_lr=0.05)
     config = method.config
-    stepper = Stepper(method.optimizer(config), config, torch.device("cpu"))
+    stepper = common.Stepper(method.optimizer(config), config, torch.device("cpu"))
     for group in stepper.optimizer.param_groups:
         group["lr"] = 2e-3
     losses = []
     for _ in range(12):
         torch.manual_seed(0)
-        images = pictures(6, 8) if ssl == "mae" else torch.stack([pictures(6, 8)] * 2, dim=1)
+        images = images_of(6, 8) if ssl == "mae" else torch.stack([images_of(6, 8)] * 2, dim=1)
         losses.append(float(method.update(method, [(images, None)], stepper)["loss"]))
     assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("ssl", ["simclr", "vicreg"])
 def test_two_views_are_compared_and_the_first_is_regularized(ssl):
-    method = tiny(ssl=ssl).eval()  # batch norm in eval mode keeps the images apart
-    views = pictures(12, 8).view(6, 2, 3, 8, 8)
+    method = tiny_magma(ssl=ssl).eval()  # batch norm in eval mode keeps the images apart
+    views = images_of(12, 8).view(6, 2, 3, 8, 8)
     torch.manual_seed(0)
     out = method(views)
     torch.manual_seed(0)
@@ -523,25 +540,49 @@ def test_two_views_are_compared_and_the_first_is_regularized(ssl):
     torch.testing.assert_close(out["manifold"], magma.manifold_loss(features[-1], features[-2]), rtol=1e-4, atol=1e-6)
 
 
+def test_each_view_has_batch_statistics_of_its_own():
+    method, seen = tiny_magma(ssl="vicreg"), []
+    method.projector.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    run(method)
+    assert seen == [6, 6]
+
+
+@pytest.mark.parametrize("ssl", ["simclr", "vicreg"])
+def test_views_are_made_in_float32_under_autocast(ssl):
+    method, images = tiny_magma(ssl=ssl, colour=0.5, blur=1.0), images_of(4, 20)
+    strength = magma.JITTER[ssl] | {"blur": 1.0}
+    strength |= {name: 0.5 * strength[name] for name in ("brightness", "contrast", "saturation", "hue")}
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = method.view(images)
+    torch.manual_seed(0)
+    assert torch.equal(seen, magma.jitter(images, strength))
+
+
 def test_projectors_have_the_widths_of_solo_learn():
-    simclr = [layer for layer in tiny(ssl="simclr", projector_dim=2048).projector if hasattr(layer, "out_features")]
-    vicreg = [layer for layer in tiny(ssl="vicreg", projector_dim=2048).projector if hasattr(layer, "out_features")]
+    simclr = [
+        layer for layer in tiny_magma(ssl="simclr", projector_dim=2048).projector if hasattr(layer, "out_features")
+    ]
+    vicreg = [
+        layer for layer in tiny_magma(ssl="vicreg", projector_dim=2048).projector if hasattr(layer, "out_features")
+    ]
     assert [layer.out_features for layer in simclr] == [2048, 256]
     assert [layer.out_features for layer in vicreg] == [2048, 2048, 2048]
 
 
 def test_pictures_are_rows_in_range():
     for ssl in ("mae", "simclr"):
-        rows = tiny(ssl=ssl).pictures(pictures(5, 8))
-        assert rows.shape == (5, 3, 3, 8, 8)
-        torch.testing.assert_close(rows[:, 0], pictures(5, 8))
+        method = tiny_magma(ssl=ssl)
+        rows = method.pictures(images_of(5, 8))
+        assert rows.shape == (5, len(method.captions), 3, 8, 8)
+        torch.testing.assert_close(rows[:, 0], images_of(5, 8))
         assert rows.min() >= 0
         assert rows.max() <= 1
 
 
 def test_recipes_are_tables_4_and_5():
     def recipe(text):
-        return common.read_flags(Config, RECIPES, text.split())
+        return read_flags(Config, RECIPES, text.split())
 
     rows = {  # Table 4: model, patch, epochs, batch, lr, e_st, crop
         "cifar100": ("vit_tiny", 4, 2000, 256, 1.5e-4, 60, 32),
@@ -583,4 +624,4 @@ def test_recipes_are_tables_4_and_5():
 )
 def test_magma_refuses_settings_that_do_not_exist(fields, message):
     with pytest.raises(UserError, match=message):
-        tiny(**fields)
+        tiny_magma(**fields)
