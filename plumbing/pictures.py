@@ -28,8 +28,10 @@ def save_pictures(rows: Tensor, path, captions=(), title: str = "", side: int = 
     figure.figimage(sheet, GAP, 0)  # pixel by pixel
     for k, caption in enumerate(captions[: rows.shape[1]]):
         middle = GAP + (k + 0.5) * tiles.shape[-1] - GAP / 2
-        figure.text(middle / width, 1 - (head - 9) / height, caption, ha="center", va="center", fontsize=8)
+        place = (middle / width, 1 - (head - 9) / height)
+        figure.text(*place, caption, ha="center", va="center", fontsize=8, parse_math=False)
     if title:
         size = min(11, 125 * width / DPI / len(title))  # so that all of it is seen
-        figure.text(GAP / width, 1 - 13 / height, title, ha="left", va="center", fontsize=size)
+        # Whatever stands between two $ in the name of a folder is no formula.
+        figure.text(GAP / width, 1 - 13 / height, title, ha="left", va="center", fontsize=size, parse_math=False)
     write_atomically(Path(path), lambda file: figure.savefig(file, format="png"))
