@@ -1,8 +1,8 @@
 """Measure what the README claims about speed: each line is a ratio of two versions timed in turn, in one process.
 
-python bench.py                        all of it, some minutes on two cores
-python bench.py regularizer crop       only these
-python bench.py --threads 1 crop       with another number of threads
+python tests/bench.py                        all of it, some minutes on two cores
+python tests/bench.py regularizer crop       only these
+python tests/bench.py --threads 1 crop       with another number of threads
 
 attention     plain attention against the fused kernel
 amp           a masked-autoencoder step with the default --amp auto against float32
@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import re
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,13 +37,25 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import common
 import ebm_pretrain
-import evaluate
 import finola
 import magma
 import mixedae
 import mlo_mae
+from plumbing.crops import crop_boxes, random_resized_crop
+from plumbing.datasets import STATISTICS
+from plumbing.images import MemoryImages
+from plumbing.probes import knn_accuracy
+from plumbing.processes import pick_precision, start_distributed
+from plumbing.runs import read_log
+from plumbing.settings import read_flags
+from protocols.heads import LinearHeads, one_hot
+from protocols.rows import Subject
+from protocols.settings import settings_of
+from protocols.training import Classifier, run_protocol
 
 
 def seconds(*functions, rounds: int = 7) -> list:
@@ -75,7 +88,7 @@ def row(*cells):
 def training_step(device, batch: int, **fields):
     """A function that makes one optimisation step of Magma on random CIFAR-like images, after warming up."""
     config = magma.Config(**{"model": "vit_tiny", "image_size": 32, "patch": 4, "e_st": 0} | fields)
-    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
+    data = MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
     torch.manual_seed(0)
     method = magma.Magma(config, data).to(device)
     stepper = common.Stepper(method.optimizer(config), config, device)
@@ -99,7 +112,7 @@ def attention(device):
 
 def amp(device):
     row("product of two 2048 x 2048 matrices", "float32", "--amp auto", "speed-up")
-    dtype = common.pick_precision("auto", device) or torch.float32
+    dtype = pick_precision("auto", device) or torch.float32
     wide, narrow = (torch.randn(2048, 2048, device=device).to(kind) for kind in (torch.float32, dtype))
     plain, auto = seconds(lambda: wide @ wide, lambda: narrow @ narrow, rounds=15)
     rates = [f"{2 * 2048**3 / spent / 1e9:,.0f} GFLOP/s" for spent in (plain, auto)]
@@ -143,7 +156,7 @@ def crop(device):
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images.cpu()]
 
     def grid():
-        top, left, h, w = common.crop_boxes(*torch.full((2, 512), 32.0, device=device)).unbind(dim=1)
+        top, left, h, w = crop_boxes(*torch.full((2, 512), 32.0, device=device)).unbind(dim=1)
         zero = torch.zeros_like(w)
         rows = torch.stack([w / 32, zero, (2 * left + w) / 32 - 1], dim=1)
         columns = torch.stack([zero, h / 32, (2 * top + h) / 32 - 1], dim=1)
@@ -152,14 +165,14 @@ def crop(device):
         return F.grid_sample(images.float() / 255, at, align_corners=False, padding_mode="border")
 
     def one_by_one():
-        boxes = common.crop_boxes(*torch.full((2, 512), 32.0)).tolist()
+        boxes = crop_boxes(*torch.full((2, 512), 32.0)).tolist()
         out = []
         for picture, (top, left, h, w) in zip(pictures, boxes, strict=True):
             box = (left, top, min(left + w, 32), min(top + h, 32))
             out.append(np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR, box=box)))
         return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 255
 
-    versions = (lambda: common.random_resized_crop(images, 32), grid, one_by_one)
+    versions = (lambda: random_resized_crop(images, 32), grid, one_by_one)
     times = seconds(*versions, rounds=15)
     for name, spent in zip(("ours", "affine_grid and grid_sample", "Pillow, one by one"), times, strict=True):
         row(f"  {name}", f"{512 / spent:,.0f}", f"{spent / times[0]:.1f} x")
@@ -168,7 +181,7 @@ def crop(device):
 def loop(device):
     row("one epoch of the cifar10 laptop recipe", "per step", "share", "")
     images = torch.randint(0, 256, (6400, 3, 32, 32), dtype=torch.uint8, device=device)
-    data = common.MemoryImages(images, torch.zeros(6400).long().to(device), ["any"], (0.5,) * 3, (0.25,) * 3)
+    data = MemoryImages(images, torch.zeros(6400).long().to(device), ["any"], (0.5,) * 3, (0.25,) * 3)
 
     class Timed(magma.Magma):
         spent = 0.0
@@ -183,10 +196,10 @@ def loop(device):
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         flags = ["--data", "cifar10", "--epochs", "1", "--probe-every", "0", "--out", str(Path(folder) / "run")]
-        config = common.read_flags(magma.Config, magma.RECIPES, flags)
+        config = read_flags(magma.Config, magma.RECIPES, flags)
         method = Timed(config, data).to(device)
         common.fit(method, data, data, config)
-        rate = common.rewind_log(Path(folder) / "run" / "log.jsonl", 9, "")[-1]["images_per_second"]
+        rate = read_log(Path(folder) / "run" / "log.jsonl")[1][-1]["images_per_second"]
     whole, steps = len(data) / rate, len(data) // config.batch_size
     row("  forward, backward, optimiser", f"{1e3 * Timed.spent / steps:.2f} ms", f"{100 * Timed.spent / whole:.1f} %")
     rest = whole - Timed.spent
@@ -195,19 +208,18 @@ def loop(device):
 
 def probe(device):
     row("linear probe of vit_micro on 4096 images, 100 epochs", "cached", "encoding anew", "speed-up")
-    vit = common.ViT(32, 4, **common.VIT_SIZES["vit_micro"], **common.STATISTICS["shapes"]).to(device).eval()
+    vit = common.ViT(32, 4, **common.VIT_SIZES["vit_micro"], **STATISTICS["shapes"]).to(device).eval()
     train, test = (common.load_data("shapes", split=split, device=device) for split in ("train", "test"))
     with tempfile.TemporaryDirectory() as folder:
         given = {"data": "shapes", "image_size": 32, "crop_min": 1.0, "flip": 0.0, "out": folder, "amp": "off"}
 
         def run(cache: bool, epochs: int):
             """Seconds, and the accuracy; nothing is random about the images, so that the two can be compared."""
-            config = evaluate.settings(
-                "linear", given | {"cache": cache, "epochs": epochs}, "magma", vit.dim, len(train)
-            )
+            flags = given | {"cache": cache, "epochs": epochs}
+            config = settings_of("linear", flags, "magma", vit.dim, len(train))
             start = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
-                found = evaluate.run("linear", evaluate.Row("trained", vit, train, test, device), config)
+                found = run_protocol("linear", Subject("trained", vit, train, test, device), config)
             return time.perf_counter() - start, found["linear"]
 
         (long, _), (_, kept), (anew, again) = run(True, 100), run(True, 2), run(False, 2)
@@ -219,27 +231,27 @@ def knn(device):
     row("10,000 among 50,000 features of width 192, k = 10", "time", "peak memory", "")
     bank, queries = torch.randn(50_000, 192, device=device), torch.randn(10_000, 192, device=device)
     labels = torch.randint(0, 100, (60_000,), device=device)
-    (spent,) = seconds(lambda: common.knn_accuracy(bank, labels[:50_000], queries, labels[50_000:]), rounds=3)
+    (spent,) = seconds(lambda: knn_accuracy(bank, labels[:50_000], queries, labels[50_000:]), rounds=3)
     row("  of the whole process", f"{spent:.2f} s", f"{most_memory() / 1e3:.2f} GB")
 
 
 def augment(device):
     row("fine-tuning step, vit_tiny 32/4, batch 128", "whole step", "augmentation", "share")
     vit = common.ViT(32, 4, **common.VIT_SIZES["vit_tiny"]).to(device)
-    config = evaluate.settings("finetune", {"data": "x", "image_size": 32, "erase": 0.25}, "magma", vit.dim, 10**6)
-    method = evaluate.Classifier("finetune", vit, evaluate.LinearHeads(vit.dim, 10), 10, config).to(device)
+    config = settings_of("finetune", {"data": "x", "image_size": 32, "erase": 0.25}, "magma", vit.dim, 10**6)
+    method = Classifier("finetune", vit, LinearHeads(vit.dim, 10), 10, config).to(device)
     stepper = common.Stepper(method.optimizer(config), config, device)
     images, labels = torch.rand(128, 3, 32, 32, device=device), torch.arange(128, device=device) % 10
     whole, part = seconds(
         lambda: method.update(method, [(images, labels)], stepper),
-        lambda: method.augment(images, evaluate.one_hot(labels, 10)),
+        lambda: method.augment(images, one_hot(labels, 10)),
     )
     row("  mae recipe with erasing", f"{whole * 1e3:.0f} ms", f"{part * 1e3:.1f} ms", f"{100 * part / whole:.1f} %")
 
 
 def mixed(device):
     """MixedAE's compose step against MAE's, the same clean images, and what homologous attention adds."""
-    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
+    data = MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
     row("a step, forward, backward and optimiser", "MixedAE", "MAE", "MixedAE / MAE")
     small = {"model": "vit_tiny", "image_size": 32, "patch": 4}
     for name, batch, fields in (("vit_tiny 32/4", 64, small), ("vit_base 224/16", 8, {"image_size": 224})):
@@ -372,7 +384,7 @@ def energy(device):
     factors are both activations, 9 times (1, 2, 6). With weights alone the floor is 4.0.
     """
     row("energy step, N = 2", "energy", "plain", "energy / plain", "floor", "over floor", "memory kept", "differences")
-    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
+    data = MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
     for model, size, patch, batch in (("vit_tiny", 32, 4, 64), ("vit_small", 224, 16, 16)):
         images = torch.rand(batch, 3, size, size, device=device)
         for amp in ("off", "bf16"):
@@ -408,7 +420,7 @@ def energy(device):
 def cycle(device, levels: int, **fields):
     """A function that makes one cycle of MLO-MAE on random images: without level III where `levels` is one less."""
     config = mlo_mae.Config(**mlo_mae.LAPTOP | fields)
-    data = common.MemoryImages(None, torch.arange(640) % 10, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
+    data = MemoryImages(None, torch.arange(640) % 10, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
     torch.manual_seed(0)
     method = mlo_mae.MultiLevelMAE(config, data).to(device)
     stepper = common.Stepper(method.optimizer(config), config, device)
@@ -463,8 +475,8 @@ def main():
         parser.error(f"unknown name {min(unknown)!r}; choose from {', '.join(BENCHES)}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = common.start_distributed(args.device)
-    precision = common.pick_precision("auto", device)
+    device = start_distributed(args.device)
+    precision = pick_precision("auto", device)
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()}/{os.cpu_count()} threads, auto = {precision}"
     )
