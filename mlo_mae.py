@@ -4,9 +4,9 @@ Guo, Hosseini, Zhang, Somayajula, Chowdhury, Gupta and Xie, "Downstream Task Gui
 Autoencoders Using Multi-Level Optimization" (arXiv 2402.18128, 2024).
 
 The idea: MAE masks patches at random. Here a small network T gives each patch a probability, and the most probable ones
-are masked. A mask is judged two levels later: level I trains an autoencoder on the masked images, level II a linear
-head on the encoder's features, level III looks at the head's loss on images that neither has seen, and improves T. The
-gradient of that loss by T runs backwards through the training steps of the two levels below: a hypergradient.
+are masked. A mask is judged two levels later: level I trains an autoencoder (E and D) on the masked images, level II a
+linear head C on the features of E, level III looks at the head's loss on images that neither has seen, and improves T.
+The gradient of that loss by T runs backwards through the training steps of the two levels below: a hypergradient.
 
 Equation                                                      function
 Eq. 1      weighted reconstruction                            weighted_reconstruction_loss
@@ -16,8 +16,8 @@ Eq. 2, 3   head and validation                                MultiLevelMAE.clas
 Eq. 5      two levels instead of three (BLO-MAE)              --objective blo
 Eq. 6, 7   one step of each level                             MultiLevelMAE.update
 Eq. 8, 9   gradient of T through both                         hypergradient
-Eq. 10, 11 second derivatives, times a vector                 mixed_product, forward and reverse
-Eq. 12     the same by a difference                           mixed_product(method="finite_difference")
+Eq. 10, 11 second derivatives, times a vector                 mixed_product
+Eq. 12     the same by a difference                           central_difference
 Eq. 13     fine-tuning in level II                            proximal_hypergradient (--objective full)
 App. A.4   gradients through the selection                    soft_selection
 
@@ -25,40 +25,16 @@ Train it:  python train.py mlo_mae                                    on built-i
            python train.py mlo_mae --objective blo                    two levels; mae and fixed learn no masks
            python train.py mlo_mae --data cifar10 --root DIR          the paper's experiment (Table 12)
 
-Where text and the authors' code differ, and what the text leaves open:
-* The loss of level I is a sum in Eq. 1; the code divides by the number of masked patches, which is the default here.
-  A patch's own loss is the mean over its normalised pixels.
-* The hypergradient has the learning rates of Eq. 9 to 11; the code leaves them out (`--no-lr-factors`), which weighs
-  the path through the head 1 / eta_C times as much. With them that path is small: 0.002 of the other at rates of 5e-4,
-  untrained. Second derivatives are taken where the step started, as in Eq. 6; the code takes them where it ended. The
-  steps themselves are AdamW's in both, while the formula is exact for plain gradient steps. Of several unrolled steps
-  it differentiates the last one. The sign of Eq. 11 is a slip.
-* Second derivatives are exact (`--hypergradient exact`), forward over reverse in level I and reverse over reverse in
-  level II, not the difference of two gradients as in the paper. A difference costs more, is useless in bf16, is far off
-  where a patch enters or leaves the mask on the way, and is wrong for gradients that are no derivatives of what is
-  computed (`--mask-gradient straight_through` and `softsort`, `--detach-tokens`).
-* The gradient reaches T through the weights of Eq. 1 alone, as in the code. App. A.4 speaks of two more ways,
-  `--mask-gradient straight_through` and `softsort` (temperature 0.1); how the mask then acts on visible patches is our
-  reading: it scales their tokens.
-* T sees the tokens of the encoder with positions, and the encoder learns through them, as in the code;
-  `--detach-tokens` stops that. T computes in float32: in bf16 many probabilities would be equal, and the first patches
-  masked more often.
-* T's gradients are tiny, as they carry a learning rate; Adam adds 1e-15 to their size instead of 1e-8, which would
-  drown them.
-* Level I sees the 80 % of the training images that level II sees, and unlabelled ones; in the code all, validation
-  included (`--level1-data all`). The split is drawn by the seed. The official test set is never trained on.
-* The head is one linear layer on the CLS token; in the code a norm, dropout 0.1 and that layer (`--head code`).
-* An epoch is one pass of level II over its images. Level I makes `unrolling` steps for one of level II; with two
-  levels, all of them on the same labelled batch.
-* Learning rates and unrolling steps are those of Tables 11 and 12; section 3.3 has the rates of Table 11 and 2 steps
-  for all data sets, the code other rates. All three follow one cosine. Weight decay is that of the tables, and not on
-  biases; the code as it ran had 0.01 on everything.
-* CIFAR crops are random resized ones, not padded ones. Positions are fixed; in the code they are learned. T and the
-  head start as nn.Linear does.
-* Eq. 13: the fine-tuned encoder F goes on from cycle to cycle; `accuracy` is F's, kNN and `linear` are E's. Lambda is
-  0.01, gamma of Eq. 5 is 1. Neither is given.
+Choices that change a number (docs/mlo_mae.md has all of them, and what the authors' code does):
+* Level I's loss is a mean over masked patches, as in the code, not the sum of Eq. 1 (`--normalization sum`).
+* The hypergradient is exact, has the learning rates of Eq. 9 to 11 and is taken where the step started; the code takes
+  differences, as the paper does, without learning rates (`--no-lr-factors`), where the step ended.
+* It reaches T through the weights of Eq. 1 alone, as in the code, not through the selection (`--mask-gradient`).
+* Level I sees the 80 % of the training images that level II sees, in the code all (`--level1-data all`).
+* Learning rates and unrolling steps are those of Tables 11 and 12; section 3.3 and the code have others.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -69,19 +45,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (
-    VIT_SIZES,
-    MaskedAutoencoder,
-    Method,
-    ViT,
-    ViTSize,
-    decays,
-    mask_from_noise,
-    patchify,
-    take,
-    unpatchify,
-    visible_patches,
-)
+from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, decays, mask_from_noise, take, visible_patches
 from plumbing.crops import mix_seed
 from plumbing.encoders import load_encoder
 from plumbing.errors import UserError
@@ -91,7 +55,7 @@ from plumbing.processes import autocast, average, world_size
 from plumbing.settings import TrainConfig, check_least, check_positive
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Masks and their loss
+# The paper's mathematics
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +72,7 @@ class MaskingNetwork(nn.Module):
         self.fc1, self.fc2 = nn.Linear(patches * dim, hidden), nn.Linear(hidden, patches)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(tokens.flatten(1)))).sigmoid()
+        return self.fc2(F.relu(self.fc1(tokens.flatten(1)))).sigmoid()  # (B, N)
 
 
 def top_mask(probability: Tensor, ratio: float) -> Tensor:
@@ -116,25 +80,6 @@ def top_mask(probability: Tensor, ratio: float) -> Tensor:
     count = round(ratio * probability.shape[1])
     order = probability.argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(probability, dtype=torch.bool).scatter(1, order[:, :count], True)
-
-
-def soft_selection(probability: Tensor, ratio: float, kind: str, temperature: float = 0.1) -> Tensor:
-    """`top_mask` as numbers 0 and 1 (B, N), through which a gradient passes to `probability` (App. A.4).
-
-    straight_through: as if the selection were the identity. softsort: that of SoftSort (Prillo and Eisenschlos 2020),
-    where rank i takes patch j with a share of softmax_j(-|sorted_i - p_j| / temperature), and a patch is masked by the
-    sum of its shares in the first ranks. weight: no gradient passes.
-    """
-    hard = top_mask(probability, ratio).to(probability.dtype)
-    if kind == "weight":
-        return hard
-    soft = probability
-    if kind == "softsort":
-        count = round(ratio * probability.shape[1])
-        first = probability.sort(dim=1, descending=True).values[:, :count]  # (B, ranks)
-        shares = (-(first[:, :, None] - probability[:, None]).abs() / temperature).softmax(dim=2)  # (B, ranks, N)
-        soft = shares.sum(dim=1)
-    return hard + (soft - soft.detach())  # the brackets make it exactly 0 or 1
 
 
 def weighted_reconstruction_loss(
@@ -150,9 +95,25 @@ def weighted_reconstruction_loss(
     return total / (len(error) if normalization == "sum" else mask.detach().sum())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Hypergradient. Parameters are dicts {name: tensor}; losses are functions of two of them.
-# ---------------------------------------------------------------------------------------------------------------------
+def soft_selection(probability: Tensor, ratio: float, kind: str, temperature: float = 0.1) -> Tensor:
+    """`top_mask` as numbers 0 and 1 (B, N), through which a gradient passes to `probability` (App. A.4).
+
+    straight_through: as if the selection were the identity. softsort: that of SoftSort (Prillo and Eisenschlos 2020),
+    where rank i takes patch j with a share of softmax_j(-|sorted_i - p_j| / temperature), and a patch is masked by the
+    sum of its shares in the first ranks. weight: no gradient passes.
+    """
+    hard, soft = top_mask(probability, ratio).to(probability.dtype), probability
+    if kind == "weight":
+        return hard
+    if kind == "softsort":
+        count = round(ratio * probability.shape[1])
+        first = probability.sort(dim=1, descending=True).values[:, :count]  # (B, ranks)
+        shares = (-(first[:, :, None] - probability[:, None]).abs() / temperature).softmax(dim=2)  # (B, ranks, N)
+        soft = shares.sum(dim=1)
+    return hard + (soft - soft.detach())  # the brackets make it exactly 0 or 1
+
+
+# The hypergradient (appendix A). Parameters are dicts {name: tensor}; losses are functions of two of them.
 
 
 def moved(at: dict, direction: dict, share: float) -> dict:
@@ -160,32 +121,44 @@ def moved(at: dict, direction: dict, share: float) -> dict:
     return {name: value + share * direction[name] for name, value in at.items()}
 
 
-def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "forward", radius: float = 0.01) -> dict:
-    """How the gradient of loss(at, wanted) by `wanted` changes when `at` moves along `direction`.
-
-    A matrix times a vector; the matrix is the mixed second derivative of Eq. 10 or 11. Exact are forward (forward-mode
-    derivative of the gradient by `wanted`: two passes, cheap where few layers lie behind `wanted`) and reverse
-    (gradient of the slope along `direction`: cheap where few lie behind `at`). finite_difference: from the gradients at
-    both ends of a step of length 2 `radius` (App. A.2, Eq. 12); both see the same random numbers. In float32 that is
-    right to 3 or 4 digits where the loss is smooth, in bf16 to none.
-    """
+def forward_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
+    """The forward-mode derivative of the gradient by `wanted`: cheap where few layers lie behind `wanted`."""
     gradient = torch.func.grad(loss, argnums=1)
-    if method == "forward":
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-            return torch.func.jvp(lambda at: gradient(at, wanted), (at,), (direction,))[1]
-    if method == "reverse":
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+        return torch.func.jvp(lambda at: gradient(at, wanted), (at,), (direction,))[1]
 
-        def slope(wanted):
-            slopes = torch.func.grad(loss)(at, wanted)
-            return sum((slopes[name] * direction[name]).sum() for name in at)
 
-        return torch.func.grad(slope)(wanted)
+def reverse_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
+    """The gradient by `wanted` of the slope along `direction`: cheap where few layers lie behind `at`."""
+
+    def slope(wanted):
+        slopes = torch.func.grad(loss)(at, wanted)
+        return sum((slopes[name] * direction[name]).sum() for name in at)
+
+    return torch.func.grad(slope)(wanted)
+
+
+def central_difference(loss, at: dict, direction: dict, wanted: dict, radius: float = 0.01) -> dict:
+    """Eq. 12: from the gradients by `wanted` at both ends of a step of length 2 `radius`; both see the same noise."""
+    gradient = torch.func.grad(loss, argnums=1)
     eps = radius / (float(sum(v.square().sum() for v in direction.values())) ** 0.5 + 1e-15)
     device = next(iter(at.values())).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         ahead = gradient(moved(at, direction, eps), wanted)
     behind = gradient(moved(at, direction, -eps), wanted)
     return {name: (ahead[name] - behind[name]) / (2 * eps) for name in wanted}
+
+
+def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "forward", radius: float = 0.01) -> dict:
+    """How the gradient of loss(at, wanted) by `wanted` changes when `at` moves along `direction` -> {name: tensor}.
+
+    A matrix times a vector; the matrix is the mixed second derivative of Eq. 10 or 11. `method` is forward or reverse,
+    which are exact, or finite_difference, with its `radius`.
+    """
+    if method == "finite_difference":
+        return central_difference(loss, at, direction, wanted, radius)
+    exact = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
+    return exact[method](loss, at, direction, wanted)
 
 
 def hypergradient(
@@ -207,36 +180,25 @@ def hypergradient(
     level_1(encoder, masking), level_2(encoder, head) and level_3(encoder, head) are losses of parameters; `encoder` and
     `head` are pairs, before and after their step:
         E' = E - lr_encoder dL1/dE(E, T),   C' = C - lr_head dL2/dC(E', C).
-    With both learning rates at 1 it is what the authors' code computes. The path through the encoder is val -> E' -> T,
-    that through the head val -> C' -> E' -> T; `paths` names those that count. `method` is exact or finite_difference,
-    with `radius` as in `mixed_product`. `mean` averages a gradient over
-    the processes: each sees a part of the batches, and a product of two derivatives is not the mean of its parts.
+    `paths` are those that count: encoder is val -> E' -> T, head is val -> C' -> E' -> T. With both learning rates at 1
+    they weigh as in the authors' code. `method` is exact or finite_difference, with its `radius`. `mean` averages over
+    the processes: each sees a part of the batches, and a product of derivatives is not the mean of its parts.
     """
     (encoder_before, encoder_after), (head_before, head_after) = encoder, head
+    # Exactly, reverse costs one pass of the encoder instead of two, and what lies behind T is small.
+    through_head, through_encoder = ("reverse", "forward") if method == "exact" else (method, method)
     gradients, loss = torch.func.grad_and_value(level_3, argnums=(0, 1))(encoder_after, head_after)
     by_encoder, by_head = (mean(g) for g in gradients)
     towards = {name: value if "encoder" in paths else torch.zeros_like(value) for name, value in by_encoder.items()}
     if "head" in paths:
-        kind = "reverse" if method == "exact" else method  # one pass of the encoder instead of two
-        product = mixed_product(lambda c, e: level_2(e, c), head_before, by_head, encoder_after, kind, radius)
+        product = mixed_product(lambda c, e: level_2(e, c), head_before, by_head, encoder_after, through_head, radius)
         towards = moved(towards, mean(product), -lr_head)  # dL3/dE', through both paths
-    kind = "forward" if method == "exact" else method  # what lies behind T is small
-    product = mean(mixed_product(level_1, encoder_before, towards, masking, kind, radius))
+    product = mean(mixed_product(level_1, encoder_before, towards, masking, through_encoder, radius))
     return {name: -lr_encoder * value for name, value in product.items()}, loss
 
 
 def proximal_hypergradient(
-    level_1,
-    level_3,
-    encoder: dict,
-    tuned: dict,
-    masking: dict,
-    lr_encoder: float = 1.0,
-    lr_tuned: float = 1.0,
-    proximal: float = 0.01,
-    method: str = "exact",
-    radius: float = 0.01,
-    mean=lambda gradient: gradient,
+    level_1, level_3, encoder: dict, tuned: dict, masking: dict, lr_encoder, lr_tuned, proximal, method, radius, mean
 ) -> tuple[dict, Tensor]:
     """As `hypergradient`, where level II fine-tunes an encoder F (Eq. 13): level_3(tuned) is a loss of F after a step,
         F' = F - lr_tuned d/dF (L2(F, C) + proximal |F - E'|^2),
@@ -291,36 +253,34 @@ class Config(TrainConfig):
     proximal: float = 0.01  # full: lambda, which holds the fine-tuned encoder near the pretrained one (Eq. 13)
     start: str = ""  # an encoder.pt to go on from (section 3.6)
 
+    @property
+    def learns_masks(self) -> bool:
+        return self.objective in ("mlo", "blo", "full")
+
     def check(self):
         super().check()
         check_least(self, unrolling=1, update_every=1, hidden=1, gamma=0, proximal=0)
         check_positive(self, "base_lr", "head_lr", "mask_lr", "temperature", "radius")
         if not 0 < self.validation < 1:
             raise UserError(f"--validation {self.validation} is no share of the images; give more than 0, less than 1")
+        last, patches = self.mask_ratio_end, (self.image_size // max(1, self.patch)) ** 2
+        if last and not 0 < round(last * patches) < patches:
+            raise UserError(f"--mask-ratio-end {last} leaves no patch masked or none visible out of {patches}")
         if self.accumulate > 1:
             raise UserError("--accumulate does not work here: a step has a batch for each level; lower --batch-size")
         if self.compile:
             raise UserError("--compile does not work here: torch.compile has no forward-mode derivatives")
 
 
-CIFAR = {"image_size": 32, "patch": 2, "epochs": 200, "batch_size": 128, "base_lr": 1e-3}
-CIFAR |= {
-    "head_lr": 2e-3,
-    "mask_lr": 2e-3,
-    "unrolling": 2,
-}  # Table 12; its plain rates of 1e-3, at a batch of 128, are 2e-3 for 256
+CIFAR = {"image_size": 32, "patch": 2, "epochs": 200, "batch_size": 128, "unrolling": 2}  # Table 12
+CIFAR |= {"base_lr": 1e-3, "head_lr": 2e-3, "mask_lr": 2e-3}  # the latter two are 1e-3 at its batch of 128
 LAPTOP = {"image_size": 32, "patch": 4, "model": "vit_micro", "batch_size": 32, "hidden": 128}
 LAPTOP |= {"unrolling": 5, "update_every": 5, "head_lr": 2e-1, "mask_lr": 4e-3, "warmup_epochs": 1}
 LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3}
 
-RECIPES = {
-    "imagenet": {},  # Table 11, the defaults of Config
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
-    # Laptop recipes of ours.
-    "shapes": LAPTOP | {"epochs": 6, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 6},
-    "cifar10 --model vit_micro": LAPTOP | {"epochs": 5, "base_lr": 8e-3, "crop_min": 0.5, "probe_every": 5},
-}
+RECIPES = {"imagenet": {}, "cifar10": CIFAR, "cifar100": CIFAR}  # Tables 11, the defaults of Config, and 12
+RECIPES |= {"shapes": LAPTOP | {"epochs": 6, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 6}}  # ours, and the next
+RECIPES |= {"cifar10 --model vit_micro": LAPTOP | {"epochs": 5, "base_lr": 8e-3, "crop_min": 0.5, "probe_every": 5}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,103 +288,33 @@ RECIPES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def mean_over_processes(tensors: dict) -> dict:
-    """Each tensor's mean over the processes, in one exchange."""
-    if world_size() == 1:
-        return tensors
-    flat = average(torch.cat([x.flatten() for x in tensors.values()]))
-    parts = flat.split([x.numel() for x in tensors.values()])
-    return {name: part.view_as(x) for (name, x), part in zip(tensors.items(), parts, strict=True)}
-
-
-def learns_masks(config: Config) -> bool:
-    return config.objective in ("mlo", "blo", "full")
-
-
-class LevelPlan(BatchPlan):
-    """Which images a cycle loads: those of `unrolling` steps of level I, of one of II, and of III where T learns in it.
-
-    An epoch is one pass of level II over `trained_on`; level III has the images `held_out`. With two steps of level I,
-    cycles of batches a, b for level I, c for level II and d for level III are drawn as (a b c d): (4, batch_size).
-    """
-
-    def __init__(self, images: int, config: Config, trained_on: Tensor, held_out: Tensor):
-        super().__init__(images, config)
-        if min(len(trained_on), len(held_out)) < config.batch_size:
-            raise UserError(
-                f"a batch of {config.batch_size} is larger than the {len(held_out)} images of level III "
-                f"or the {len(trained_on)} of level II; lower --batch-size or change --validation"
-            )
-        allowed = torch.ones(images, dtype=torch.bool)  # in level I
-        if config.level1_data == "train":
-            allowed[held_out] = False
-        self.pools = ((allowed.nonzero()[:, 0], config.unrolling), (trained_on, 1), (held_out, 1))
-
-    def __len__(self):
-        return len(self.pools[1][0]) // self.config.batch_size
-
-    def draw(self, epoch: int) -> list:
-        config, orders = self.config, []
-        for level, (pool, times) in enumerate(self.pools):
-            generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, level))
-            wanted = len(self) * times * config.batch_size
-            passes = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(-(-wanted // len(pool)))]
-            orders.append(torch.cat(passes)[:wanted].view(len(self), times, config.batch_size))
-        learns = [learns_masks(config) and step % config.update_every == 0 for step in self.steps_of(epoch)]
-        return [torch.cat([order[i] for order in orders[: 2 + learns[i]]]) for i in range(len(self))]
-
-
-def build_encoder(config: Config, data) -> ViT:
-    """The encoder that --model names, or the one in the file --start."""
-    if not config.start:
-        fields = {"pool": "cls", "mean": data.mean, "std": data.std}
-        return ViT(config.image_size, config.patch, **VIT_SIZES[config.model], **fields)
-    encoder = load_encoder(config.start, config.image_size).train()
-    if not isinstance(encoder, ViT):
-        raise UserError(f"--start {config.start} holds a {type(encoder).__name__}; only a transformer can be masked")
-    asked = VIT_SIZES[config.model] | {"patch": config.patch}
-    if differing := [f"{name} {encoder.fields[name]}" for name in asked if encoder.fields[name] != asked[name]]:
-        raise UserError(f"--start {config.start} has {', '.join(differing)}; give the --model and --patch that fit it")
-    encoder.pool = encoder.fields["pool"] = "cls"
-    return encoder
-
-
 class MultiLevelMAE(Method):
     """The three levels. A step of the loop is a cycle: `unrolling` steps of level I, one of II, and one of III."""
 
     name = "mlo_mae"
+    captions = ("image", "probability", "masked image", "reconstruction")
 
     def __init__(self, config: Config, data):
         super().__init__()
-        self.config, self.ratio = config, config.mask_ratio
-        encoder = build_encoder(config, data)
-        patches = encoder.grid[0] * encoder.grid[1]
+        encoder = build_encoder(config, data)  # E, with D in the autoencoder
         decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
         self.autoencoder = MaskedAutoencoder(encoder, *decoder, config.mask_ratio)
-        if config.mask_ratio_end and not 0 < round(config.mask_ratio_end * patches) < patches:
-            raise UserError(
-                f"--mask-ratio-end {config.mask_ratio_end} leaves no patch masked or none visible out of {patches}"
-            )
-        self.head = nn.Linear(encoder.dim, len(data.classes))
+        self.head = nn.Linear(encoder.dim, len(data.classes))  # C
         if config.head == "code":
             self.head = nn.Sequential(nn.LayerNorm(encoder.dim, eps=1e-6), nn.Dropout(0.1), self.head)
-        self.masking = MaskingNetwork(patches, encoder.dim, config.hidden) if learns_masks(self.config) else None
+        patches = math.prod(encoder.grid)
+        self.masking = MaskingNetwork(patches, encoder.dim, config.hidden) if config.learns_masks else None  # T
+        self.tuned = copy.deepcopy(encoder) if config.objective == "full" else None  # F of Eq. 13
         self.register_buffer("fixed_noise", torch.rand(1, patches))  # of the one mask of --objective fixed
         self.register_buffer("validation_loss", torch.tensor(0.0))  # of the last step of level III
-        self.tuned = None
-        if config.objective == "full":
-            self.tuned = ViT(**encoder.fields)
-            self.tuned.load_state_dict(encoder.state_dict())
-        chosen = labelled(data)
-        order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(mix_seed(config.seed, 5)))]
-        kept = round(config.validation * len(order))
-        self.held_out, self.trained_on = order[:kept], order[kept:]  # images of level III and of level II
+        self.config, self.ratio = config, config.mask_ratio
+        self.held_out, self.trained_on = split_labelled(data, config)  # images of level III and of level II
 
     @property
     def encoder(self) -> ViT:
         return self.autoencoder.encoder
 
-    def plan(self, images: int, config: Config) -> "LevelPlan":
+    def plan(self, images: int, config: Config) -> BatchPlan:
         return LevelPlan(images, config, self.trained_on, self.held_out)
 
     def start_epoch(self, epoch: int):
@@ -434,47 +324,45 @@ class MultiLevelMAE(Method):
 
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
         """AdamW for all levels, each in groups of its own: a step moves those that have a gradient, and no others."""
-        groups = []
-        modules = ((self.autoencoder, config.base_lr), (self.head, config.head_lr), (self.masking, config.mask_lr))
-        for module, rate in (*modules, (self.tuned, config.base_lr)):
-            for plain in (False, True) if module is not None else ():
-                chosen = [p for name, p in module.named_parameters() if decays(name, p) != plain]
-                scale = {"lr_scale": rate / config.base_lr, "weight_decay": 0.0 if plain else config.weight_decay}
-                eps = 1e-15 if module is self.masking else 1e-8
-                groups.append({"params": chosen, "eps": eps} | scale)
+        networks = (self.autoencoder, self.head, self.masking, self.tuned)
+        rates, groups = (config.base_lr, config.head_lr, config.mask_lr, config.base_lr), []
+        for network, rate in zip(networks, rates, strict=True):
+            # T's gradients are tiny, as they carry a learning rate; 1e-8 would drown them.
+            options = {"lr_scale": rate / config.base_lr, "eps": 1e-15 if network is self.masking else 1e-8}
+            for plain in (False, True) if network is not None else ():
+                chosen = [p for name, p in network.named_parameters() if decays(name, p) != plain]
+                groups.append({"params": chosen, "weight_decay": 0.0 if plain else config.weight_decay} | options)
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 
     # The losses of the levels.
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D) -> what is masked, numbers 0 and 1, and the probability of each patch; both (B, N)."""
-        if learns_masks(self.config):
-            seen, config = widen(tokens.detach() if self.config.detach_tokens else tokens), self.config
-            with torch.autocast(tokens.device.type, enabled=False):
+        config = self.config
+        if config.learns_masks:
+            seen = widen(tokens.detach() if self.config.detach_tokens else tokens)
+            with torch.autocast(tokens.device.type, enabled=False):  # in bf16 many probabilities would be equal
                 probability = self.masking(seen)
             return soft_selection(probability, self.ratio, config.mask_gradient, config.temperature), probability
         noise = torch.rand(tokens.shape[:2], device=tokens.device)
-        noise = self.fixed_noise.expand_as(noise) if self.config.objective == "fixed" else noise
+        noise = self.fixed_noise.expand_as(noise) if config.objective == "fixed" else noise
         return mask_from_noise(noise, self.ratio).float(), torch.ones_like(noise)
 
     def reconstruct(self, images: Tensor) -> tuple:
         """Images (B, 3, H, W) -> prediction (B, N, P), target (B, N, P), mask (B, N), probability (B, N)."""
-        encoder = self.encoder
-        tokens = encoder.embed(images)  # (B, N, D)
+        tokens = self.encoder.embed(images)  # (B, N, D)
         mask, probability = self.choose(tokens)
-        seen = mask.shape[1] - round(self.ratio * mask.shape[1])
-        visible = visible_patches(mask.detach(), seen)  # (B, M)
-        if self.config.mask_gradient != "weight" and learns_masks(self.config):
+        visible = visible_patches(mask.detach(), mask.shape[1] - round(self.ratio * mask.shape[1]))  # (B, M)
+        if self.config.mask_gradient != "weight" and self.config.learns_masks:
             tokens = tokens * (1 - mask)[..., None]  # of visible ones times 1, with the gradient of the selection
-        encoded = encoder.encode(take(tokens, visible))  # (B, 1 + M, D)
+        encoded = self.encoder.encode(take(tokens, visible))  # (B, 1 + M, D)
         return self.autoencoder.decode(encoded, visible), self.autoencoder.target(images), mask, probability
 
     def pretraining_loss(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Level I, Eq. 1, and the probabilities (B, N)."""
         prediction, target, mask, probability = self.reconstruct(images)
-        return weighted_reconstruction_loss(
-            prediction, target, mask, probability, self.config.normalization
-        ), probability
+        normalization = self.config.normalization
+        return weighted_reconstruction_loss(prediction, target, mask, probability, normalization), probability
 
     def features(self, images: Tensor) -> Tensor:
         """What the head sees: the CLS token (B, D) of whole images, of the fine-tuned encoder in level II of Eq. 13."""
@@ -493,129 +381,116 @@ class MultiLevelMAE(Method):
 
     # A cycle.
 
-    def weights(self, prefix: str, copy: bool = False) -> dict:
-        """The parameters whose name starts with `prefix`, without gradients: {name: tensor}; cloned with `copy`."""
-        found = {name: p.detach() for name, p in self.named_parameters() if name.startswith(prefix)}
-        return {name: p.clone() for name, p in found.items()} if copy else found
+    def update(self, model: nn.Module, batches: list, stepper) -> dict:
+        """A cycle: Eq. 6 `unrolling` times, Eq. 7 once, and Eq. 8 where images for it came along (`LevelPlan`)."""
+        ((images, labels),) = batches
+        config, size = self.config, self.config.batch_size // world_size()
+        parts = list(zip(images.split(size), labels.split(size), strict=True))
+        unlabelled, (training, *validation) = parts[: config.unrolling], parts[config.unrolling :]
+        total = 0.0
+        for batch, _ in unlabelled:
+            before = self.weights("autoencoder.", copy=bool(validation))  # of several steps, the last is differentiated
+            loss, head_loss, probability = self.train_autoencoder(batch, training, stepper)
+            total = total + loss.detach() / config.unrolling
+        head_before = self.weights("head.", copy=True)
+        if config.objective != "blo":
+            head_loss = self.train_head(*training, stepper)
+        if validation:
+            self.learn_masks((unlabelled[-1][0], None), training, validation[0], before, head_before, stepper)
+        logged = {"loss": total, "loss_head": head_loss.detach()}
+        if config.learns_masks:
+            p = probability.detach().clamp(1e-6, 1 - 1e-6)
+            logged |= {"loss_validation": self.validation_loss.clone(), "probability": p.mean(), "entropy": entropy(p)}
+        return logged
 
-    def descend(self, loss: Tensor, modules: list, stepper):
-        """One step of the optimiser for these modules alone, by the gradient over all processes.
-
-        Not by `loss.backward()`: it would fill the gradients of other levels too, and DDP, which is not called, would
-        not average them.
-        """
-        parameters = [p for module in modules for p in module.parameters()]
-        gradients = torch.autograd.grad(stepper.scaler.scale(loss), parameters)
-        gradients = mean_over_processes(dict(enumerate(gradients)))
-        for i, parameter in enumerate(parameters):
-            parameter.grad = gradients[i]
-        stepper.step()
+    def train_autoencoder(self, images: Tensor, training: tuple, stepper) -> tuple:
+        """Level I (Eq. 6), or with the head in one step (Eq. 5) -> loss, head's loss or None, probabilities (B, N)."""
+        with stepper.autocast():
+            loss, probability = self.pretraining_loss(images)
+            objective, head_loss, learning = loss, None, [self.autoencoder]
+            if self.config.objective == "blo":
+                head_loss = self.classification_loss(self.features(training[0]), training[1])
+                objective, learning = self.config.gamma * loss + head_loss, [self.autoencoder, self.head]
+        self.descend(objective, learning, stepper)
+        return loss, head_loss, probability
 
     def train_head(self, images: Tensor, labels: Tensor, stepper) -> Tensor:
         """Level II: the head on fixed features (Eq. 7), or with the encoder F of Eq. 13, held near E by lambda."""
         with stepper.autocast():
-            if self.tuned is None:
-                with torch.no_grad():
-                    features = self.features(images)
-                loss, modules = self.classification_loss(features, labels), [self.head]
-            else:
+            with torch.set_grad_enabled(self.tuned is not None):
+                features = self.features(images)
+            loss, learning = self.classification_loss(features, labels), [self.head]
+            if self.tuned is not None:
                 pairs = zip(self.tuned.parameters(), self.encoder.parameters(), strict=True)
                 apart = sum((f - e.detach()).square().sum() for f, e in pairs)
-                loss, modules = self.classification_loss(self.features(images), labels), [self.tuned, self.head]
-                loss = loss + self.config.proximal * apart
-        self.descend(loss, modules, stepper)
+                loss, learning = loss + self.config.proximal * apart, [self.tuned, self.head]
+        self.descend(loss, learning, stepper)
         return loss
+
+    def learn_masks(self, unlabelled, training, validation, before, head_before, stepper):
+        """Level III: one step of T (Eq. 8). Arguments as for `masking_gradient`."""
+        gradient, loss = self.masking_gradient(unlabelled, training, validation, before, head_before, stepper)
+        self.validation_loss.copy_(average(loss))
+        for name, parameter in self.masking.named_parameters():
+            parameter.grad = gradient["masking." + name].to(parameter)
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.masking.parameters(), self.config.clip)
+        stepper.optimizer.step()  # these gradients were never scaled
+        stepper.optimizer.zero_grad(set_to_none=True)
 
     def masking_gradient(self, unlabelled, training, validation, before, head_before, stepper) -> tuple[dict, Tensor]:
         """The hypergradient {name of T's parameter: tensor}, and the loss of level III.
 
-        `unlabelled`, `training` and `validation` are (images, labels) of the last step of each level; `before` are the
-        weights of the autoencoder and `head_before` those of the head, before their last step.
+        The batches are (images, labels) of the last step of each level; `before` are the weights of the autoencoder and
+        `head_before` those of the head, before these steps.
         """
-        config, rates = self.config, [group["lr"] for group in stepper.optimizer.param_groups]
+        config, rates = self.config, [group["lr"] for group in stepper.optimizer.param_groups]  # two groups a network
         lr_encoder, lr_head = (rates[0], rates[2]) if config.lr_factors else (1.0, 1.0)
 
-        def loss(batch, level, *given):
-            def run(*weights):
-                return functional_call(self, {k: v for w in (*given, *weights) for k, v in w.items()}, (*batch, level))
+        def loss_of(level, batch, others):
+            """A level's loss as a function of the weights of the encoder and of one more network."""
+            return lambda encoder, network: functional_call(self, others | encoder | network, (*batch, level))
 
-            return run
-
-        level_1 = loss(unlabelled, 1, before)  # with the decoder as it was, too
-        level_2, level_3 = loss(training, 2), loss(validation, 3)
+        level_1 = loss_of(1, unlabelled, before)  # with the decoder as it was, too
+        level_2, level_3 = loss_of(2, training, {}), loss_of(3, validation, {})
         prefix = "autoencoder.encoder."
         encoder_before = {name: value for name, value in before.items() if name.startswith(prefix)}
-        head, masking = self.weights("head."), self.weights("masking.")
+        encoder, head = (encoder_before, self.weights(prefix)), (head_before, self.weights("head."))
+        masking = self.weights("masking.")
         options = {"method": config.hypergradient, "radius": config.radius, "mean": mean_over_processes}
         # A difference of gradients needs every digit. A derivative does not, but fp16 is too narrow for it.
         narrow = stepper.dtype == torch.bfloat16 and config.hypergradient == "exact"
         self.eval()  # no dropout
         with torch.no_grad(), torch.autocast(unlabelled[0].device.type, torch.bfloat16, enabled=narrow):
             if config.objective == "full":
-
-                def of_tuned(weights):
-                    return level_3({"tuned." + name.removeprefix(prefix): value for name, value in weights.items()})
-
-                tuned = {prefix + name.removeprefix("tuned."): value for name, value in self.weights("tuned.").items()}
-                options |= {"lr_encoder": lr_encoder, "lr_tuned": lr_encoder, "proximal": config.proximal}
-                found = proximal_hypergradient(level_1, of_tuned, encoder_before, tuned, masking, **options)
+                of_tuned = lambda weights: level_3({x.replace(prefix, "tuned."): p for x, p in weights.items()}, {})
+                tuned = {x.replace("tuned.", prefix): p for x, p in self.weights("tuned.").items()}
+                steps = (lr_encoder, lr_encoder, config.proximal)
+                found = proximal_hypergradient(level_1, of_tuned, encoder_before, tuned, masking, *steps, **options)
             else:
-                options |= {"lr_encoder": lr_encoder, "lr_head": lr_head}
                 if config.objective == "blo":  # its head does not depend on E', and its level I is gamma times as much
-                    options |= {"lr_encoder": config.gamma * lr_encoder, "paths": ("encoder",)}
-                encoder = (encoder_before, self.weights(prefix))
-                found = hypergradient(level_1, level_2, level_3, encoder, (head_before, head), masking, **options)
+                    lr_encoder, options["paths"] = config.gamma * lr_encoder, ("encoder",)
+                steps = (lr_encoder, lr_head)
+                found = hypergradient(level_1, level_2, level_3, encoder, head, masking, *steps, **options)
         self.train()
         return found
 
-    def learn_masks(self, unlabelled, training, validation, before, head_before, stepper):
-        """Level III: one step of T (Eq. 8). Arguments as for `masking_gradient`."""
-        gradient, loss = self.masking_gradient(unlabelled, training, validation, before, head_before, stepper)
-        self.validation_loss.copy_(average(loss))
-        for name, parameter in self.named_parameters():
-            if name in gradient:
-                parameter.grad = gradient[name].to(parameter)
-        if self.config.clip:
-            nn.utils.clip_grad_norm_(self.masking.parameters(), self.config.clip)
-        stepper.optimizer.step()  # these gradients were never scaled
-        stepper.optimizer.zero_grad(set_to_none=True)
+    def descend(self, loss: Tensor, modules: list, stepper):
+        """One step of the optimiser for these modules alone, by the gradient over all processes."""
+        # `loss.backward()` would fill the gradients of other levels too, and DDP, not being called, not average them.
+        parameters = [p for module in modules for p in module.parameters()]
+        gradients = torch.autograd.grad(stepper.scaler.scale(loss), parameters)
+        for parameter, gradient in mean_over_processes(dict(zip(parameters, gradients, strict=True))).items():
+            parameter.grad = gradient
+        stepper.step()
 
-    def update(self, model: nn.Module, batches: list, stepper) -> dict:
-        """Eq. 6 to 8: steps of the autoencoder, one of the head, and one of T where its images came along."""
-        ((images, labels),) = batches
-        config, size = self.config, self.config.batch_size // world_size()
-        parts = list(zip(images.split(size), labels.split(size), strict=True))
-        count, joint, total = config.unrolling, config.objective == "blo", 0.0
-        unlabelled, training, validation = parts[:count], parts[count], parts[count + 1 :]
-        for i, (batch, _) in enumerate(unlabelled):
-            last = validation and i == count - 1
-            before = self.weights("autoencoder.", copy=True) if last else None
-            with stepper.autocast():
-                loss, probability = self.pretraining_loss(batch)
-                head_loss = self.classification_loss(self.features(training[0]), training[1]) if joint else None
-            total = total + loss.detach() / count
-            if joint:
-                self.descend(config.gamma * loss + head_loss, [self.autoencoder, self.head], stepper)
-            else:
-                self.descend(loss, [self.autoencoder], stepper)
-        head_before = self.weights("head.", copy=True)
-        if not joint:
-            head_loss = self.train_head(*training, stepper)
-        logged = {"loss": total, "loss_head": head_loss.detach()}
-        if not learns_masks(self.config):
-            return logged
-        if validation:
-            self.learn_masks((unlabelled[-1][0], None), training, validation[0], before, head_before, stepper)
-        p = probability.detach().clamp(1e-6, 1 - 1e-6)
-        entropy = -(p * p.log() + (1 - p) * (1 - p).log()).mean() / math.log(2)  # bits
-        return logged | {"loss_validation": self.validation_loss.clone(), "probability": p.mean(), "entropy": entropy}
-
-    # What there is to see.
+    def weights(self, prefix: str, copy: bool = False) -> dict:
+        """The parameters whose name starts with `prefix`, without gradients: {name: tensor}; cloned with `copy`."""
+        found = {name: p.detach() for name, p in self.named_parameters() if name.startswith(prefix)}
+        return {name: p.clone() for name, p in found.items()} if copy else found
 
     def probe(self, encode, train, test, config: Config) -> dict:
-        """kNN and linear accuracy, that of level II's head, and on shapes how much more often than by chance (1) the
-        object is masked.
-        """
+        """kNN, linear, `accuracy` of level II's head; on shapes, how often the `object` is masked, by chance 1."""
         torch.manual_seed(config.seed)  # the same masks each time
         found = probe(encode, train, test, config.image_size, config.probe_images)
         chosen = labelled(test, config.probe_images)
@@ -626,27 +501,100 @@ class MultiLevelMAE(Method):
                 return torch.cat([self.head(self.features(images)).float(), mask], dim=1)
 
         rows, labels = features_of(look, test, chosen, config.image_size)
-        classes = len(test.classes)
-        found["accuracy"] = 100 * float((rows[:, :classes].argmax(dim=1) == labels).float().mean())
+        scores, hidden = rows.tensor_split([len(test.classes)], dim=1)
+        found["accuracy"] = 100 * float((scores.argmax(dim=1) == labels).float().mean())
         if getattr(test, "masks", None) is not None:
             objects = test.masks[chosen.to(test.masks.device)][:, None].float()  # (B, 1, H, W)
-            share = patchify(objects, self.encoder.patch).mean(dim=2)  # (B, N)
-            hidden = rows[:, classes:]
+            share = F.avg_pool2d(objects, self.encoder.patch).flatten(1)  # (B, N)
             found["object"] = float((share * hidden).sum() / hidden.sum() / share.mean())
         return found
 
-    captions = ("image", "probability", "masked image", "reconstruction")
-
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
-        """Rows of (image, probabilities, masked image, reconstruction): (B, 4, 3, H, W) in [0, 1].
+        """Rows of (image, probability, masked image, reconstruction): (B, 4, 3, H, W) in [0, 1].
 
-        Probabilities go from blue to yellow, from the lowest to the highest of each image, however near these are.
+        Each image's lowest probability is blue, its highest yellow, however near these are.
         """
         prediction, _, mask, probability = self.reconstruct(images)
         low, high = probability.amin(dim=1, keepdim=True), probability.amax(dim=1, keepdim=True)
-        heat = ((probability - low) / (high - low).clamp_min(1e-6))[..., None].expand(-1, -1, self.encoder.patch**2 * 3)
-        heat = unpatchify(heat, self.encoder.patch, *images.shape[-2:])  # (B, 3, H, W)
-        heat = torch.stack([heat[:, 0], heat[:, 1], 1 - heat[:, 2]], dim=1)
+        heat = ((probability - low) / (high - low).clamp_min(1e-6)).unflatten(1, self.encoder.grid)[:, None]
+        heat = F.interpolate(heat, scale_factor=self.encoder.patch)  # (B, 1, H, W)
+        heat = torch.cat([heat, heat, 1 - heat], dim=1)
         rows = self.autoencoder.pictures_of(images, prediction, mask.bool())
         return torch.cat([rows[:, :1], heat[:, None], rows[:, 1:]], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix: what each level loads, the start, small helpers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class LevelPlan(BatchPlan):
+    """Which images a cycle loads: a batch for each step of level I, one for level II, and one for level III where T
+    learns in it. An epoch is one pass of level II over its images, `trained_on`; level III has those `held_out`.
+
+    An example: ten images, 8 and 9 held out, batch_size 2, unrolling 2, update_every 2. An epoch has four cycles. For
+    the first `draw` gives (4, 2) indices: two batches for level I and one for level II, out of 0 to 7, and one for
+    level III, out of 8 and 9. For the second it gives (3, 2): there T does not learn.
+    """
+
+    def __init__(self, images: int, config: Config, trained_on: Tensor, held_out: Tensor):
+        super().__init__(images, config)
+        if min(len(trained_on), len(held_out)) < config.batch_size:
+            raise UserError(
+                f"a batch of {config.batch_size} is larger than the {len(held_out)} images of level III "
+                f"or the {len(trained_on)} of level II; lower --batch-size or change --validation"
+            )
+        allowed = torch.ones(images, dtype=torch.bool)  # in level I
+        if config.level1_data == "train":
+            allowed[held_out] = False
+        self.pools = ((allowed.nonzero()[:, 0], config.unrolling), (trained_on, 1), (held_out, 1))  # images, steps
+
+    def __len__(self):
+        return len(self.pools[1][0]) // self.config.batch_size
+
+    def draw(self, epoch: int) -> list:
+        config, levels = self.config, []
+        for level, (pool, times) in enumerate(self.pools):
+            generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, level))
+            wanted = len(self) * times * config.batch_size
+            passes = [torch.randperm(len(pool), generator=generator) for _ in range(math.ceil(wanted / len(pool)))]
+            levels.append(pool[torch.cat(passes)[:wanted]].view(len(self), times, config.batch_size))
+        learns = [config.learns_masks and step % config.update_every == 0 for step in self.steps_of(epoch)]
+        return [torch.cat([level[i] for level in levels[: 2 + learns[i]]]) for i in range(len(self))]
+
+
+def split_labelled(data, config: Config) -> tuple[Tensor, Tensor]:
+    """The labelled images, split by the seed: indices of level III's share, and of the rest, for level II."""
+    chosen = labelled(data)
+    order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(mix_seed(config.seed, 5)))]
+    return order.tensor_split([round(config.validation * len(order))])
+
+
+def build_encoder(config: Config, data) -> ViT:
+    """The transformer that --model names, or the one in the file --start, which must be of that size."""
+    asked = VIT_SIZES[config.model] | {"patch": config.patch}
+    if not config.start:
+        return ViT(config.image_size, **asked, pool="cls", mean=data.mean, std=data.std)
+    encoder = load_encoder(config.start, config.image_size).train()
+    if not isinstance(encoder, ViT):
+        raise UserError(f"--start {config.start} holds a {type(encoder).__name__}; only a transformer can be masked")
+    if differing := [f"{name} {encoder.fields[name]}" for name in asked if encoder.fields[name] != asked[name]]:
+        raise UserError(f"--start {config.start} has {', '.join(differing)}; give the --model and --patch that fit it")
+    encoder.pool = encoder.fields["pool"] = "cls"
+    return encoder
+
+
+def entropy(probability: Tensor) -> Tensor:
+    """Mean entropy in bits of yes or no with these probabilities, each in (0, 1)."""
+    other = 1 - probability
+    return -(probability * probability.log() + other * other.log()).mean() / math.log(2)
+
+
+def mean_over_processes(tensors: dict) -> dict:
+    """Each tensor's mean over the processes, in one exchange."""
+    if world_size() == 1:
+        return tensors
+    flat = average(torch.cat([x.flatten() for x in tensors.values()]))
+    parts = flat.split([x.numel() for x in tensors.values()])
+    return {name: part.view_as(x) for (name, x), part in zip(tensors.items(), parts, strict=True)}

@@ -1,6 +1,9 @@
 """MLO-MAE: masks, weighted loss, second derivatives, the hypergradient, the three levels."""
 
+import dataclasses
 import itertools
+import math
+from unittest import mock
 
 import processes
 import pytest
@@ -9,78 +12,39 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from make import LevelRecorder, generator, rand, randn, seeds, shapes, tiny_levels
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
+import evaluate
 import mlo_mae
-from common import UserError
-from mlo_mae import Config, MaskingNetwork, MultiLevelMAE
+import plumbing.images
+import train
+from mlo_mae import Config, LevelPlan, MaskingNetwork
+from plumbing.encoders import save_encoder
+from plumbing.errors import UserError
 from plumbing.runs import read_log
+from plumbing.settings import choices_of, field_types, read_flags
+from protocols.rows import load_method
 
-seeds = st.integers(0, 2**32 - 1)
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
-
-
-def pictures_of(count=60, size=16):
-    images, labels, masks = common.render_shapes(count, size)
-    return common.MemoryImages(images, labels, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3, masks)
-
-
-SMALL = {"image_size": 16, "patch": 4, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2, "hidden": 8}
-SMALL |= {"batch_size": 4, "base_lr": 0.64, "head_lr": 1.28, "mask_lr": 0.64, "amp": "off", "workers": 0, "epochs": 2}
-
-
-def tiny(**fields):
-    common.VIT_SIZES["vit_test"] = {"dim": 16, "depth": 2, "heads": 2}
-    torch.manual_seed(0)
-    method = MultiLevelMAE(Config(**SMALL | {"model": "vit_test"} | fields), pictures_of())
-    del common.VIT_SIZES["vit_test"]
-    return method
-
-
-class Recorder:
-    """A Stepper of plain gradient descent that keeps the gradients of every step; `moves` False moves nothing."""
-
-    def __init__(self, method, moves=True):
-        self.method, self.moves, self.dtype, self.steps = method, moves, None, []
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        real = method.optimizer(method.config)
-        for group in real.param_groups:
-            group["lr"] = method.config.base_lr * group["lr_scale"]
-        self.param_groups = real.param_groups
-
-    @property
-    def optimizer(self):
-        return self
-
-    def autocast(self):
-        return torch.autocast("cpu", enabled=False)
-
-    def step(self):
-        found = {name: p.grad.clone() for name, p in self.method.named_parameters() if p.grad is not None}
-        self.steps.append(found)
-        for group in self.param_groups if self.moves else ():
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.data -= group["lr"] * parameter.grad
-        self.zero_grad()
-
-    def zero_grad(self, set_to_none=True):
-        self.method.zero_grad(set_to_none=True)
+OBJECTIVES = choices_of(field_types(Config)["objective"])
 
 
 def batch_of(method, levels, seed=0, dtype=torch.float32):
     """Images and labels of a cycle: (levels * B, 3, 16, 16) and (levels * B,)."""
     count = levels * method.config.batch_size
-    images = torch.rand(count, 3, 16, 16, generator=generator(seed), dtype=dtype)
+    images = rand(count, 3, 16, 16, seed=seed, dtype=dtype)
     return images, torch.randint(10, (count,), generator=generator(seed))
+
+
+def parts_of(batch, levels):
+    """A batch of `batch_of` as (images, labels) of each level."""
+    return list(zip(*(x.chunk(levels) for x in batch), strict=True))
+
+
+def stepper_of(method):
+    return common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
 
 
 # --- masks and their loss ---------------------------------------------------------------------------------------------
@@ -88,7 +52,8 @@ def batch_of(method, levels, seed=0, dtype=torch.float32):
 
 @given(st.integers(1, 4), st.integers(1, 20), st.floats(0, 1), st.booleans(), seeds)
 def test_the_mask_is_the_top_and_of_equals_the_first(batch, patches, ratio, ties, seed):
-    probability = torch.rand(batch, patches, generator=generator(seed))
+    """Section 3.2: the round(r N) patches of the highest probability, whatever their order."""
+    probability = rand(batch, patches, seed=seed)
     probability = (probability * 3).round() / 3 if ties else probability
     mask = mlo_mae.top_mask(probability, ratio)
     count = round(ratio * patches)
@@ -102,9 +67,10 @@ def test_the_mask_is_the_top_and_of_equals_the_first(batch, patches, ratio, ties
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.sampled_from(["mean", "sum"]), seeds)
 def test_weighted_loss_matches_the_loop_of_eq_1(batch, patches, pixels, normalization, seed):
+    """Eq. 1; with all probabilities 1 it is MAE's loss."""
     prediction, target = (randn(batch, patches, pixels, seed=seed + i, dtype=torch.float32) for i in range(2))
-    probability = torch.rand(batch, patches, generator=generator(seed))
-    mask = mlo_mae.top_mask(torch.rand(batch, patches, generator=generator(seed + 1)), 0.7)
+    probability = rand(batch, patches, seed=seed)
+    mask = mlo_mae.top_mask(rand(batch, patches, seed=seed + 1), 0.7)
     if not mask.any():
         return
     total = 0.0
@@ -121,7 +87,8 @@ def test_weighted_loss_matches_the_loop_of_eq_1(batch, patches, pixels, normaliz
 
 @given(st.integers(1, 3), st.integers(2, 8), st.floats(0.2, 0.9), seeds)
 def test_soft_selections_have_the_values_of_the_mask_and_their_own_gradients(batch, patches, ratio, seed):
-    probability = torch.rand(batch, patches, generator=generator(seed), dtype=torch.float64).requires_grad_()
+    """App. A.4: the identity, or SoftSort's slow formula, stands in for the derivative of the selection."""
+    probability = rand(batch, patches, seed=seed, dtype=torch.float64).requires_grad_()
     weights = randn(batch, patches, seed=seed)
     hard = mlo_mae.top_mask(probability, ratio)
     gradients = {}
@@ -141,7 +108,7 @@ def test_soft_selections_have_the_values_of_the_mask_and_their_own_gradients(bat
 @pytest.mark.parametrize("kind", ["weight", "straight_through", "softsort"])
 def test_soft_selections_act_on_the_visible_tokens_too(kind):
     """Through the weights of Eq. 1 no gradient reaches the prediction; through a soft selection one does (App. A.4)."""
-    method = tiny(mask_gradient=kind)
+    method = tiny_levels(mask_gradient=kind)
     images, _ = batch_of(method, 1)
     prediction = method.reconstruct(images)[0]
     (gradient,) = torch.autograd.grad(prediction.square().sum(), method.masking.fc2.bias, allow_unused=True)
@@ -149,6 +116,7 @@ def test_soft_selections_act_on_the_visible_tokens_too(kind):
 
 
 def test_masking_network_is_that_of_table_11():
+    """Section 3.3 and Table 11: linear to 512, ReLU, linear, sigmoid."""
     torch.manual_seed(0)
     network = MaskingNetwork(6, 4).double()
     assert network.fc1.weight.shape == (512, 24) and network.fc2.weight.shape == (6, 512)
@@ -218,6 +186,7 @@ def test_the_hypergradient_is_the_derivative_of_the_unrolled_procedure(seed, lr_
 
 
 def test_without_learning_rates_it_is_the_authors_reading():
+    """Eq. 9 to 11 without their learning rates, with whole matrices of second derivatives."""
     losses, encoder, head, masking = toy()
     after, last = descend(losses[0], encoder, masking, 0.1), {"c": head["c"] + 0.3}
     by_encoder, by_head = torch.func.grad(losses[2], argnums=(0, 1))(after, last)
@@ -247,6 +216,7 @@ def test_with_adam_below_the_formula_is_not_exact():
 
 
 def test_differences_err_by_the_square_of_their_length():
+    """Eq. 12, bi-directional: half the radius, a quarter of the error."""
     losses, encoder, head, masking = toy(3)
     after = descend(losses[0], encoder, masking, 0.1)
     last = descend(losses[1], head, after, 0.1, first=False)
@@ -261,6 +231,7 @@ def test_differences_err_by_the_square_of_their_length():
 
 @given(seeds)
 def test_both_orders_of_differentiation_agree(seed):
+    """The matrix of Eq. 11 times a vector, by forward and by reverse mode."""
     (_, level_2, _), encoder, head, _ = toy(seed % 1000)
     direction = {"c": randn(3, seed=seed % 1000 + 20)}
     found = [
@@ -271,6 +242,8 @@ def test_both_orders_of_differentiation_agree(seed):
 
 
 def test_the_two_gradients_of_a_difference_see_the_same_noise():
+    """Eq. 12: without that, a difference would be one of two random losses."""
+
     def loss(at, wanted):
         noise = torch.randn(50, dtype=torch.float64)  # enough to drown a difference of 1e-3
         return (noise * wanted["w"]).sum() + (at["a"] ** 2 * wanted["w"]).sum()
@@ -282,7 +255,7 @@ def test_the_two_gradients_of_a_difference_see_the_same_noise():
 
 
 def test_a_problem_with_a_known_solution_converges_to_it():
-    """E = A T, C = B E at the optimum of their levels, and level III wants C = goal: so T = (B A)^-1 goal."""
+    """Eq. 4, with E = A T and C = B E at the optimum of their levels and C = goal wanted: T = (B A)^-1 goal."""
     a, b = (torch.eye(3, dtype=torch.float64) + 0.2 * randn(3, 3, seed=i) for i in range(2))
     goal = randn(3, seed=5)
 
@@ -327,17 +300,18 @@ def whole_procedure(method, parts, encoder, head, rates):
     [("weight", "exact"), ("weight", "finite_difference"), ("straight_through", "exact"), ("softsort", "exact")],
 )
 def test_the_masking_network_learns_by_the_derivative_of_the_procedure(mask_gradient, difference):
+    """Eq. 8 to 11 for the whole method, against autograd and a difference quotient; App. A.4 for soft selections."""
     fields = {"mask_gradient": mask_gradient, "hypergradient": difference, "radius": 1e-6, "temperature": 1.0}
-    method = tiny(**fields).double()
+    method = tiny_levels(**fields).double()
     images, labels = batch_of(method, 3, dtype=torch.float64)
-    parts = list(zip(images.split(4), labels.split(4), strict=True))
+    parts = parts_of((images, labels), 3)
     encoder, head, masking = (method.weights(x, copy=True) for x in ("autoencoder.encoder.", "head.", "masking."))
-    before, stepper = method.weights("autoencoder.", copy=True), Recorder(method)
+    before, stepper = method.weights("autoencoder.", copy=True), LevelRecorder(method)
     rates = [group["lr"] for group in stepper.param_groups]
     rates = (rates[0], rates[2])
     assert rates == (0.64, 1.28)
     run = whole_procedure(method, parts, encoder, head, rates)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         _, after, last = run(masking)
         method.load_state_dict({**method.state_dict(), **after, **last})
         method.learn_masks((parts[0][0], None), parts[1], parts[2], before, head, stepper)
@@ -365,10 +339,11 @@ def changed(before, method):
 
 @pytest.mark.parametrize("difference", ["exact", "finite_difference"])
 def test_each_level_moves_its_own_weights_alone(difference):
-    method = tiny(hypergradient=difference, head="code")
-    stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+    """Eq. 6 moves the autoencoder, Eq. 7 the head, Eq. 8 the masking network."""
+    method = tiny_levels(hypergradient=difference, head="code")
+    stepper = stepper_of(method)
     images, labels = batch_of(method, 3)
-    parts = list(zip(images.split(4), labels.split(4), strict=True))
+    parts = parts_of((images, labels), 3)
     before = snapshot(method)
     method.train_head(*parts[1], stepper)
     assert changed(before, method) == {"head"}
@@ -380,30 +355,32 @@ def test_each_level_moves_its_own_weights_alone(difference):
     assert changed(before, method) == {"autoencoder"}
 
 
-@pytest.mark.parametrize("objective", mlo_mae.OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_cycle_of_every_objective(objective):
-    method = tiny(objective=objective, unrolling=2)
-    recorder = Recorder(method)
-    levels = 4 if method.learns_masks else 3
+    """What each step moves: Eq. 6 to 8, Eq. 5 (blo), Eq. 13 (full), and the baselines without masks to learn."""
+    method = tiny_levels(objective=objective, unrolling=2)
+    recorder = LevelRecorder(method)
+    levels = 4 if method.config.learns_masks else 3
     out = method.update(method, [batch_of(method, levels)], recorder)
     moved = [{name.split(".")[0] for name in step} for step in recorder.steps]
     first = {"autoencoder", "head"} if objective == "blo" else {"autoencoder"}
     expected = [first, first]
     expected += [] if objective == "blo" else [{"tuned", "head"} if objective == "full" else {"head"}]
-    expected += [{"masking"}] if method.learns_masks else []
+    expected += [{"masking"}] if method.config.learns_masks else []
     assert moved == expected
     assert all(gradient.isfinite().all() for step in recorder.steps for gradient in step.values())
-    if method.learns_masks:
+    if method.config.learns_masks:
         assert all(gradient.abs().max() > 0 for gradient in recorder.steps[-1].values())
-    own = {"loss_validation", "probability", "entropy"} if method.learns_masks else set()
+    own = {"loss_validation", "probability", "entropy"} if method.config.learns_masks else set()
     assert set(out) == {"loss", "loss_head"} | own
     rows = method.pictures(batch_of(method, 1)[0])
     assert rows.shape == (4, 4, 3, 16, 16) and 0 <= rows.min() and rows.max() <= 1
 
 
 def test_two_levels_learn_from_labels_and_pixels_at_once():
-    method = tiny(objective="blo", gamma=0.3)
-    recorder = Recorder(method, moves=False)
+    """Eq. 5: the gradient of gamma times the reconstruction plus the classification."""
+    method = tiny_levels(objective="blo", gamma=0.3)
+    recorder = LevelRecorder(method, moves=False)
     images, labels = batch_of(method, 2)
     torch.manual_seed(0)
     method.update(method, [(images, labels)], recorder)
@@ -430,7 +407,7 @@ def test_two_levels_learn_from_labels_and_pixels_at_once():
 )
 def test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps(fields):
     """Autograd through plain gradient steps of all levels, as `update` makes them: Eq. 6 to 11, Eq. 5 and Eq. 13."""
-    method = tiny(**fields, unrolling=1).double()
+    method = tiny_levels(**fields, unrolling=1).double()
     config = method.config
     images, labels = batch_of(method, 3, dtype=torch.float64)
     (pretext, _), own, held_out = zip(images.split(4), labels.split(4), strict=True)
@@ -446,7 +423,7 @@ def test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps(fields):
         return weights | {name: weights[name] - rate(name) * g for name, g in zip(names, gradients, strict=True)}
 
     rates = {"autoencoder.": 0.64, "head.": 1.28, "tuned.": 0.64}
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         level_1 = loss(start, (pretext, None), 1)
         if config.objective == "blo":
             after = step(start, 0.4 * level_1 + loss(start, own, 2), ("autoencoder.", "head."), rates)
@@ -462,7 +439,7 @@ def test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps(fields):
             after = step(after, level_2, moving, rates)
         names = [name for name in start if name.startswith("masking.")]
         true = torch.autograd.grad(loss(after, held_out, 3), [start[name] for name in names])
-        recorder = Recorder(method)
+        recorder = LevelRecorder(method)
         out = method.update(method, [(images, labels)], recorder)
     difference = config.hypergradient == "finite_difference"
     for name, expected in zip(names, true, strict=True):
@@ -478,10 +455,11 @@ def test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps(fields):
 
 
 def test_without_learning_rate_factors_the_paths_weigh_as_in_the_code():
+    """Eq. 9 to 11 without the learning rates: another length and another direction."""
     found = {}
     for factors in (True, False):
-        method = tiny(lr_factors=factors, unrolling=1).double()
-        recorder = Recorder(method)
+        method = tiny_levels(lr_factors=factors, unrolling=1).double()
+        recorder = LevelRecorder(method)
         method.update(method, [batch_of(method, 3, dtype=torch.float64)], recorder)
         found[factors] = recorder.steps[-1]["masking.fc2.bias"]
     assert F.cosine_similarity(found[True], found[False], dim=0) < 0.9999
@@ -490,14 +468,14 @@ def test_without_learning_rate_factors_the_paths_weigh_as_in_the_code():
 
 def test_several_steps_below_count_the_last_one():
     """With two unrolled steps, T's gradient is that of a cycle that starts after the first of them."""
-    images, labels = batch_of(tiny(), 4, dtype=torch.float64)
-    both = tiny(unrolling=2).double()
-    recorder = Recorder(both)
+    images, labels = batch_of(tiny_levels(), 4, dtype=torch.float64)
+    both = tiny_levels(unrolling=2).double()
+    recorder = LevelRecorder(both)
     logged = both.update(both, [(images, labels)], recorder)
-    one = tiny(unrolling=1).double()
+    one = tiny_levels(unrolling=1).double()
     first = one.pretraining_loss(images[:4])[0]
-    one.descend(first, [one.autoencoder], Recorder(one))
-    other = Recorder(one)
+    one.descend(first, [one.autoencoder], LevelRecorder(one))
+    other = LevelRecorder(one)
     last = one.update(one, [(images[4:], labels[4:])], other)["loss"]
     torch.testing.assert_close(logged["loss"], (first.detach() + last) / 2)
     for name, gradient in recorder.steps[-1].items():
@@ -505,14 +483,14 @@ def test_several_steps_below_count_the_last_one():
 
 
 def test_the_hypergradient_has_no_dropout():
-    method = tiny(head="code")
+    method = tiny_levels(head="code")
     images, labels = (x.split(4) for x in batch_of(method, 3))
     batches = [(images[0], None), *zip(images[1:], labels[1:], strict=True)]
     before, head_before = method.weights("autoencoder.", copy=True), method.weights("head.", copy=True)
     found = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        found.append(method.masking_gradient(*batches, before, head_before, Recorder(method))[0])
+        found.append(method.masking_gradient(*batches, before, head_before, LevelRecorder(method))[0])
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
@@ -520,8 +498,8 @@ def test_the_hypergradient_has_no_dropout():
 def test_half_precision_has_nearly_the_gradient_of_float32(amp):
     found = []
     for precision in ("off", amp):
-        method = tiny(amp=precision, unrolling=1, head="code")
-        stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+        method = tiny_levels(amp=precision, unrolling=1, head="code")
+        stepper = stepper_of(method)
         for group in stepper.optimizer.param_groups:
             group["lr"] = 1e-3
         keep = {}
@@ -534,8 +512,29 @@ def test_half_precision_has_nearly_the_gradient_of_float32(amp):
     assert F.cosine_similarity(*found, dim=0) > 0.97
 
 
+@given(st.integers(1, 3), st.integers(1, 8), seeds)
+def test_entropy_is_in_bits(batch, patches, seed):
+    probability = rand(batch, patches, seed=seed, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    bits = [-p * math.log2(p) - (1 - p) * math.log2(1 - p) for p in probability.flatten().tolist()]
+    assert float(mlo_mae.entropy(probability)) == pytest.approx(sum(bits) / len(bits))
+    assert float(mlo_mae.entropy(torch.full((2, 3), 0.5))) == pytest.approx(1)
+
+
+def test_pictures_show_probabilities_from_blue_to_yellow():
+    """Each image's lowest probability is blue and its highest yellow, in the patch where it belongs."""
+    method, images = tiny_levels(), batch_of(tiny_levels(), 1)[0]
+    rows = method.pictures(images)
+    _, probability = method.choose(method.encoder.embed(images))
+    for row, p in zip(rows, probability, strict=True):
+        patches = common.patchify(row[1][None], 4)[0].unflatten(1, (16, 3))  # (N, pixels, colours)
+        assert (patches == patches[:, :1]).all()
+        assert patches[p.argmin(), 0].tolist() == [0, 0, 1] and patches[p.argmax(), 0].tolist() == [1, 1, 0]
+        share = (p - p.min()) / (p.max() - p.min())
+        torch.testing.assert_close(patches[:, 0], torch.stack([share, share, 1 - share], dim=1))
+
+
 def test_probabilities_are_float32_whatever_the_precision():
-    method, images = tiny(), batch_of(tiny(), 1)[0]
+    method, images = tiny_levels(), batch_of(tiny_levels(), 1)[0]
     with torch.autocast("cpu", torch.bfloat16):
         tokens = method.encoder.embed(images)
         _, probability = method.choose(tokens)
@@ -544,20 +543,18 @@ def test_probabilities_are_float32_whatever_the_precision():
 
 
 def test_unlabelled_images_are_for_level_one_alone():
-    data = pictures_of(60)
+    data = shapes(60, 16)
     data.labels[:20] = -1
-    common.VIT_SIZES["vit_test"] = {"dim": 16, "depth": 2, "heads": 2}
-    method = MultiLevelMAE(Config(**SMALL | {"model": "vit_test"}), data)
-    del common.VIT_SIZES["vit_test"]
+    method = mlo_mae.MultiLevelMAE(tiny_levels().config, data)
     assert len(method.held_out) == 8 and len(method.trained_on) == 32
     assert min(method.held_out.min(), method.trained_on.min()) >= 20
-    seen = torch.cat([indices[: 4 * method.config.unrolling] for _, indices in method.plan(60, method.config, 0)])
+    seen = torch.cat([indices[:4] for _, indices in method.plan(60, method.config).after(0)])
     assert (seen < 20).any() and not set(seen.tolist()) & set(method.held_out.tolist())
 
 
 def test_between_updates_the_masking_network_stands_still():
-    method = tiny(update_every=2)
-    stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+    method = tiny_levels(update_every=2)
+    stepper = stepper_of(method)
     for levels, still in ((3, False), (2, True)):
         before = snapshot(method)
         out = method.update(method, [batch_of(method, levels)], stepper)
@@ -568,16 +565,16 @@ def test_between_updates_the_masking_network_stands_still():
 def test_detached_tokens_keep_the_encoder_from_learning_through_the_masks():
     gradients = []
     for detach in (False, True):
-        method = tiny(detach_tokens=detach)
+        method = tiny_levels(detach_tokens=detach)
         _, probability = method.choose(method.encoder.embed(batch_of(method, 1)[0]))
         gradients.append(torch.autograd.grad(probability.sum(), method.encoder.parameters(), allow_unused=True))
     assert any(g is not None for g in gradients[0]) and all(g is None for g in gradients[1])
 
 
 def test_baselines_mask_at_random_or_always_the_same():
-    images = batch_of(tiny(), 1)[0]
+    images = batch_of(tiny_levels(), 1)[0]
     for objective, same in (("mae", False), ("fixed", True)):
-        method = tiny(objective=objective)
+        method = tiny_levels(objective=objective)
         _, _, first, weight = method.reconstruct(images)
         _, _, second, _ = method.reconstruct(images)
         assert torch.equal(first, second) == same and (weight == 1).all()
@@ -590,7 +587,8 @@ def test_baselines_mask_at_random_or_always_the_same():
 
 
 def test_the_mask_ratio_follows_its_curriculum():
-    method = tiny(mask_ratio=0.5, mask_ratio_end=0.9, epochs=5)
+    """Table 17: from 0.5 to 0.9, linearly."""
+    method = tiny_levels(mask_ratio=0.5, mask_ratio_end=0.9, epochs=5)
     found = []
     for epoch in range(5):
         method.start_epoch(epoch)
@@ -604,15 +602,15 @@ def test_the_mask_ratio_follows_its_curriculum():
 
 @pytest.mark.parametrize("level1_data", ["train", "all"])
 def test_what_level_three_sees_is_seen_by_no_other(level1_data):
-    method = tiny(level1_data=level1_data, unrolling=2, update_every=3)
+    """Eq. 3: the validation images are in no other level, but for --level1-data all, as in the code."""
+    method = tiny_levels(level1_data=level1_data, unrolling=2, update_every=3)
     held, own = set(method.held_out.tolist()), set(method.trained_on.tolist())
     assert len(held) == 12 and len(own) == 48 and not held & own
-    steps = method.steps_per_epoch(60, method.config)
-    assert steps == 12
-    seen = [set(), set(), set()]
-    plan = list(method.plan(60, method.config, 0))
-    assert len(plan) == 24
-    for step, (_, indices) in enumerate(plan):
+    plan = method.plan(60, method.config)
+    assert len(plan) == 12
+    seen, steps = [set(), set(), set()], list(plan.after(0))
+    assert len(steps) == 24
+    for step, (_, indices) in enumerate(steps):
         assert len(indices) == (16 if step % 3 == 0 else 12)
         for level, part in enumerate((indices[:8], indices[8:12], indices[12:])):
             seen[level] |= set(part.tolist())
@@ -620,20 +618,37 @@ def test_what_level_three_sees_is_seen_by_no_other(level1_data):
             assert seen[1] == own  # an epoch is one pass of level II
     assert seen[0] == (own if level1_data == "train" else own | held)
     assert seen[2] <= held
-    again = list(method.plan(60, method.config, 7))
-    for (seed, indices), (expected_seed, expected) in zip(again, plan[7:], strict=True):
+    for (seed, indices), (expected_seed, expected) in zip(plan.after(7), steps[7:], strict=True):
         assert seed == expected_seed and torch.equal(indices, expected)
 
 
+@given(seeds)
+def test_a_plan_has_the_form_that_its_example_tells(seed):
+    """That of LevelPlan's docstring: ten images, 8 and 9 held out, level I twice a cycle, III in every second one."""
+    settings = {"batch_size": 2, "unrolling": 2, "update_every": 2, "epochs": 1}
+    config = Config(data="shapes", seed=seed, **settings)
+    plan = LevelPlan(10, config, trained_on=torch.arange(8), held_out=torch.tensor([8, 9]))
+    batches = plan.draw(0)
+    assert len(plan) == len(batches) == 4
+    assert [tuple(batch.shape) for batch in batches] == [(4, 2), (3, 2), (4, 2), (3, 2)]
+    assert all(batch[:3].max() <= 7 for batch in batches)  # levels I and II
+    assert torch.cat([batch[2] for batch in batches]).sort().values.tolist() == list(range(8))  # II: one pass
+    assert torch.cat([batch[:2] for batch in batches]).flatten().bincount().tolist() == [2] * 8  # I: two passes
+    assert all(sorted(batch[3].tolist()) == [8, 9] for batch in batches[::2])  # III
+
+
 def test_processes_share_each_levels_batch(monkeypatch):
-    method = tiny(unrolling=2)
-    whole = [indices for _, indices in method.plan(60, method.config, 0)]
-    monkeypatch.setattr(mlo_mae, "world_size", lambda: 2)
+    method, asked = tiny_levels(unrolling=2), []
+    plan = method.plan(60, method.config)
+    whole = [indices for _, indices in plan.after(0)]
+    monkeypatch.setattr(plumbing.images, "world_size", lambda: 2)
     parts = []
     for number in range(2):
-        monkeypatch.setattr(mlo_mae, "rank", lambda number=number: number)
-        parts.append([indices for _, indices in method.plan(60, method.config, 0)])
+        monkeypatch.setattr(plumbing.images, "rank", lambda number=number: asked.append(number) or number)
+        parts.append([indices for _, indices in plan.after(0)])
+    assert set(asked) == {0, 1}
     for indices, *shares in zip(whole, *parts, strict=True):
+        assert len(indices) == 16
         for level in range(4):
             expected = indices[4 * level : 4 * level + 4]
             assert torch.equal(torch.cat([share[2 * level : 2 * level + 2] for share in shares]), expected)
@@ -641,9 +656,9 @@ def test_processes_share_each_levels_batch(monkeypatch):
 
 @pytest.mark.parametrize("fields", [{}, {"objective": "full", "proximal": 1.0}])
 def test_two_processes_have_the_gradients_of_one(fields):
-    method = tiny(unrolling=1, **fields)
+    method = tiny_levels(unrolling=1, **fields)
     images, labels = batch_of(method, 3, seed=5)
-    recorder = Recorder(method)
+    recorder = LevelRecorder(method)
     method.update(method, [(images, labels)], recorder)
     for steps in processes.start(processes.gradients_of_levels, images, labels, fields):
         for name, gradient in ((name, g) for step in recorder.steps for name, g in step.items()):
@@ -653,7 +668,7 @@ def test_two_processes_have_the_gradients_of_one(fields):
 @pytest.mark.parametrize("objective", ["mlo", "full"])
 def test_resume_matches_an_uninterrupted_run(objective, tmp_path):
     def run(out, resume=False, stop=False):
-        method = tiny(objective=objective, update_every=2, out=str(tmp_path / out), resume=resume, probe_every=2)
+        method = tiny_levels(objective=objective, update_every=2, out=str(tmp_path / out), resume=resume, probe_every=2)
         if stop:
             keep = method.start_epoch
 
@@ -663,7 +678,7 @@ def test_resume_matches_an_uninterrupted_run(objective, tmp_path):
                 keep(epoch)
 
             method.start_epoch = start_epoch
-        data = pictures_of()
+        data = shapes(60, 16)
         common.fit(method, data, data, method.config)
         return method.state_dict()
 
@@ -681,9 +696,10 @@ def test_resume_matches_an_uninterrupted_run(objective, tmp_path):
 
 
 def test_the_probe_tells_the_heads_accuracy_and_how_often_the_object_is_masked():
-    method, data = tiny(), pictures_of(20)
+    """`accuracy` is the linear probe of appendix B.3: level II's head on test images."""
+    method, data = tiny_levels(), shapes(20, 16)
     method.eval()
-    found = method.probe(lambda x: x.flatten(1), data, data, method.config, device=torch.device("cpu"), workers=0)
+    found = method.probe(lambda x: x.flatten(1), data, data, method.config)
     images = data.images / 255
     scores = method.head(method.features(images))
     assert found["accuracy"] == pytest.approx(100 * float((scores.argmax(dim=1) == data.labels).float().mean()))
@@ -698,7 +714,7 @@ def test_the_probe_tells_the_heads_accuracy_and_how_often_the_object_is_masked()
 
 def test_recipes_are_tables_11_and_12():
     def read(*argv):
-        return common.read_flags(Config, mlo_mae.RECIPES, [*argv])
+        return read_flags(Config, mlo_mae.RECIPES, [*argv])
 
     config = read("--data", "imagenet")
     assert (config.model, config.image_size, config.patch, config.epochs, config.batch_size) == (
@@ -719,7 +735,7 @@ def test_recipes_are_tables_11_and_12():
 
 
 def test_optimiser_has_groups_of_its_own_for_every_level():
-    method = tiny(objective="full")
+    method = tiny_levels(objective="full")
     groups = method.optimizer(method.config).param_groups
     assert [group["lr_scale"] for group in groups] == [1, 1, 2, 2, 1, 1, 1, 1]
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0] * 4
@@ -730,21 +746,45 @@ def test_optimiser_has_groups_of_its_own_for_every_level():
 
 
 def test_pretraining_goes_on_from_an_encoder(tmp_path):
-    first = tiny(objective="mae")
-    common.save_encoder(first.encoder, tmp_path / "encoder.pt")
-    common.VIT_SIZES["vit_other"] = {"dim": 32, "depth": 2, "heads": 2}
-    with pytest.raises(UserError, match="has dim 16; give the --model and --patch that fit it"):
-        tiny(start=str(tmp_path / "encoder.pt"), model="vit_other")
+    """Section 3.6."""
+    first = tiny_levels(objective="mae")
+    save_encoder(first.encoder, tmp_path / "encoder.pt")
+    with pytest.raises(UserError, match="has dim 16, depth 2, heads 2; give the --model and --patch that fit it"):
+        tiny_levels(start=str(tmp_path / "encoder.pt"), model="vit_tiny")
+    with pytest.raises(UserError, match="has patch 4; give the --model and --patch that fit it"):
+        tiny_levels(start=str(tmp_path / "encoder.pt"), patch=8)
     with pytest.raises(UserError, match="unknown --model 'vit_none'"):
-        tiny(start=str(tmp_path / "encoder.pt"), model="vit_none")
-    del common.VIT_SIZES["vit_other"]
-    again = tiny(start=str(tmp_path / "encoder.pt"))
+        tiny_levels(start=str(tmp_path / "encoder.pt"), model="vit_none")
+    again = tiny_levels(start=str(tmp_path / "encoder.pt"))
     for name, value in first.encoder.state_dict().items():
         assert torch.equal(value, again.encoder.state_dict()[name])
     assert again.encoder.training and again.encoder.pool == "cls"
-    common.save_encoder(common.MobileFormer("micro"), tmp_path / "other.pt")
+    save_encoder(common.MobileFormer("micro"), tmp_path / "other.pt")
     with pytest.raises(UserError, match="holds a MobileFormer; only a transformer can be masked"):
-        tiny(start=str(tmp_path / "other.pt"))
+        tiny_levels(start=str(tmp_path / "other.pt"))
+
+
+def test_the_tuned_encoder_starts_as_the_pretrained_one():
+    """Eq. 13: F is E at the start, with weights of its own."""
+    method = tiny_levels(objective="full")
+    torch.testing.assert_close(method.tuned.state_dict(), method.encoder.state_dict(), rtol=0, atol=0)
+    ours, theirs = (list(module.parameters()) for module in (method.tuned, method.encoder))
+    assert not {p.data_ptr() for p in ours} & {p.data_ptr() for p in theirs}
+
+
+def test_a_run_that_went_on_from_a_file_is_rebuilt_without_it(tmp_path):
+    torch.manual_seed(0)
+    with mock.patch.dict(common.VIT_SIZES, vit_tiny={"dim": 96, "depth": 2, "heads": 4}):
+        start = common.ViT(16, 4, 96, 2, 4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+        save_encoder(start, tmp_path / "start.pt")
+        method = tiny_levels(start=str(tmp_path / "start.pt"), model="vit_tiny")
+        save_encoder(method.encoder, tmp_path / "encoder.pt")
+        torch.save({"weights": method.state_dict()}, tmp_path / "last.pt")
+        (tmp_path / "start.pt").unlink()
+        settings = dataclasses.asdict(method.config) | {"method": "mlo_mae"}
+        again = load_method(tmp_path, settings, shapes(60, 16))
+    torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
+    assert torch.equal(again.encoder.mean, start.mean) and torch.equal(again.encoder.std, start.std)
 
 
 @pytest.mark.parametrize(
@@ -767,10 +807,22 @@ def test_pretraining_goes_on_from_an_encoder(tmp_path):
 )
 def test_mistakes_are_named(fields, message):
     with pytest.raises(UserError, match=message):
-        tiny(**fields)
+        tiny_levels(**fields)
 
 
 def test_a_batch_must_fit_into_every_level():
-    method = tiny(batch_size=20)
+    method = tiny_levels(batch_size=20)
     with pytest.raises(UserError, match="a batch of 20 is larger than the 12 images of level III"):
-        method.steps_per_epoch(60, method.config)
+        method.plan(60, method.config)
+
+
+def test_a_run_is_trained_and_evaluated(tmp_path):
+    argv = ["mlo_mae", "--epochs", "1", "--out", str(tmp_path / "run"), "--model", "vit_micro", "--patch", "16"]
+    argv += ["--batch-size", "400", "--probe-images", "100", "--hidden", "8", "--unrolling", "1"]
+    assert train.main(argv) == 0
+    last = read_log(tmp_path / "run" / "log.jsonl")[1][-1]
+    assert {"loss", "loss_head", "loss_validation", "probability", "entropy"} < last.keys()
+    assert {"accuracy", "object", "linear", "knn"} < last.keys()
+    assert math.isfinite(last["loss_validation"]) and last["loss_validation"] > 0
+    assert evaluate.main([str(tmp_path / "run"), "--protocol", "knn", "pictures", "--probe-images", "50"]) == 0
+    assert (tmp_path / "run" / "pictures" / "reconstructions.png").exists()
