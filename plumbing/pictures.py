@@ -21,7 +21,7 @@ def save_pictures(rows: Tensor, path, captions=(), title: str = "", side: int = 
     zoom = max(1, side // rows.shape[-1])
     tiles = F.interpolate(rows.detach().flatten(0, 1).float().cpu().clamp(0, 1), scale_factor=zoom, mode="nearest")
     tiles = F.pad(tiles, (0, GAP, 0, GAP), value=1.0).unflatten(0, rows.shape[:2])
-    sheet = rearrange(tiles, "r k c h w -> (r h) (k w) c").numpy()
+    sheet = (rearrange(tiles, "r k c h w -> (r h) (k w) c") * 255).round().byte().numpy()
     head = (20 if any(captions) else 0) + (26 if title else 0)  # pixels above the pictures
     width, height = sheet.shape[1] + GAP, sheet.shape[0] + GAP + head
     figure = Figure(figsize=((width + 0.1) / DPI, (height + 0.1) / DPI), dpi=DPI)  # rounded down to whole pixels

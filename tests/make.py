@@ -1,11 +1,14 @@
 """What the tests are made of: seeded tensors, small modules and methods, and data sets in their official layouts."""
 
+import json
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 import common
 import ebm_pretrain
@@ -14,8 +17,12 @@ import magma
 import mixedae
 import mlo_mae
 from plumbing.datasets import ARCHIVES, CIFAR
+from plumbing.encoders import Encoder
 from plumbing.images import MemoryImages
+from plumbing.settings import read_flags
 from plumbing.shapes import SHAPES, render_shapes
+from protocols.rows import Subject
+from protocols.settings import settings_of
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -137,6 +144,76 @@ class LevelRecorder:
 
     def zero_grad(self, set_to_none=True):
         self.method.zero_grad(set_to_none=True)
+
+
+# --- small runs ------------------------------------------------------------------------------------------------------
+
+TINY = "--image-size 8 --mask-ratio 0.5 --epochs 4 --batch-size 8 --probe-every 2 --e-st 1 --e-dur 2 --base-lr 0.03"
+
+
+def fit_magma(out, *flags, method_class=magma.Magma, data=None):
+    """Train Magma on forty pictures of 8 x 8, five steps an epoch -> the method and what `fit` returns."""
+    config = read_flags(magma.Config, magma.RECIPES, [*TINY.split(), "--out", str(out), *flags])
+    data, test = data or shapes(), shapes()
+    torch.manual_seed(config.seed)
+    method = method_class(config, data)
+    return method, common.fit(method, data, test, config)
+
+
+def log_of(out):
+    """The lines of a run's log, the first with its command."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(log):
+    """A log without what differs between two runs that are the same: speed, and where they were written."""
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "command", "config")} for line in log]
+
+
+def same_weights(a, b):
+    """Whether two states hold the same tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+
+
+# --- what the protocols judge ----------------------------------------------------------------------------------------
+
+QUICK = {"epochs": 2, "batch_size": 32, "base_lr": 8e-3, "warmup_epochs": 0}
+
+
+def striped(count, seed=0, size=8):
+    """Pictures of three classes that a probe can tell apart: which channel is bright."""
+    labels = torch.arange(count) % 3
+    bright = 120 * F.one_hot(labels, 3)[:, :, None, None]
+    pictures = (60 * images_of(count, size, seed) + bright).to(torch.uint8)
+    return MemoryImages(pictures, labels, ["red", "green", "blue"], (0.5,) * 3, (0.25,) * 3)
+
+
+class MapEncoder(Encoder):
+    """An encoder that returns a map (B, D, H, W), as a convolutional one does."""
+
+    dim = 8
+
+    def __init__(self, image_size=8, mean=(0.5,) * 3, std=(0.25,) * 3):
+        super().__init__(mean, std, image_size=image_size)
+        self.stem = nn.Conv2d(3, 8, 2, 2)
+        self.blocks = nn.ModuleList([nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)])
+
+    def forward(self, images):
+        x = self.stem(images)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def subject_of(encoder, name="trained"):
+    """An encoder, or None for raw pixels, with 96 striped pictures to train on and 48 to test."""
+    return Subject(name, encoder and encoder.eval(), striped(96), striped(48, seed=1), torch.device("cpu"))
+
+
+def settings_for(protocol, out, **given):
+    """The settings of a protocol for `subject_of`."""
+    given = {"image_size": 8, "data": "stripes", "out": str(out), "amp": "off"} | given
+    return settings_of(protocol, given, "magma", 16, 96)
 
 
 # --- data sets in their official layouts -----------------------------------------------------------------------------

@@ -211,18 +211,11 @@ def gradients_of_magma(fields, images, mask):
     return recorder.gradients
 
 
-def fit_tiny(folder, flags):
+def fit_tiny(out, flags):
     """Train through `fit` on this rank; returns the weights."""
-    from make import shapes
+    from make import fit_magma
 
-    import magma
-    from common import fit
-    from plumbing.settings import read_flags
-
-    config, data = read_flags(magma.Config, magma.RECIPES, flags), shapes()
-    torch.manual_seed(config.seed)
-    method = magma.Magma(config, data)
-    results = fit(method, data, data, config)
+    method, results = fit_magma(out, *flags)
     return {"weights": method.state_dict(), "rows": len(results)}
 
 

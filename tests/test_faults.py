@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import shapes, write_cifar, write_folders, write_stl10, write_tinyimagenet
+from make import (
+    log_of,
+    same_weights,
+    shapes,
+    without_times,
+    write_cifar,
+    write_folders,
+    write_stl10,
+    write_tinyimagenet,
+)
 from PIL import Image
 
 import common
@@ -66,14 +74,9 @@ def weights_of(out):
     return state["weights"] | moments
 
 
-def log_of(out):
+def epochs_of(out):
     """The lines of the epochs, without what depends on the clock."""
-    lines = [json.loads(text) for text in (out / "log.jsonl").read_text().splitlines()[1:]]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
+    return without_times(log_of(out)[1:])
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +112,10 @@ def test_a_killed_run_resumes_to_the_same_weights(method, ranks, whole, tmp_path
     codes, texts = run(method, tmp_path / "run", "--resume", ranks=ranks)
     assert codes == [0] * ranks, texts
     expected = whole(method, ranks)
-    assert same(weights_of(tmp_path / "run"), weights_of(expected))
-    assert log_of(tmp_path / "run") == log_of(expected)
+    assert same_weights(weights_of(tmp_path / "run"), weights_of(expected))
+    assert epochs_of(tmp_path / "run") == epochs_of(expected)
     encoders = [load_checkpoint(out / "encoder.pt")["weights"] for out in (tmp_path / "run", expected)]
-    assert same(*encoders)
+    assert same_weights(*encoders)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
@@ -123,8 +126,8 @@ def test_a_signal_ends_the_current_step_and_saves(name, code, at, whole, tmp_pat
     assert text == f"stopped by {name} after {at + 1} steps; go on with the same command and --resume\n"
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == at + 1
     assert run("magma", tmp_path / "run", "--resume") == ([0], [""])
-    assert same(weights_of(tmp_path / "run"), weights_of(whole("magma")))
-    assert log_of(tmp_path / "run") == log_of(whole("magma"))
+    assert same_weights(weights_of(tmp_path / "run"), weights_of(whole("magma")))
+    assert epochs_of(tmp_path / "run") == epochs_of(whole("magma"))
 
 
 def test_a_signal_to_one_process_of_two_stops_both_after_the_same_step(whole, tmp_path):
@@ -133,7 +136,7 @@ def test_a_signal_to_one_process_of_two_stops_both_after_the_same_step(whole, tm
     assert first.startswith("stopped by SIGTERM after 3 steps")
     assert second == ""
     assert run("magma", tmp_path / "run", "--resume", ranks=2)[0] == [0, 0]
-    assert same(weights_of(tmp_path / "run"), weights_of(whole("magma", 2)))
+    assert same_weights(weights_of(tmp_path / "run"), weights_of(whole("magma", 2)))
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
@@ -152,7 +155,7 @@ def test_a_signal_to_the_workers_too_saves(tmp_path):
     assert text.startswith("stopped by SIGTERM after ") and text.count("\n") == 1
     assert 1 <= load_checkpoint(tmp_path / "run" / "last.pt")["step"] < 9
     assert run("magma", tmp_path / "run", *flags, "--resume") == ([0], [""])
-    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
+    assert same_weights(weights_of(tmp_path / "run"), weights_of(tmp_path / "whole"))
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
@@ -166,7 +169,7 @@ def test_a_full_disk_is_a_clear_error_and_keeps_the_checkpoint(whole, tmp_path):
     assert load_checkpoint(path)["step"] == 5
     assert not list(path.parent.glob("*.tmp"))
     assert run("magma", tmp_path / "run", "--resume")[0] == [0]
-    assert same(weights_of(tmp_path / "run"), weights_of(whole("magma")))
+    assert same_weights(weights_of(tmp_path / "run"), weights_of(whole("magma")))
 
 
 def test_a_full_disk_at_the_first_checkpoint_leaves_none(tmp_path):
@@ -330,7 +333,7 @@ def test_one_class_is_enough_to_train(tmp_path):
     root = write_folders(tmp_path / "set", classes=("one",), train=8, val=2)
     flags = ["--data", str(root), "--probe-every", "1", "--epochs", "1"]
     assert train.main(flags_of("magma", tmp_path / "run", *flags)) == 0
-    assert log_of(tmp_path / "run")[-1]["knn"] == 100
+    assert epochs_of(tmp_path / "run")[-1]["knn"] == 100
 
 
 @pytest.mark.parametrize("workers", [0, 2])

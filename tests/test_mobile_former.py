@@ -8,16 +8,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from make import rand, randn, seeds
 from torch.utils.flop_counter import FlopCounterMode
 
-import common
-from common import MOBILE_FORMERS, MobileFormer, UserError
-
-seeds = st.integers(0, 2**32 - 1)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+from common import MOBILE_FORMERS, LiteBottleneck, Method, MobileFormer, MobileFormerBlock, cross_attention
+from plumbing.encoders import load_encoder, save_encoder
+from plumbing.errors import UserError
+from plumbing.probes import pooled_features
+from plumbing.settings import TrainConfig
 
 
 def micro(**fields):
@@ -54,6 +52,7 @@ def test_parameters_and_cost_are_those_published(width, parameters, multiply_add
 
 
 def test_every_width_is_table_9():
+    """FINOLA, Table 9, its widths by those of Tables 2b and 18."""
     rows = {width: size["rows"] for width, size in MOBILE_FORMERS.items()}
     assert [out for _, _, out in rows["720"]] == [16, 16, 28, 28, 48, 48, 48, 80, 88, 88, 120, 120, 120]
     assert [wide for _, wide, _ in rows["720"]][1:] == [32, 96, 84, 168, 144, 144, 240, 320, 480, 528, 720, 720]
@@ -69,6 +68,7 @@ def test_every_width_is_table_9():
 
 
 def test_with_3072_channels_encoders_are_nearly_those_of_table_2b():
+    """FINOLA, Table 2b."""
     for width, published, tolerance in ((720, 5.0, 0.05), (1440, 12.0, 0.02), (2880, 25.0, 0.01), (5760, 67.6, 0.01)):
         with torch.device("meta"):
             encoder = MobileFormer(width, head=3072)
@@ -79,7 +79,7 @@ def test_with_3072_channels_encoders_are_nearly_those_of_table_2b():
 def test_the_map_has_a_cell_for_16_pixels(rows, columns):
     encoder = micro().eval()
     with torch.no_grad():
-        found, hidden = encoder(torch.rand(2, 3, 16 * rows, 16 * columns), hidden=True)
+        found, hidden = encoder(rand(2, 3, 16 * rows, 16 * columns), hidden=True)
     assert found.shape == (2, 256, rows, columns)
     assert len(hidden) == len(encoder.blocks)
     assert hidden[2].shape[2:] == (2 * rows, 2 * columns)  # at 1/8, the last before the last halving
@@ -92,7 +92,7 @@ def test_the_map_has_a_cell_for_16_pixels(rows, columns):
 @given(st.integers(1, 2), st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), seeds)
 def test_cross_attention_matches_naive_loop(batch, queries, keys, heads, width, seed):
     q, k, v = (randn(batch, n, heads * width, seed=seed + i) for i, n in enumerate((queries, keys, keys)))
-    found = common.cross_attention(q, k, v, heads)
+    found = cross_attention(q, k, v, heads)
     torch.testing.assert_close(found, reference.cross_attention(q, k, v, heads))
 
 
@@ -141,7 +141,7 @@ def plain_block(block, x, tokens, down):
     ("kind", "inputs", "expanded", "out"), [("down", 4, 8, 6), ("same", 4, 10, 4), ("same", 4, 12, 6)]
 )
 def test_a_block_does_what_the_released_one_does(kind, inputs, expanded, out):
-    block = shaken(common.MobileFormerBlock(kind, inputs, expanded, out, 8))
+    block = shaken(MobileFormerBlock(kind, inputs, expanded, out, 8))
     x, tokens = randn(2, inputs, 4, 6), randn(2, 3, 8, seed=1)
     found = block(x, tokens)
     expected = plain_block(block, x, tokens, kind == "down")
@@ -151,14 +151,15 @@ def test_a_block_does_what_the_released_one_does(kind, inputs, expanded, out):
 
 @pytest.mark.parametrize(("inputs", "out"), [(4, 4), (4, 6)])
 def test_the_lite_bottleneck(inputs, out):
-    lite, x = shaken(common.LiteBottleneck(inputs, 8, out)), 3 * randn(2, inputs, 5, 5)
+    """The row "bneck-lite" of FINOLA, Table 9."""
+    lite, x = shaken(LiteBottleneck(inputs, 8, out)), 3 * randn(2, inputs, 5, 5)
     expected = plain_conv(lite.narrow, plain_conv(lite.widen, x).clamp(0, 6))
     torch.testing.assert_close(lite(x), x + expected if inputs == out else expected)
 
 
 def test_the_whole_encoder_is_stem_blocks_and_head():
     encoder = shaken(micro(head=5, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
-    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    images = rand(2, 3, 32, 32, dtype=torch.float64)
     mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
     encoder.mean, encoder.std = mean, std
     x = encoder.lite(plain_conv(encoder.stem, (images - mean) / std).clamp(0, 6))
@@ -169,10 +170,10 @@ def test_the_whole_encoder_is_stem_blocks_and_head():
 
 
 def test_dynamic_relu_starts_as_relu_and_its_slopes_stay_in_range():
-    torch.manual_seed(0)
+    """Dynamic ReLU (Chen et al. 2020): the larger of two lines whose slopes start at 1 and 0 and stay within 1."""
     layer, x = micro().blocks[0].mobile.relu1, randn(2, 64, 3, 3, dtype=torch.float32)
     torch.testing.assert_close(layer(x, torch.zeros(2, 64)), F.relu(x))
-    torch.testing.assert_close(layer(x, torch.randn(2, 64)), F.relu(x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(layer(x, randn(2, 64, seed=1, dtype=torch.float32)), F.relu(x), rtol=0.05, atol=0.05)
     layer.slopes.bias.data.fill_(100.0)
     torch.testing.assert_close(layer(x, torch.zeros(2, 64)), torch.maximum(2 * x, x))
     layer.slopes.bias.data.fill_(-100.0)
@@ -199,7 +200,7 @@ def test_weights_start_as_in_the_released_network():
 def test_every_parameter_gets_a_gradient_and_a_second_one():
     """Energies of images need the derivative of a gradient: every operation must have one."""
     encoder = micro()
-    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    images = rand(2, 3, 32, 32).requires_grad_()
     (slope,) = torch.autograd.grad(encoder(images).square().sum(), images, create_graph=True)
     slope.square().sum().backward()
     missing = [name for name, p in encoder.named_parameters() if p.grad is None]
@@ -208,14 +209,14 @@ def test_every_parameter_gets_a_gradient_and_a_second_one():
 
 def test_images_do_not_see_each_other_in_eval_mode():
     encoder = micro().eval()
-    images = torch.rand(3, 3, 32, 32)
+    images = rand(3, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(encoder(images)[1:2], encoder(images[1:2]), rtol=1e-4, atol=1e-5)
 
 
 def test_tokens_reach_the_map():
     encoder = micro().eval()
-    images = torch.rand(1, 3, 32, 32)
+    images = rand(1, 3, 32, 32)
     with torch.no_grad():
         before = encoder(images)
         encoder.tokens[1] += 5  # not the one that drives the dynamic ReLUs
@@ -224,11 +225,11 @@ def test_tokens_reach_the_map():
 
 def test_encoder_files_rebuild_a_mobile_former(tmp_path):
     encoder = micro(head=12, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    encoder(torch.rand(4, 3, 32, 32))  # its running statistics are part of it
-    common.save_encoder(encoder, tmp_path / "encoder.pt")
-    images = torch.rand(2, 3, 32, 48)
+    encoder(rand(4, 3, 32, 32))  # its running statistics are part of it
+    save_encoder(encoder, tmp_path / "encoder.pt")
+    images = rand(2, 3, 32, 48)
     for size in (0, 64):  # any size of images will do
-        found = common.load_encoder(tmp_path / "encoder.pt", image_size=size)
+        found = load_encoder(tmp_path / "encoder.pt", image_size=size)
         with torch.no_grad():
             torch.testing.assert_close(found(images), encoder.eval()(images))
     assert found.fields == encoder.fields
@@ -236,15 +237,15 @@ def test_encoder_files_rebuild_a_mobile_former(tmp_path):
 
 def test_maps_are_probed_by_their_mean():
     encoder = micro().eval()
-    images = torch.rand(2, 3, 32, 32)
+    images = rand(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(common.pooled_features(encoder, images), encoder(images).mean(dim=(2, 3)))
+        torch.testing.assert_close(pooled_features(encoder, images), encoder(images).mean(dim=(2, 3)))
 
 
 def test_tokens_have_no_weight_decay():
-    method = common.Method()
+    method = Method()
     method.encoder = micro()
-    decayed, plain = method.optimizer(common.TrainConfig()).param_groups
+    decayed, plain = method.optimizer(TrainConfig()).param_groups
     assert any(p is method.encoder.tokens for p in plain["params"])
     assert any(p is method.encoder.stem[0].weight for p in decayed["params"])
     assert all(p.ndim >= 2 for p in decayed["params"])

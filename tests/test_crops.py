@@ -1,0 +1,128 @@
+"""plumbing.crops against Pillow and plain loops: crops, resampling, seeds."""
+
+import itertools
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from make import generator, rand, seeds
+from PIL import Image
+
+from plumbing.crops import crop_boxes, mix_seed, random_resized_crop, resample, resize, resize_matrix
+from plumbing.shapes import render_shapes
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(0.05, 1), seeds)
+def test_crop_boxes_lie_inside_and_keep_area_and_aspect(height, width, low, seed):
+    sizes = torch.tensor([[float(height)], [float(width)]]).expand(2, 50)
+    boxes = crop_boxes(*sizes, scale=(low, 1.0), generator=generator(seed))
+    top, left, h, w = boxes.double().unbind(dim=1)
+    slack = 1e-4 * max(height, width)
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + h <= height + slack).all()
+    assert (left + w <= width + slack).all()
+    aspect = w / h
+    assert (aspect > 3 / 4 - 1e-3).all()
+    assert (aspect < 4 / 3 + 1e-3).all()
+    share = h * w / (height * width)
+    if 3 / 4 <= width / height <= 4 / 3:  # longer images may have no box of the wanted area
+        assert (share > low - 1e-3).all()
+
+
+def test_crop_boxes_are_uniform_in_area_place_and_the_logarithm_of_their_aspect():
+    sides = torch.full((20000,), 100.0)
+    boxes = crop_boxes(sides, sides, scale=(0.1, 0.3), ratio=(1 / 2, 2), generator=generator(0)).double()
+    top, left, h, w = boxes.unbind(dim=1)
+    place = top / (100 - h), left / (100 - w)
+    for x, low, high in [(h * w / 1e4, 0.1, 0.3), ((w / h).log2(), -1, 1), (place[0], 0, 1), (place[1], 0, 1)]:
+        shares = torch.linspace(0, 1, 11, dtype=torch.float64)
+        torch.testing.assert_close(x.quantile(shares), low + (high - low) * shares, rtol=0, atol=0.02 * (high - low))
+
+
+def test_crop_boxes_fall_back_to_the_largest_centred_box():
+    boxes = crop_boxes(torch.tensor([10.0]), torch.tensor([1000.0]), scale=(1.0, 1.0), generator=generator(0))
+    torch.testing.assert_close(boxes[0], torch.tensor([0.0, 500 - 20 / 3, 10.0, 40 / 3]))
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.floats(0, 1), st.floats(0.2, 1), seeds)
+def test_resample_matches_pillow_for_any_window(side, size, start, share, seed):
+    """Bilinear with the low-pass of Pillow's BILINEAR, whose windows need not start at whole pixels."""
+    image = torch.randint(0, 256, (1, 1, side, side), generator=generator(seed), dtype=torch.uint8)
+    length = max(1.0, share * side)
+    first = start * (side - length)
+    matrix = resize_matrix(torch.tensor([first]), torch.tensor([length]), side, size)
+    ours = resample(image.float(), matrix, matrix)[0, 0]
+    box = (first, first, min(first + length, side), min(first + length, side))
+    theirs = Image.fromarray(image[0, 0].numpy()).resize((size, size), Image.Resampling.BILINEAR, box=box)
+    assert (ours - torch.from_numpy(np.array(theirs).astype(np.float32))).abs().max() < 1.6
+
+
+def test_resize_matches_pillow_when_it_shrinks():
+    image = torch.randint(0, 256, (1, 3, 96, 96), generator=generator(0), dtype=torch.uint8)
+    ours = resize(image, 32)[0] * 255
+    theirs = Image.fromarray(image[0].permute(1, 2, 0).numpy()).resize((32, 32), Image.Resampling.BILINEAR)
+    assert (ours - torch.from_numpy(np.array(theirs)).permute(2, 0, 1)).abs().max() < 1.6
+
+
+def test_resize_leaves_images_of_the_right_size_alone():
+    image = torch.randint(0, 256, (2, 3, 8, 8), generator=generator(0), dtype=torch.uint8)
+    assert torch.equal(resize(image, 8), image.float() / 255)
+    assert torch.equal(resize(image.float() / 255, 8), image.float() / 255)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), seeds)
+def test_resample_gives_each_image_its_own_window_and_all_channels_the_same(batch, channels, seed):
+    images = rand(batch, channels, 6, 7, seed=seed)
+    rows, columns = rand(batch, 4, 6, seed=seed + 1), rand(batch, 5, 7, seed=seed + 1)
+    out = resample(images, rows, columns)
+    for i, j in itertools.product(range(batch), range(channels)):
+        torch.testing.assert_close(out[i, j], rows[i] @ images[i, j] @ columns[i].T)
+
+
+def test_random_resized_crop_matches_pillow_image_by_image():
+    images = render_shapes(12, 40)[0][:, :, :, :32]
+    ours = random_resized_crop(images, 24, generator=generator(5))
+    again = generator(5)
+    boxes = crop_boxes(torch.full((12,), 40.0), torch.full((12,), 32.0), generator=again).tolist()
+    flipped = (torch.rand(12, generator=again) < 0.5).tolist()
+    assert {True, False} == set(flipped)
+    for image, crop, (top, left, h, w), mirror in zip(images, ours, boxes, flipped, strict=True):
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        theirs = picture.resize((24, 24), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+        theirs = theirs.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else theirs
+        theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1) / 255
+        assert (crop - theirs).abs().max() < 1.6 / 255
+
+
+def test_random_resized_crop_is_the_identity_for_the_whole_image_and_mirrors_with_flip():
+    images = torch.randint(0, 256, (5, 3, 8, 8), generator=generator(0), dtype=torch.uint8)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    same = random_resized_crop(images, 8, **whole, flip=0.0, generator=generator(1))
+    torch.testing.assert_close(same, images.float() / 255)
+    mirrored = random_resized_crop(images, 8, **whole, flip=1.0, generator=generator(1))
+    torch.testing.assert_close(mirrored, images.flip(-1).float() / 255)
+
+
+def test_random_resized_crop_gives_each_image_its_own_crop_from_the_generator():
+    images = torch.randint(0, 256, (1, 3, 16, 16), generator=generator(0), dtype=torch.uint8).expand(6, -1, -1, -1)
+    first = random_resized_crop(images, 12, generator=generator(1))
+    assert torch.equal(first, random_resized_crop(images, 12, generator=generator(1)))
+    assert first.shape == (6, 3, 12, 12)
+    assert first.min() >= 0
+    assert first.max() <= 1
+    assert len({tuple(x.flatten().tolist()) for x in first}) == 6
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=4), st.integers(0, 3), st.integers(1, 50))
+def test_mix_seed_changes_with_each_number_and_stays_within_63_bits(numbers, place, more):
+    other = list(numbers)
+    other[place % len(numbers)] += more
+    assert mix_seed(*numbers) == mix_seed(*numbers) != mix_seed(*other)
+    assert 0 <= mix_seed(*numbers) < 2**63
+
+
+def test_mix_seed_is_the_same_on_every_machine():
+    """And in every version: resumed runs and the built-in pictures' crops rest on it."""
+    assert mix_seed(0, 0, 0) == 7896617691693857887 and mix_seed(3, 14, 15, 9) == 5438014879190320855

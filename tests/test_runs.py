@@ -1,0 +1,255 @@
+"""Run folders: what they hold, that they are never overwritten, and that a resumed run equals an uninterrupted one."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from make import fit_magma, log_of, same_weights, shapes, without_times
+from PIL import Image
+
+import magma
+from plumbing.encoders import load_encoder
+from plumbing.errors import NonFiniteLoss, UserError
+from plumbing.files import load_checkpoint
+from plumbing.runs import Meter, read_log, rewind_log
+from plumbing.tables import format_table
+
+# --- meter and log ---------------------------------------------------------------------------------------------------
+
+
+def test_meter_averages_and_stops_at_a_loss_that_is_not_finite(tmp_path):
+    meter = Meter()
+    for step, value in enumerate((1.0, 2.0, 6.0)):
+        meter.add(step, {"loss": torch.tensor(value)})
+        meter.flush(tmp_path / "last.pt")
+    assert meter.means() == {"loss": 3.0}
+    meter.add(7, {"loss": torch.tensor(float("nan")), "part": torch.tensor(1.5)})
+    with pytest.raises(NonFiniteLoss, match=r"step 7: loss nan, part 1.5; no checkpoint was written"):
+        meter.flush(tmp_path / "last.pt")
+
+
+def test_meter_goes_on_with_the_sums_of_an_unfinished_epoch(tmp_path):
+    meter = Meter({"loss": 3.0, "part": 1.0}, 2)
+    meter.add(5, {"loss": torch.tensor(6.0), "part": torch.tensor(2.0)})
+    assert meter.means() == {"loss": 1.5, "part": 0.5}  # what waits is not read yet
+    meter.flush(tmp_path / "last.pt")
+    assert (meter.sums, meter.count, meter.means()) == ({"loss": 9.0, "part": 3.0}, 3, {"loss": 3.0, "part": 1.0})
+    meter.flush(tmp_path / "last.pt")
+    assert meter.count == 3
+    assert Meter().means() == {}
+
+
+def test_read_log_gives_the_text_of_the_header_and_the_epochs(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert read_log(path) == ("", [])
+    header = '{"command":  "python train.py", "config": {}}\n'
+    path.write_text(header + '{"epoch": 0, "knn": 5.0}\n\n{"epoch": 1, "loss": NaN}\n[3]\nnull\n{"epoch": 2, "lo')
+    first, lines = read_log(path)
+    assert first == header  # as it stands there, byte by byte
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert lines[0] == {"epoch": 0, "knn": 5.0} and math.isnan(lines[1]["loss"])
+    path.write_text('{"epoch": 3}\n')
+    assert read_log(path) == ("", [{"epoch": 3}])
+
+
+def test_read_log_drops_what_a_resumed_run_does_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [{"command": "x"}, *({"epoch": epoch, "loss": 1.0} for epoch in range(4))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 4, "lo')
+    assert rewind_log(path, 2, "header") == lines[1:4]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:4]
+    path.write_bytes(b'\xff\xfe[1]\n[2]\n{"epoch": 1}\n')
+    assert rewind_log(path, 2, '{"command": "again"}\n') == [{"epoch": 1}]
+    assert path.read_text() == '{"command": "again"}\n{"epoch": 1}\n'
+    path.unlink()
+    assert rewind_log(path, 2, "header\n") == []
+
+
+# --- run folders -----------------------------------------------------------------------------------------------------
+
+
+def test_fit_writes_a_run_folder(tmp_path):
+    out = tmp_path / "run"
+    method, results = fit_magma(out)
+    files = {".lock", "config.json", "log.jsonl", "last.pt", "encoder.pt", "pictures.png"}
+    assert {path.name for path in out.iterdir()} == files
+    assert json.loads((out / "config.json").read_text())["lam"] == 1.0
+    log = log_of(out)
+    assert log[0]["versions"]["torch"] == torch.__version__
+    assert log[0]["config"]["epochs"] == 4
+    assert "command" in log[0]
+    assert [line["epoch"] for line in log[1:]] == [0, 1, 2, 3, 4]
+    assert [("knn" in line) for line in log[1:]] == [True, False, True, False, True]
+    assert set(log[2]) == {"epoch", "loss", "mae", "manifold", "uniformity", "lr", "images_per_second"}
+    for line in log[2:]:  # e_st = 1, e_dur = 2: in the second and third epoch
+        extra = line["loss"] - line["mae"]
+        assert extra == pytest.approx(line["manifold"] if line["epoch"] in (2, 3) else 0.0, abs=1e-5)
+        assert line["manifold"] > 0
+    assert results["trained"] == {"knn": log[-1]["knn"], "linear": log[-1]["linear"]}
+    assert results["pixels"] == log[1]["pixels"]
+    images = shapes().images[:3].float() / 255
+    torch.testing.assert_close(load_encoder(out / "encoder.pt")(images), method.encoder.eval()(images))
+    with Image.open(out / "pictures.png") as picture:
+        assert picture.size == (3 * (128 + 4) + 4, 20 + 8 * (128 + 4) + 4)  # captions above, and white between
+
+
+def test_an_existing_run_is_never_overwritten(tmp_path):
+    fit_magma(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="run exists; add --resume"):
+        fit_magma(tmp_path / "run")
+    with pytest.raises(UserError, match=r"run was trained otherwise \(base_lr 0.03 -> 0.1, lam 1.0 -> 2.0\)"):
+        fit_magma(tmp_path / "run", "--resume", "--base-lr", "0.1", "--lam", "2")
+    with pytest.raises(UserError, match=r"was trained otherwise \(images 40 -> 35\)"):
+        fit_magma(tmp_path / "run", "--resume", data=shapes(35))
+    with pytest.raises(UserError, match=r"was trained otherwise \(precision .* -> torch.float16\)"):
+        fit_magma(tmp_path / "run", "--resume", "--amp", "fp16")
+    (tmp_path / "run" / "last.pt").write_bytes(before[tmp_path / "run" / "last.pt"][:1000])
+    with pytest.raises(UserError, match=r"last\.pt is not a checkpoint"):
+        fit_magma(tmp_path / "run", "--resume")
+    torch.save([1, 2], tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt is not a checkpoint of a run"):
+        fit_magma(tmp_path / "run", "--resume")
+    (tmp_path / "run" / "last.pt").unlink()
+    with pytest.raises(UserError, match=r"run holds an encoder but no last\.pt"):
+        fit_magma(tmp_path / "run", "--resume")
+    before.pop(tmp_path / "run" / "last.pt")
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_run_of_another_method_is_refused(tmp_path):
+    fit_magma(tmp_path / "run")
+
+    class Other(magma.Magma):
+        name = "other"
+
+    with pytest.raises(UserError, match=r"was trained otherwise \(method magma -> other\)"):
+        fit_magma(tmp_path / "run", "--resume", method_class=Other)
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the run folder .*file/run \(Not a directory\)"):
+        fit_magma(tmp_path / "file" / "run")
+
+
+def test_without_probes_there_are_no_results(tmp_path):
+    _, results = fit_magma(tmp_path / "run", "--probe-every", "0")
+    assert results == {}
+    assert format_table(results).count("\n") == 0
+
+
+# --- stopping and going on -------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_at(step, error=Stop):
+    """Magma that raises in the update of one step."""
+
+    class Stopping(magma.Magma):
+        def update(self, model, batches, stepper):
+            done = next(counter)
+            if done == step:
+                raise error
+            return super().update(model, batches, stepper)
+
+    counter = itertools.count()
+    return Stopping
+
+
+def test_a_finished_run_says_so_and_may_name_its_recipe(tmp_path, capsys):
+    method, results = fit_magma(tmp_path / "run")
+    assert "nothing is left to do" not in capsys.readouterr().out
+    again, results_again = fit_magma(tmp_path / "run", "--resume", "--recipe", "shapes")
+    assert "the run is finished: nothing is left to do" in capsys.readouterr().out
+    assert results == results_again and same_weights(method.state_dict(), again.state_dict())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that nothing disturbed: flags -> folder, method, results; made when first asked for."""
+    made = {}
+
+    def find(*flags):
+        if flags not in made:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            made[flags] = (out, *fit_magma(out, *flags))
+        return made[flags]
+
+    return find
+
+
+@pytest.mark.parametrize("step", [0, 1, 7, 10, 19])
+@pytest.mark.parametrize("flags", [(), ("--ssl", "vicreg", "--projector-dim", "16"), ("--save-every", "3")])
+def test_resume_matches_uninterrupted_run(tmp_path, whole, step, flags):
+    """Bit for bit: weights, optimiser and log, wherever the run stopped (5 steps an epoch)."""
+    out, method, results = whole(*flags)
+    with pytest.raises(Stop):
+        fit_magma(tmp_path / "cut", *flags, method_class=stopping_at(step))
+    resumed, results_again = fit_magma(tmp_path / "cut", "--resume", *flags)
+    assert same_weights(method.state_dict(), resumed.state_dict())
+    assert results == results_again
+    assert without_times(log_of(out)) == without_times(log_of(tmp_path / "cut"))
+    checkpoints = [load_checkpoint(folder / "last.pt") for folder in (out, tmp_path / "cut")]
+    moments = [[s["exp_avg_sq"] for s in c["optimizer"]["state"].values()] for c in checkpoints]
+    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+
+
+def test_a_run_that_stopped_between_checkpoint_and_log_line_probes_again(tmp_path, whole, monkeypatch):
+    out, method, _ = whole()
+    probed = []
+
+    def probe(self, *rest):
+        probed.append(1)
+        if len(probed) == 2:  # the untrained encoder comes first
+            raise Stop
+        return real(self, *rest)
+
+    real = magma.Magma.probe
+    with monkeypatch.context() as patched:
+        patched.setattr(magma.Magma, "probe", probe)
+        with pytest.raises(Stop):
+            fit_magma(tmp_path / "cut")
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] == 10
+    assert log_of(tmp_path / "cut")[-1]["epoch"] == 1
+    resumed, _ = fit_magma(tmp_path / "cut", "--resume")
+    assert same_weights(method.state_dict(), resumed.state_dict())
+    assert [line["epoch"] for line in log_of(tmp_path / "cut")[1:]] == [0, 1, 2, 3, 4]
+    for a, b in zip(log_of(out)[1:], log_of(tmp_path / "cut")[1:], strict=True):
+        assert [a.get(name) for name in ("epoch", "loss", "manifold")] == [
+            b.get(name) for name in ("epoch", "loss", "manifold")
+        ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    class Exploding(magma.Magma):
+        def forward(self, images, labels=None, mask=None):
+            out = super().forward(images, labels, mask)
+            calls.append(1)
+            return out | {"loss": out["loss"] * (float("nan") if len(calls) == 8 else 1.0)}
+
+    calls = []
+    with pytest.raises(NonFiniteLoss, match=r"step 7: loss nan, mae [\d.]+, .*the last good checkpoint is .*last\.pt"):
+        fit_magma(tmp_path / "run", "--probe-every", "0", method_class=Exploding)
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == 5
+    assert all(torch.isfinite(x).all() for x in state["weights"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    class Exploding(magma.Magma):
+        def update(self, model, batches, stepper):
+            out = super().update(model, batches, stepper)
+            if next(counter) == 9:  # a gradient that is not finite, after a loss that is
+                self.encoder.norm.bias.data.fill_(float("nan"))
+            return out
+
+    counter = itertools.count()
+    with pytest.raises(NonFiniteLoss, match=r"step 9: the weights are not finite; the last good checkpoint is"):
+        fit_magma(tmp_path / "run", "--probe-every", "0", method_class=Exploding)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
