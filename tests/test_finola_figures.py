@@ -1,67 +1,40 @@
-"""FINOLA's own analysis: what protocols/finola_figures.py measures, and what its sheets show."""
+"""FINOLA's own analysis: what is measured of a run, and what its sheets and charts show."""
 
-# --- a whole run -----------------------------------------------------------------------------------------------------
+import dataclasses
+import json
+import types
 
+import pytest
+import torch
+from make import images_of, tiny_finola, write_folders
 
-@pytest.fixture(scope="module")
-def stripes(tmp_path_factory):
-    """A folder of pictures in two classes, of one colour each."""
-    from PIL import Image
-
-    root = tmp_path_factory.mktemp("stripes")
-    for split, count in (("train", 12), ("val", 6)):
-        for label, colour in enumerate(((200, 40, 40), (40, 40, 200))):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (64, 64), tuple(c + 3 * i for c in colour)).save(folder / f"{i}.png")
-    return root
-
-
-FLAGS = ["--width", "micro", "--channels", "16", "--upsampler-width", "16", "--upsampler-blocks", "1"]
-FLAGS += ["--image-size", "64", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0", "--base-lr", "0.03"]
-
-
-@pytest.mark.parametrize("variant", finola.VARIANTS)
-def test_a_run_is_trained_resumed_and_looked_into(variant, stripes, tmp_path, capsys):
-    out = tmp_path / "run"
-    argv = ["finola", "--data", str(stripes), "--out", str(out), "--variant", variant, "--workers", "0", *FLAGS]
-    assert train.main(argv) == 0
-    log = evaluate.read_log(out / "log.jsonl")
-    assert log[-1]["loss"] < log[1]["loss"]
-    assert {"knn", "linear", "psnr"} <= set(log[-1])
-    command = [str(out), "--protocol", "knn", "finola", "pictures", "--untrained", "--workers", "0"]
-    assert evaluate.main(command) == 0, capsys.readouterr().err
-    files = {path.stem for path in (out / "finola").iterdir()}
-    embeddings = {"mean", "interpolations", "samples", "components", "residuals"} if variant != "masked_b" else set()
-    assert files == embeddings | {"curvature", "surfaces"}
-    lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    found = next(line["results"]["trained"] for line in lines if line["protocol"] == "finola")
-    assert set(found) - {"dz/dx", "dz/dy", "laplacian"} == {"psnr", "psnr_of_mean", "curvature"}
-    assert "untrained" in lines[0]["results"]
-    shown = capsys.readouterr().out
-    assert "PSNR" in shown
-    assert "mean image" in shown
+import evaluate
+import finola
+import train
+from plumbing.images import MemoryImages
+from plumbing.probes import labelled
+from plumbing.runs import read_log
+from protocols.finola_figures import draw_embeddings, draw_finola, look_into_finola, ranked
+from protocols.rows import Subject
+from protocols.settings import Config
 
 
 def look(method, count=6):
-    """What evaluate.py finds in a method: of the test images, and the images themselves."""
+    """What is found in a method, the training and the test images, the subject and its settings."""
     size = method.config.image_size
-    train_images, test_images = images_of(5, size, seed=1), images_of(count, size, seed=2)
-    data = [
-        common.MemoryImages((x * 255).to(torch.uint8), torch.arange(len(x)) % 2, ["a", "b"], (0.5,) * 3, (0.25,) * 3)
-        for x in (train_images, test_images)
-    ]
-    row = evaluate.Row("trained", method.encoder, *data, torch.device("cpu"))
-    config = evaluate.Config(image_size=size, amp="off", workers=0)
-    exact = [(x * 255).to(torch.uint8) / 255 for x in (train_images, test_images)]
-    return evaluate.look_into_finola(method.eval(), row, config), *exact, row, config
+    stored = [(images_of(n, size, seed) * 255).to(torch.uint8) for n, seed in ((5, 1), (count, 2))]
+    data = [MemoryImages(x, torch.arange(len(x)) % 2, ["a", "b"], (0.5,) * 3, (0.25,) * 3) for x in stored]
+    subject = Subject("trained", method.encoder, *data, torch.device("cpu"))
+    config = Config(image_size=size, amp="off")
+    found = look_into_finola(method.eval(), subject, config)
+    return found, *(x / 255 for x in stored), subject, config
 
 
-@pytest.mark.parametrize("variant", finola.VARIANTS)
+@pytest.mark.parametrize("variant", ["finola", "masked_e", "masked_b"])
 @torch.no_grad()
 def test_what_the_analysis_measures(variant):
-    method = tiny(variant=variant, image_size=96)
+    """PSNR, the residuals of Eq. 2 and 4, and Fig. 5's peak curvatures by Eq. 9."""
+    method = tiny_finola(variant=variant, image_size=96)
     found, train_images, images, _, _ = look(method)
     corner = None if variant == "finola" else torch.ones(6, 2, dtype=torch.long)
     z = method.feature_map(images, corner)
@@ -86,24 +59,28 @@ def test_what_the_analysis_measures(variant):
     torch.testing.assert_close(found["laplacian"], expected)
 
 
+def test_residuals_are_those_of_the_channel_norm():
+    """Eq. 2 has the channel norm; with moving averages of its statistics there is nothing to measure."""
+    found, *_ = look(tiny_finola(norm="running"))
+    assert set(found) == {"psnr", "psnr of mean", "curvature", "q"}
+
+
 @torch.no_grad()
-def test_the_sheets_of_appendix_e_show_what_their_captions_say(tmp_path, monkeypatch):
-    method = tiny()
+def test_the_sheets_of_appendix_e_show_what_their_captions_say():
+    method, sheets = tiny_finola(), {}
     found, _, images, _, _ = look(method)
-    sheets = {}
-    monkeypatch.setattr(
-        evaluate, "write_sheet", lambda path, title, columns, rows: sheets.update({path.stem: (columns, rows)})
-    )
+    album = types.SimpleNamespace(sheet=lambda name, heading, captions, rows: sheets.update({name: (captions, rows)}))
     q = found["q"]
-    evaluate.draw_embeddings(method, q, q[:3], images[:3], "title", tmp_path)
+    draw_embeddings(method, q, q[:3], images[:3], album)
+    assert list(sheets) == ["mean", "interpolations", "samples", "components"]
 
     def decode(vectors):
         return method.decode(method.unroll(vectors)).clamp(0, 1)
 
     def column(name, caption):
-        columns, rows = sheets[name]
-        assert len(columns) == rows.shape[1]
-        return rows[:, columns.index(caption)]
+        captions, rows = sheets[name]
+        assert len(captions) == rows.shape[1]
+        return rows[:, captions.index(caption)]
 
     for name in ("mean", "samples", "components"):
         torch.testing.assert_close(column(name, "image"), images[:3])
@@ -112,30 +89,94 @@ def test_the_sheets_of_appendix_e_show_what_their_captions_say(tmp_path, monkeyp
     torch.testing.assert_close(column("mean", "mean"), decode(q.mean(dim=0).expand(3, -1)), **close)
     torch.testing.assert_close(column("mean", "mirror"), decode(2 * q.mean(dim=0) - q[:3]), **close)
     torch.testing.assert_close(column("components", "K = 16"), decode(q[:3]), **close)
+    torch.testing.assert_close(column("interpolations", "first"), images[:3])
     torch.testing.assert_close(column("interpolations", "second"), images[:3].roll(-1, dims=0))
-    torch.testing.assert_close(sheets["interpolations"][1][:, 1], decode(q[:3]), **close)
-    torch.testing.assert_close(sheets["interpolations"][1][:, 5], decode(q[:3].roll(-1, dims=0)), **close)
+    torch.testing.assert_close(column("interpolations", "q of the first"), decode(q[:3]), **close)
+    torch.testing.assert_close(column("interpolations", "q of the second"), decode(q[:3].roll(-1, dims=0)), **close)
+    middle = (q[:3] + q[:3].roll(-1, dims=0)) / 2
+    torch.testing.assert_close(column("interpolations", "half way"), decode(middle), **close)
+
+
+@pytest.mark.parametrize(("low", "scale"), [(0.0, "linear"), (0.001, "log")])
+def test_charts_show_values_over_their_places(low, scale):
+    values = torch.tensor([low, 0.25, 0.5])
+    (axes,) = ranked("title", {"one": values, "two": values + 1}, xlabel="images", ylabel="value").axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
+    assert lines["one"] == [[1, pytest.approx(low)], [2, 0.25], [3, 0.5]]
+    assert lines["two"] == [[1, pytest.approx(1 + low)], [2, 1.25], [3, 1.5]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("images", "value", scale)
+    assert axes.get_ylim()[0] == 0 or scale == "log"
+
+
+def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path):
+    method = tiny_finola(image_size=96)
+    found, _, _, subject, config = look(method)
+    torch.save({"weights": method.state_dict()}, tmp_path / "last.pt")
+    known = dataclasses.asdict(method.config) | {"method": "finola"}
+    written, figures = draw_finola(tmp_path, known, subject, dataclasses.replace(config, out=str(tmp_path), data="x"))
+    names = ["mean", "interpolations", "samples", "components", "residuals", "curvature", "surfaces"]
+    assert written == [tmp_path / "finola" / f"{name}.png" for name in names]
+    expected = {"psnr": found["psnr"].mean(), "psnr_of_mean": found["psnr of mean"].mean()}
+    expected |= {name: found[name].median() for name in ("dz/dx", "dz/dy", "laplacian")}
+    expected["curvature"] = found["curvature"].amax(dim=1).median()
+    assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
 
 
 def test_the_probe_measures_psnr_of_test_images():
-    method = tiny(variant="masked_b", probe_images=4, amp="off", image_size=32).eval()
-    _, _, _, row, _ = look(method)
+    method = tiny_finola(variant="masked_b", probe_images=4, amp="off", image_size=32).eval()
+    _, _, _, subject, _ = look(method)
     values = []
     for _ in range(2):
         torch.manual_seed(len(values))
-        values.append(
-            method.probe(lambda x: x.mean(dim=(2, 3)), row.train, row.test, method.config, device=row.device, workers=0)
-        )
+        values.append(method.probe(lambda x: x.mean(dim=(2, 3)), subject.train, subject.test, method.config))
     assert values[0] == values[1]  # the same blocks each time
-    chosen = common.labelled(row.test, 4)
+    chosen = labelled(subject.test, 4)
     torch.manual_seed(method.config.seed)
-    expected = method(row.test.images[chosen] / 255)["psnr"]
+    expected = method(subject.test.images[chosen] / 255)["psnr"]
     assert values[0]["psnr"] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_the_analysis_wants_a_run_of_finola(stripes, tmp_path, capsys):
-    vit = ["--model", "vit_micro", "--image-size", "16", "--patch", "8", "--decoder-dim", "16", "--decoder-depth", "1"]
-    flags = ["--batch-size", "8", "--epochs", "1", "--workers", "0", "--data", str(stripes), "--decoder-heads", "2"]
-    assert train.main(["magma", "--out", str(tmp_path / "run"), *vit, *flags]) == 0
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of pictures in two classes, of one colour each."""
+    return write_folders(tmp_path_factory.mktemp("folders"), train=12, val=6, size=(64, 64))
+
+
+FLAGS = (
+    "--width micro --channels 16 --upsampler-width 16 --upsampler-blocks 1 --image-size 64 --batch-size 8 --epochs 2"
+)
+FLAGS += " --warmup-epochs 0 --base-lr 0.03 --workers 0"
+
+
+@pytest.mark.parametrize("variant", ["finola", "masked_e", "masked_b"])
+def test_a_run_is_trained_and_looked_into(variant, folders, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["finola", "--data", str(folders), "--out", str(out), "--variant", variant, *FLAGS.split()]
+    assert train.main(argv) == 0
+    _, log = read_log(out / "log.jsonl")
+    assert log[-1]["loss"] < log[1]["loss"]
+    assert {"knn", "linear", "psnr"} <= set(log[-1])
+    command = [str(out), "--protocol", "knn", "finola", "pictures", "--untrained", "--workers", "0"]
+    assert evaluate.main(command) == 0, capsys.readouterr().err
+    files = {path.stem for path in (out / "finola").iterdir()}
+    embeddings = {"mean", "interpolations", "samples", "components", "residuals"} if variant != "masked_b" else set()
+    assert files == embeddings | {"curvature", "surfaces"}
+    lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    found = next(line["results"]["trained"] for line in lines if line["protocol"] == "finola")
+    assert set(found) - {"dz/dx", "dz/dy", "laplacian"} == {"psnr", "psnr_of_mean", "curvature"}
+    assert "untrained" in lines[0]["results"]
+    shown = capsys.readouterr().out
+    assert "PSNR" in shown
+    assert "mean image" in shown
+
+
+def test_the_analysis_wants_a_run_of_finola(folders, tmp_path, capsys):
+    flags = "--model vit_micro --image-size 16 --patch 8 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2"
+    flags += f" --batch-size 8 --epochs 1 --workers 0 --data {folders} --out {tmp_path / 'run'}"
+    assert train.main(["magma", *flags.split()]) == 0
     assert evaluate.main([str(tmp_path / "run"), "--protocol", "finola"]) == 2
     assert "looks into a run of finola" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""Features as they are: neighbours, linear probes on features that are kept, clusters."""
+
+import dataclasses
+import math
+import types
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from make import randn, seeds, settings_for, striped, subject_of, vit
+
+from protocols import frozen, training
+from protocols.frozen import class_cosines, davies_bouldin, fit_on_features, run_clusters, run_knn, run_linear
+from protocols.heads import LinearHeads, accuracies
+from protocols.settings import Config
+from protocols.training import run_protocol
+
+# --- neighbours ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("metric", "right"), [("euclidean", 0.0), ("cosine", 100.0)])
+def test_knn_has_two_metrics(metric, right):
+    """Bank vectors whose nearest neighbour by distance is not the nearest by angle."""
+    subject = subject_of(None)
+    subject.kept = {
+        ("train", ""): (torch.tensor([[1.0, 0.0], [10.0, 10.0]]), torch.tensor([0, 1])),
+        ("test", ""): (torch.tensor([[1.0, 0.9]]), torch.tensor([1])),
+    }
+    assert run_knn(subject, Config(image_size=8, k=1, metric=metric))["knn"] == right
+
+
+# --- linear probes ---------------------------------------------------------------------------------------------------
+
+
+def test_linear_heads_side_by_side_train_as_each_would_alone():
+    features, labels = randn(60, 5, dtype=torch.float32), torch.arange(60) % 3
+    fields = {"optimizer": "sgd", "epochs": 4, "batch_size": 20, "warmup_epochs": 1, "batchnorm": True, "image_size": 8}
+    several = Config(**fields, base_lr=0.5, base_lrs=(0.1, 3.0))
+    torch.manual_seed(0)
+    heads = LinearHeads(5, 3, 2, batchnorm=True)
+    alone = [LinearHeads(5, 3, 1, batchnorm=True) for _ in range(2)]
+    for head, layer in zip(alone, heads.layers, strict=True):
+        head.layers[0].load_state_dict(layer.state_dict())
+    fit_on_features(heads, features, labels, 3, several)
+    for head, layer, rate in zip(alone, heads.layers, several.base_lrs, strict=True):
+        fit_on_features(head, features, labels, 3, Config(**fields, base_lr=rate))
+        torch.testing.assert_close(head.layers[0].weight, layer.weight)
+    assert not torch.allclose(heads.layers[0].weight, heads.layers[1].weight)
+    mean = heads.train().norm(features).mean(dim=0)
+    torch.testing.assert_close(mean, torch.zeros(5), atol=1e-5, rtol=0)
+
+
+def test_linear_probe_learns_what_is_linear():
+    features = randn(400, 6, dtype=torch.float32)
+    labels = (features @ randn(6, 4, seed=1, dtype=torch.float32)).argmax(dim=1)
+    torch.manual_seed(0)
+    head = LinearHeads(6, 4)
+    fields = {"epochs": 60, "batch_size": 256, "milestones": (40, 50), "warmup_epochs": 0, "image_size": 8}
+    fit_on_features(head, features, labels, 4, Config(optimizer="sgd", base_lr=0.1, **fields))
+    assert accuracies(head(features), labels)[0] > 95
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_cached_linear_probe_equals_one_that_encodes_in_every_epoch(batchnorm, tmp_path, monkeypatch):
+    fields = {"epochs": 3, "batch_size": 32, "smoothing": 0.3, "batchnorm": batchnorm}
+    fields |= {"crop_min": 1.0, "flip": 0.0}  # nothing random about the images
+    make, heads, out = frozen.make_head, [], []
+    for room in (frozen, training):
+        monkeypatch.setattr(room, "make_head", lambda *args, **more: heads.append(make(*args, **more)) or heads[-1])
+    test = striped(48, seed=1)
+    test = dataclasses.replace(test, images=test.images[test.labels == 0], labels=test.labels[test.labels == 0])
+    for cache in (True, False):
+        subject = dataclasses.replace(subject_of(vit(depth=3)), test=test)  # of one class: a batch's norm would tell it
+        found = run_protocol("linear", subject, settings_for("linear", tmp_path, cache=cache, **fields))
+        out.append((found, heads[-1].layers[0].weight.detach()))
+    assert len(heads) == 2  # one of each room
+    assert out[0][0] == out[1][0]
+    torch.testing.assert_close(out[0][1], out[1][1], rtol=1e-4, atol=1e-6)
+    assert (tmp_path / "linear-stripes" / "log.jsonl").exists()
+
+
+def test_a_diverging_head_leaves_the_others_alone(tmp_path):
+    subject, fields = subject_of(vit(depth=3)), {"epochs": 9, "batch_size": 32}
+    alone = run_linear(subject, settings_for("linear", tmp_path, base_lrs=(0.1, 0.2), **fields))
+    found = run_linear(subject, settings_for("linear", tmp_path, base_lrs=(0.1, 1e38), **fields))
+    assert found["linear 0.1"] == alone["linear 0.1"]
+    assert math.isnan(found["linear 1e+38"])
+
+
+# --- clusters --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 5), st.integers(2, 5), st.integers(1, 6), seeds)
+def test_davies_bouldin_matches_naive_loop(classes, each, width, seed):
+    """Davies and Bouldin 1979, as MAGMA's Fig. 4 uses it."""
+    features = randn(classes * each, width, seed=seed)
+    labels = 3 * torch.arange(classes).repeat(each) + 1  # class numbers with gaps
+    slow = reference.davies_bouldin(features, labels)
+    torch.testing.assert_close(davies_bouldin(features, labels), slow, rtol=1e-9, atol=1e-12)
+
+
+def test_davies_bouldin_is_small_for_tight_classes_and_large_for_wide_ones():
+    """Davies and Bouldin 1979."""
+    labels = torch.arange(3).repeat(20)
+    centres = 100 * torch.eye(3, dtype=torch.float64)[labels]
+    assert davies_bouldin(centres + randn(60, 3), labels) < 0.05
+    assert davies_bouldin(centres + 50 * randn(60, 3), labels) > 0.5
+
+
+@given(st.floats(0.1, 10), st.floats(-10, 10), seeds)
+def test_davies_bouldin_ignores_scale_and_shift(scale, shift, seed):
+    """Davies and Bouldin 1979: a ratio of distances."""
+    features, labels = randn(30, 3, seed=seed), torch.arange(3).repeat(10)
+    once = davies_bouldin(features, labels)
+    assert davies_bouldin(scale * features + shift, labels) == pytest.approx(once, rel=1e-9)
+
+
+@given(st.integers(2, 4), st.integers(2, 4), st.integers(1, 6), seeds)
+def test_class_cosines_match_naive_loop_over_pairs(classes, each, width, seed):
+    """MLO-MAE, Appendix C.3 and Table 13."""
+    features = randn(classes * each + 1, width, seed=seed)
+    labels = torch.cat([torch.arange(classes).repeat(each), torch.tensor([0])])  # classes of different size
+    slow = reference.class_cosines(features, labels)
+    torch.testing.assert_close(class_cosines(features, labels), slow, rtol=1e-9, atol=1e-12)
+
+
+def test_the_gap_of_cosines_is_that_of_centred_features():
+    """MLO-MAE, Table 13, after the mean of all features is taken off."""
+    features, labels = 3 + randn(40, 8), torch.arange(40) % 4
+    found = run_clusters(types.SimpleNamespace(features=lambda *_: (features, labels)), None)
+    same, different = reference.class_cosines(features - features.mean(dim=0), labels)
+    assert found["cosine_gap"] == pytest.approx(float(same - different), abs=1e-6)
+    assert found["cosine_ratio"] != pytest.approx(float(same / different), rel=0.1)

@@ -1,0 +1,160 @@
+"""Heads, the groups of their optimisers, and stochastic depth."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from make import MapEncoder, rand, randn, seeds, vit
+from torch import nn
+
+import common
+from plumbing.errors import UserError
+from protocols import heads
+from protocols.heads import (
+    LARS,
+    LinearHeads,
+    TransformerHead,
+    add_drop_path,
+    drop_path,
+    layer_groups,
+    make_head,
+    one_hot,
+    soft_loss,
+    width_of,
+)
+from protocols.settings import decoder_width, settings_of
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+def test_finola_goes_by_the_name_of_its_encoder_and_not_by_the_channels_of_q():
+    with torch.device("meta"):
+        for name, width in ((720, 192), (1440, 384), (2880, 768), (4320, 768)):
+            encoder = common.MobileFormer(name, head=512)
+            assert decoder_width(width_of(encoder)) == width
+            config = settings_of("tran1", {"image_size": 32, "data": "x"}, "finola", width_of(encoder), 10**6)
+            head = make_head("tran1", encoder.dim, 10, config, width=width_of(encoder))
+            assert head(torch.empty(2, 5, 512)).shape == (1, 2, 10)
+            assert head.blocks[0].norm1.normalized_shape == (width,)
+    assert width_of(common.MobileFormer("micro", head=8)) == 8
+    assert width_of(common.ViT(8, 4, 16, 1, 2)) == 16
+
+
+@pytest.mark.parametrize(("encoder", "width", "millions"), [(720, 192, 2.1), (1440, 384, 8.0), (2880, 768, 31.3)])
+def test_transformer_head_has_the_parameters_of_finola(encoder, width, millions):
+    """FINOLA, Table 7: what tran-4 adds to encoders of width 720, 1440 and 2880, with 1000 classes."""
+    assert decoder_width(encoder) == width
+    with torch.device("meta"):
+        head = TransformerHead(encoder, width, 4, 1000)
+    assert sum(p.numel() for p in head.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_transformer_head_knows_no_position_and_drops_only_while_training():
+    torch.manual_seed(0)
+    head = TransformerHead(12, 64, 2, 5, dropout=0.5).eval()
+    tokens = rand(3, 7, 12)
+    out = head(tokens)
+    assert out.shape == (1, 3, 5)
+    torch.testing.assert_close(head(tokens[:, torch.randperm(7)]), out)
+    torch.testing.assert_close(head(tokens), out)
+    assert not torch.equal(head.train()(tokens), out)
+
+
+# --- labels and losses -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 6), st.floats(0, 0.9), seeds)
+def test_soft_loss_is_cross_entropy_with_smoothed_labels_summed_over_heads(classes, smoothing, seed):
+    """Label smoothing as Szegedy et al. 2016 have it."""
+    logits, labels = randn(2, 5, classes, seed=seed, dtype=torch.float32), torch.arange(5) % classes
+    targets = one_hot(labels, classes, smoothing)
+    expected = sum(F.cross_entropy(one, labels, label_smoothing=smoothing) for one in logits)
+    torch.testing.assert_close(soft_loss(logits, targets), expected)
+
+
+# --- optimisers and their groups -------------------------------------------------------------------------------------
+
+
+@given(st.floats(0, 0.5), st.floats(0.5, 0.95), seeds)
+def test_lars_matches_the_slow_version(decay, momentum, seed):
+    """You et al. 2017 as MAE's linear probe has it: trust ratio 0.001, none for biases."""
+    weight, bias = nn.Parameter(randn(3, 4, seed=seed)), nn.Parameter(randn(3, seed=seed + 1))
+    optimizer = LARS([weight, bias], lr=0.7, weight_decay=decay, momentum=momentum)
+    w, b, vw, vb = weight.detach().clone(), bias.detach().clone(), 0, 0
+    for step in range(3):
+        gw, gb = randn(3, 4, seed=step), randn(3, seed=step + 9)
+        weight.grad, bias.grad = gw.clone(), gb.clone()
+        optimizer.step()
+        move = gw + decay * w
+        vw = momentum * vw + move * 0.001 * w.norm() / move.norm()
+        vb = momentum * vb + gb
+        w, b = w - 0.7 * vw, b - 0.7 * vb
+        torch.testing.assert_close(weight.detach(), w, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(bias.detach(), b, rtol=1e-9, atol=1e-12)
+
+
+def test_lars_moves_a_weight_of_zeros():
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.ones(2, 2)
+    LARS([weight], lr=0.5).step()
+    torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.5))
+
+
+def test_layer_groups_are_those_of_mae():
+    """MAE, Table 9: layer-wise decay of the learning rate; no weight decay on biases, norms and tokens."""
+    encoder, head = vit(depth=3), LinearHeads(16, 4)
+    groups = layer_groups(encoder, head, 0.5, 0.05)
+    scale = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    everything = [*encoder.parameters(), *head.parameters()]
+    assert sorted(scale) == sorted(map(id, everything))
+    assert sum(len(group["params"]) for group in groups) == len(everything)
+    assert scale[id(encoder.patch_embed["proj"].weight)] == (0.5**4, 0.05)
+    assert scale[id(encoder.cls_token)] == (0.5**4, 0)
+    for i, block in enumerate(encoder.blocks):
+        assert scale[id(block.attn["qkv"].weight)] == (0.5 ** (3 - i), 0.05)
+        assert scale[id(block.attn["qkv"].bias)] == (0.5 ** (3 - i), 0)
+        assert scale[id(block.norm1.weight)] == (0.5 ** (3 - i), 0)
+    assert scale[id(encoder.norm.weight)] == (1, 0)
+    assert scale[id(head.layers[0].weight)] == (1, 0.05)
+
+
+def test_layer_groups_count_from_the_blocks_whatever_lies_around_them():
+    encoder, head = MapEncoder(), LinearHeads(8, 2)
+    encoder.after = nn.Conv2d(8, 8, 1)
+    scale = {id(p): g["lr_scale"] for g in layer_groups(encoder, head, 0.5, 0.0) for p in g["params"]}
+    found = [scale[id(p)] for p in (encoder.stem.weight, encoder.blocks[0].weight, encoder.blocks[1].weight)]
+    assert found == [0.125, 0.25, 0.5]
+    assert scale[id(encoder.after.weight)] == scale[id(head.layers[0].weight)] == 1
+    with pytest.raises(UserError, match="--layer-decay needs an encoder made of blocks"):
+        layer_groups(nn.Linear(8, 8), head, 0.5, 0.0)
+    assert len(layer_groups(None, head, 1.0, 0.0)) == 2
+
+
+# --- stochastic depth ------------------------------------------------------------------------------------------------
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(4000, 2, 3)
+    assert torch.equal(drop_path(x, 0.0), x)
+    out = drop_path(x, 0.25).flatten(1)
+    assert (out == out[:, :1]).all()
+    assert sorted(set(out[:, 0].tolist())) == pytest.approx([0, 4 / 3])
+    assert abs(out.mean() - 1) < 0.03
+
+
+def test_add_drop_path_rises_from_the_first_block_to_the_last_and_stops_in_eval(monkeypatch):
+    """Stochastic depth (Huang et al. 2016), on both branches of a block."""
+    rates = []
+    monkeypatch.setattr(heads, "drop_path", lambda x, rate: rates.append(rate) or x)
+    encoder, images = vit(depth=3), rand(2, 3, 8, 8)
+    plain = encoder(images)
+    add_drop_path(encoder, 0.2)
+    torch.testing.assert_close(encoder.train()(images), plain)
+    assert rates == pytest.approx([0, 0, 0.1, 0.1, 0.2, 0.2])
+    encoder.eval()(images)
+    assert len(rates) == 6
+    monkeypatch.setattr(heads, "drop_path", lambda x, rate: 0 * x)  # dropped branches leave the input as it is
+    encoder.train()
+    torch.testing.assert_close(encoder.blocks[1](plain[:, None]), plain[:, None])

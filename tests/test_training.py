@@ -1,0 +1,146 @@
+"""The protocols that encode each image anew: which run, what is trained, augmented, frozen, resumed and logged."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from make import QUICK, MapEncoder, rand, settings_for, subject_of, vit
+
+from plumbing.encoders import load_encoder
+from plumbing.errors import UserError
+from plumbing.files import load_checkpoint
+from plumbing.runs import read_log
+from protocols import heads, training
+from protocols.heads import LinearHeads, TransformerHead
+from protocols.training import Classifier, applies, run_protocol
+
+
+@pytest.mark.parametrize("kind", ["vit", "map"])
+@pytest.mark.parametrize("protocol", ["knn", "linear", "tran1", "tran4", "finetune", "clusters"])
+def test_protocols_work_on_tokens_and_on_maps(protocol, kind, tmp_path):
+    torch.manual_seed(0)
+    subject = subject_of(vit(depth=3) if kind == "vit" else MapEncoder())
+    before, quick = copy.deepcopy(subject.encoder.state_dict()), {}
+    if protocol in ("tran1", "tran4", "finetune"):
+        quick = QUICK | ({"drop_path": 0.0} if kind == "map" else {})
+    found = run_protocol(protocol, subject, settings_for(protocol, tmp_path, **quick))
+    if protocol == "clusters":
+        assert found["davies_bouldin"] > 0
+    else:
+        assert found[protocol] > (60 if protocol in ("knn", "linear") else 30)
+    for name, value in subject.encoder.state_dict().items():  # no protocol changes what the next one judges
+        assert torch.equal(value, before[name])
+
+
+def test_a_map_has_no_path_to_drop(tmp_path):
+    with pytest.raises(UserError, match="--drop-path needs a transformer; this encoder has none, give --drop-path 0"):
+        run_protocol("finetune", subject_of(MapEncoder()), settings_for("finetune", tmp_path, **QUICK))
+
+
+# --- which rows ------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_from_random_weights_has_no_layer_decay(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(
+        training, "train_classifier", lambda protocol, subject, config: rates.append(config.layer_decay) or {}
+    )
+    config = settings_for("finetune", tmp_path, scratch=True)
+    subjects = [subject_of(vit(depth=3), name) for name in ("trained", "untrained")]
+    for subject in subjects:
+        run_protocol("finetune", subject, config)
+    assert rates == [0.75, 1.0]
+    assert [applies("finetune", subject, config) for subject in subjects] == [False, True]
+    alone = [applies("knn", subject, config) for subject in subjects]
+    assert alone == [True, False]  # the second subject is there for --scratch alone
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def test_classifier_freezes_the_encoder_and_trains_the_head(tmp_path):
+    encoder, head = vit(depth=3), TransformerHead(16, 64, 1, 3)
+    config = settings_for("tran1", tmp_path, **QUICK)
+    method = Classifier("tran1", encoder, head, 3, config).train()
+    assert not encoder.training
+    torch.manual_seed(0)
+    method(rand(6, 3, 8, 8), torch.arange(6) % 3)["loss"].backward()
+    assert all(p.grad is None for p in encoder.parameters())
+    assert all(p.grad is not None for p in head.parameters())
+    grouped = [p for group in method.optimizer(config).param_groups for p in group["params"]]
+    assert set(map(id, grouped)) == set(map(id, head.parameters()))
+
+
+@pytest.mark.parametrize("probe_every", [0, 1])
+def test_finetuning_trains_in_training_mode_and_is_judged_in_eval_mode(tmp_path, monkeypatch, probe_every):
+    """Drop path, dropout and batch statistics act in training alone; encoders come in eval mode."""
+    modes = {"forward": set(), "probe": set()}
+    for name in modes:
+        function = getattr(Classifier, name)
+        spy = lambda self, *a, f=function, n=name, **k: modes[n].add(self.encoder.training) or f(self, *a, **k)
+        monkeypatch.setattr(Classifier, name, spy)
+    config = settings_for("finetune", tmp_path, **QUICK, probe_every=probe_every)
+    run_protocol("finetune", subject_of(vit(depth=3)), config)
+    assert modes == {"forward": {True}, "probe": {False}}
+
+
+def test_finetuning_reaches_every_parameter_and_uses_every_augmentation(tmp_path, monkeypatch):
+    config = settings_for("finetune", tmp_path, erase=0.5)
+    method = Classifier("finetune", vit(depth=3), LinearHeads(16, 3), 3, config).train()
+    called = []
+    for room, name in [(training, n) for n in ("rand_augment", "random_erase", "mix_labels")] + [(heads, "drop_path")]:
+        function = getattr(room, name)
+        spy = lambda *args, f=function, n=name: called.append(n) or f(*args)
+        monkeypatch.setattr(room, name, spy)
+    torch.manual_seed(0)
+    method(rand(6, 3, 8, 8), torch.arange(6) % 3)["loss"].backward()
+    assert [name for name in called if name != "drop_path"] == ["rand_augment", "random_erase", "mix_labels"]
+    assert called.count("drop_path") == 6
+    assert all(p.grad is not None for p in method.parameters())
+
+
+def test_finetuning_learns_and_logs_its_test_accuracy(tmp_path):
+    fields = QUICK | {"epochs": 6, "randaugment": 0.0, "mixup": 0.0, "cutmix": 0.0, "probe_every": 2}
+    found = run_protocol("finetune", subject_of(vit(depth=3)), settings_for("finetune", tmp_path, **fields))
+    assert found["finetune"] > 80
+    _, log = read_log(tmp_path / "finetune-stripes" / "log.jsonl")
+    assert [line["epoch"] for line in log if "accuracy" in line] == [0, 2, 4, 6]
+    assert log[-1]["accuracy"] == found["finetune"]
+    encoder = load_encoder(tmp_path / "finetune-stripes" / "encoder.pt")  # can be evaluated in turn
+    assert encoder.fields["pool"] == "mean"
+
+
+# --- FINOLA's decoder, probed and then fine-tuned --------------------------------------------------------------------
+
+
+def test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended(tmp_path, monkeypatch, capsys):
+    """FINOLA, Appendix C: the decoder weights are initialised from the tran-1 probing stage."""
+    subject, started, fit = subject_of(vit(depth=3)), [], training.fit
+    monkeypatch.setattr(training, "fit", lambda m, *a: started.append(copy.deepcopy(m.head.state_dict())) or fit(m, *a))
+    run_protocol("finetune", subject, settings_for("finetune", tmp_path / "a", head="tran1", **QUICK))
+    assert "holds no finished probe of this encoder; --protocol tran1 makes one" in capsys.readouterr().out
+    run_protocol("tran1", subject, settings_for("tran1", tmp_path / "b", **QUICK))
+    run_protocol("finetune", subject, settings_for("finetune", tmp_path / "b", head="tran1", **QUICK))
+    assert len(started) == 3
+    probed = load_checkpoint(tmp_path / "b" / "tran1-stripes" / "last.pt")["weights"]
+    for name, value in started[2].items():
+        assert torch.equal(value, probed["head." + name])
+    assert not torch.equal(started[0]["classify.weight"], started[2]["classify.weight"])
+
+    with torch.no_grad():
+        subject.encoder.norm.bias += 1  # another encoder: neither its old decoder nor an old run of its own is taken
+    config = settings_for("finetune", tmp_path / "b", head="tran1", **QUICK)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"finetune-stripes was trained otherwise \(origin \w+ -> \w+\)"):
+        run_protocol("finetune", subject, dataclasses.replace(config, resume=True))
+    assert "holds no finished probe of this encoder" in capsys.readouterr().out
+
+
+def test_finetuning_does_not_start_from_a_probe_that_is_not_finished(tmp_path, capsys):
+    subject, path = subject_of(vit(depth=3)), tmp_path / "tran1-stripes" / "last.pt"
+    run_protocol("tran1", subject, settings_for("tran1", tmp_path, **QUICK))
+    state = load_checkpoint(path)
+    torch.save(state | {"step": state["step"] - 1}, path)
+    run_protocol("finetune", subject, settings_for("finetune", tmp_path, head="tran1", **QUICK))
+    assert "holds no finished probe of this encoder" in capsys.readouterr().out
