@@ -24,40 +24,18 @@ Train it:  python train.py mixedae                                      on built
            python train.py mixedae --attention global --segment off --contrast 0     naive mixing
            python train.py mixedae --data imagenet --root DIR           the paper's experiment; --model vit_large
 
-No code was released, and this was written with the supplement and the abstract alone at hand. What the supplement
-states is followed: the ratio r = 1/4 (here 1 / --images-per-group), compose mode, cells of 32 x 32 pixels, sine-cosine
-segment codes at the input of every block, normalised pixels, Tables A1 and A2. The rest are settings of ours.
-
-Believed to be in the main paper, but not checked against it:
-* TopK keeps as many keys as an image has patches, round(N / K) (`--topk`). Gradients flow through kept scores.
-* The form of Eq. 7, the mean over all positives of an anchor outside the logarithm, with temperature 0.25; its weight
-  of 0.1 in the sum of both losses (Eq. 8). `full` mode mixes each group K times, so that each patch is seen once.
-* The loss counts the patches of each image that came from others, over all images of a group alike.
-
-Choices of ours:
-* 49 cells do not divide by 4: the counts of a group's images differ by one cell, and which image gets it is drawn.
-* Groups are consecutive images of a batch; cells stay in their places. The learning rate scales with clean images.
-* TopK acts in every block (`--attention-blocks`; the last one in the laptop recipes). A patch keeps the CLS token
-  besides, and the CLS token keeps everything.
-* The contrastive loss takes the encoder's patch tokens after the final norm, without projector: cosine, by mixture.
-* Segment codes are added to patches, not to the CLS token, as they are (`--segment-scale`). They alone already tell
-  which patches are relatives, so the contrastive loss and the accuracy of TopK owe a part to them.
-* The laptop recipes centre the codes (`--segment-centred`), so that an encoder that is used without them later does not
-  miss their mean, and keep homologous attention to the last block: learned in every block of a small model, it costs
-  the linear probe 1 to 3 points and finds fewer relatives.
-* The decoder is MAE's; all images of a group get the CLS token of their mixture. Masked self-attention (`--attention
-  oracle`) hides the CLS token from the patches; what it knows of other images still reaches the decoder.
-* `--mode mae` hides single patches, as MAE does, and gives each image of a group the code of its slot, so that the
-  contrastive loss across unmixed images has what it has in a mixture; the MAE baseline is that with `--segment off
-  --contrast 0`.
-* Downstream, the encoder is a plain ViT: global attention, no segments. Flips and the smallest crop of 0.2 are MAE's;
-  the table lists crops alone. The table that switches the contrastive loss off prints the figures of naive mixing; we
-  keep the attention there.
+Choices that change a number (docs/mixedae.md has all). No code was released; only supplement and abstract were at hand:
+* As we believe the main paper to have it: TopK keeps round(N / K) keys (`--topk`); Eq. 7 is a mean over positives,
+  outside the logarithm, its temperature 0.25, its weight 0.1; the loss counts the patches that came from others.
+* Ours: TopK acts in every block (`--attention-blocks`); a patch keeps the CLS token besides, which keeps everything.
+  Eq. 7 takes the encoder's patch tokens after the final norm, without projector.
+* Ours: segment codes are added to patches, not to the CLS token, as they are (`--segment-scale`). The laptop recipes
+  centre them (`--segment-centred`), and keep homologous attention to the last block.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -81,12 +59,12 @@ from common import (
     visible_patches,
 )
 from plumbing.errors import UserError
+from plumbing.images import BatchPlan
 from plumbing.processes import world_size
 from plumbing.settings import TrainConfig, check_least, check_positive
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's mathematics. G groups of K images, N patches, D width of a token. Pure functions for any float dtype and
-# device.
+# The paper's mathematics. G groups of K images, N patches, D width of a token. Pure functions of tensors.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -132,21 +110,8 @@ def unmix(mixed: Tensor, assignment: Tensor, fill, images_per_group: int = 0) ->
 
 
 def top_keys(scores: Tensor, topk: int) -> Tensor:
-    """The `topk` largest scores of each query: (..., N, N) -> long (..., N, topk), in any order.
-
-    Exactly that many, also among equal scores, of which bf16 has many; a threshold would keep more.
-    """
-    size, places = 8 * scores.element_size(), scores.shape[-1]
-    bits = scores.detach().view({16: torch.int16, 32: torch.int32, 64: torch.int64}[size])
-    # Read as integers, positive floats keep their order and negative ones reverse it, which flipping all bits but the
-    # sign mends.
-    ordered, topk = bits ^ (bits >> (size - 1) & torch.iinfo(bits.dtype).max), min(topk, places)
-    if bits.device.type != "cpu" or size == 64:
-        return ordered.topk(topk, dim=-1, sorted=False).indices
-    # On CPUs NumPy selects five to ten times as fast, but values only: so each carries its place in the bits below it.
-    wide = ordered.to({16: torch.int32, 32: torch.int64}[size]) << size | torch.arange(places, dtype=torch.int32)
-    chosen = np.partition(wide.numpy(), places - topk, axis=-1)[..., places - topk :]
-    return (torch.from_numpy(chosen) & (2**size - 1)).long()
+    """The `topk` largest scores of each query, that many also of equal ones: (..., N, N) -> long (..., N, topk)."""
+    return scores.topk(min(topk, scores.shape[-1]), dim=-1).indices
 
 
 def attention_scores(q: Tensor, k: Tensor) -> Tensor:
@@ -164,16 +129,14 @@ def sparse_softmax(scores: Tensor, keys: Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=weights.dtype).scatter_(-1, keys, weights)
 
 
-def topk_weights(scores: Tensor, topk: int, exempt: int = 0) -> tuple[Tensor, Tensor]:
+def topk_weights(scores: Tensor, topk: int, exempt: int = 0, select=top_keys) -> tuple[Tensor, Tensor]:
     """Attention weights (B, heads, N, N) that are zero but for each query's `topk` largest scores, and these keys.
 
     The first `exempt` tokens, such as a CLS token, are kept by every query besides, and keep every key themselves. The
-    keys (B, heads, N - exempt, topk) are counted without them. `MixedAE` uses this half, to look at keys and weights.
+    keys (B, heads, N - exempt, topk) are counted without them.
     """
-    keys = top_keys(scores[..., exempt:, exempt:], topk)
-    if not exempt:
-        return sparse_softmax(scores, keys), keys
-    always = torch.arange(exempt, device=keys.device).expand(*keys.shape[:-1], -1)
+    keys = select(scores[..., exempt:, exempt:], topk)
+    always = torch.arange(exempt, device=keys.device).expand(*keys.shape[:-1], exempt)
     weights = sparse_softmax(scores[..., exempt:, :], torch.cat([always, keys + exempt], dim=-1))
     return torch.cat([scores[..., :exempt, :].softmax(dim=-1), weights], dim=-2), keys
 
@@ -209,13 +172,13 @@ def homologous_contrastive(z: Tensor, assignment: Tensor, temperature: float = 0
     """
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
-        itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
         similarity = z @ z.transpose(1, 2) / temperature  # (G, N, N)
-        log_share = similarity - similarity.masked_fill(itself, -math.inf).logsumexp(dim=-1, keepdim=True)
-        positive = same_image(assignment) & ~itself
-        count = positive.sum(dim=-1)  # (G, N)
-        of_anchor = -torch.where(positive, log_share, 0).sum(dim=-1) / count.clamp_min(1)
-        return (of_anchor * (count > 0)).sum() / (count > 0).sum().clamp_min(1)
+    itself = torch.eye(z.shape[1], dtype=torch.bool, device=z.device)
+    log_share = similarity - similarity.masked_fill(itself, -math.inf).logsumexp(dim=-1, keepdim=True)
+    positive = same_image(assignment) & ~itself
+    count = positive.sum(dim=-1)  # (G, N)
+    of_anchor = -torch.where(positive, log_share, 0).sum(dim=-1) / count.clamp_min(1)
+    return (of_anchor * (count > 0)).sum() / (count > 0).sum().clamp_min(1)
 
 
 def segment_code(slots: int, dim: int, centred: bool = False) -> Tensor:
@@ -268,11 +231,20 @@ class Config(TrainConfig):
         super().check()
         check_least(self, reconstruction=0, contrast=0, topk=0)
         check_positive(self, "temperature")
-        if self.images_per_group < 2:
-            raise UserError(f"--images-per-group {self.images_per_group}: a mixture needs two images or more")
-        depth = VIT_SIZES[self.model]["depth"]
+        k, depth = self.images_per_group, VIT_SIZES[self.model]["depth"]
+        if k < 2:
+            raise UserError(f"--images-per-group {k}: a mixture needs two images or more")
         if not all(-depth <= block < depth for block in self.attention_blocks):
             raise UserError(f"--attention-blocks {self.attention_blocks}: give blocks from {-depth} to {depth - 1}")
+        if self.patch < 1 or self.image_size % self.patch:
+            return  # the transformer says so better
+        side = self.image_size // self.patch
+        if self.cell < 1 or side % self.cell:
+            raise UserError(f"--cell {self.cell} does not divide the {side} x {side} patches of an image")
+        if (side // self.cell) ** 2 < k:
+            raise UserError(f"--cell {self.cell} leaves fewer cells than the {k} images that share them")
+        if self.topk > side**2:
+            raise UserError(f"--topk {self.topk} keeps more than the {side**2} patches of an image")
 
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
@@ -292,6 +264,17 @@ RECIPES = {
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Seen(NamedTuple):
+    """What becomes of a batch; L patches take part in the contrastive loss of a group."""
+
+    prediction: Tensor  # (B, N, P) pixels of every patch, in the units of `target`
+    target: Tensor  # (B, N, P)
+    mask: Tensor  # (B, N) bool, True for the patches to be predicted
+    tokens: Tensor  # (G, L, D) encoded patches
+    owners: Tensor  # (G, L) the image of its group that each one comes from
+    found: list  # of (accuracy, weights), of each block with the attention of mixtures
+
+
 class MixedAE(Method):
     """Mix, encode with homologous attention, unmix, reconstruct; plus the homologous contrastive loss (Eq. 8)."""
 
@@ -301,82 +284,72 @@ class MixedAE(Method):
         super().__init__()
         size, k = VIT_SIZES[config.model], config.images_per_group
         vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
-        rows, columns = vit.grid
-        if config.cell < 1 or rows % config.cell or columns % config.cell:
-            raise UserError(f"--cell {config.cell} does not divide the {rows} x {columns} patches of an image")
-        if rows * columns // config.cell**2 < k:
-            raise UserError(f"--cell {config.cell} leaves fewer cells than the {k} images that share them")
-        if config.topk > rows * columns:
-            raise UserError(f"--topk {config.topk} keeps more than the {rows * columns} patches of an image")
-        depth, self.config = size["depth"], config
-        self.topk = config.topk or round(rows * columns / k)
-        self.special_blocks = {block % depth for block in config.attention_blocks or range(depth)}
         decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
         self.autoencoder = MaskedAutoencoder(vit, *decoder, 1 - 1 / k, config.norm_pixels)
-        self.register_buffer(
-            "segments", config.segment_scale * segment_code(k, vit.dim, config.segment_centred), persistent=False
-        )
+        segments = config.segment_scale * segment_code(k, vit.dim, config.segment_centred)
+        self.register_buffer("segments", segments, persistent=False)
+        self.config, self.topk = config, config.topk or round(len(vit.positions) / k)
+        blocks = () if config.mode == "mae" else config.attention_blocks or range(size["depth"])
+        self.special_blocks = {block % size["depth"] for block in blocks}
 
     @property
     def encoder(self) -> ViT:
         return self.autoencoder.encoder
 
-    def optimizer(self, config: Config) -> torch.optim.Optimizer:
+    def plan(self, images: int, config: Config) -> BatchPlan:
         share = config.batch_size // (world_size() * config.accumulate)
-        if share % config.images_per_group:  # noticed before the first step
+        if share % config.images_per_group:
             given = f"--batch-size {config.batch_size} gives each process and part {share} images"
             raise UserError(f"{given}, not a multiple of --images-per-group {config.images_per_group}")
-        return super().optimizer(config)
+        return super().plan(images, config)
 
     def draw_assignment(self, groups: int) -> Tensor:
         """M for some groups: (G, N); in full mode (G * K, N), the K mixtures of a group one after the other."""
-        k, grid = self.config.images_per_group, self.encoder.grid
-        device = self.segments.device
+        k, grid, device = self.config.images_per_group, self.encoder.grid, self.segments.device
         assignment = mixing_assignment(groups, grid[0] * grid[1], k, cell=self.config.cell, grid=grid, device=device)
         if self.config.mode == "full":  # image i + s where the first mixture has image i: each patch is seen once
             shifts = torch.arange(k, device=device)[:, None]
             assignment = ((assignment[:, None] + shifts) % k).flatten(0, 1)
         return assignment
 
-    def attention(self, assignment: Tensor, accuracies: list, seen: list | None = None):
-        """The attention function of one pass over mixtures with M (G, N): (q, k, v), each (G, heads, 1 + N, d).
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, assignment: Tensor, look: bool = False) -> tuple:
+        """The attention of mixtures with M (G, N): q, k, v and the output are (G, heads, 1 + N, d).
 
-        Appends each block's homologous accuracy to `accuracies`, where there is top-k attention, and its attention
-        weights (G, heads, 1 + N, 1 + N) to `seen`.
+        With it come the accuracy of top-k keys (Fig. 6), and with `look` the weights (G, heads, 1 + N, 1 + N).
         """
+        if self.config.attention == "global" and not look:
+            return attend(q, k, v), None, None
+        scores, accuracy = attention_scores(q, k), None  # (G, heads, 1 + N, 1 + N)
+        if self.config.attention == "topk":
+            weights, keys = topk_weights(scores, self.topk, exempt=1, select=top_keys_fast)
+            accuracy = homologous_accuracy(keys, assignment)
+        else:
+            if self.config.attention == "oracle":  # the CLS token sees everything, and is seen by itself alone
+                keep = F.pad(same_image(assignment), (1, 0, 0, 0), value=False)
+                keep = F.pad(keep, (0, 0, 1, 0), value=True)[:, None]  # (G, 1, 1 + N, 1 + N)
+                scores = scores.masked_fill(~keep, -math.inf)
+            weights = scores.softmax(dim=-1)
+        return weights @ v, accuracy, weights if look else None
 
-        def attention(q, k, v):
-            if self.config.attention == "global" and seen is None:
-                return attend(q, k, v)
-            scores = attention_scores(q, k)
-            if self.config.attention == "topk":
-                weights, keys = topk_weights(scores, self.topk, exempt=1)
-                accuracies.append(homologous_accuracy(keys, assignment))
-            else:
-                if self.config.attention == "oracle":  # the CLS token sees everything, and is seen by itself alone
-                    keep = F.pad(same_image(assignment), (1, 0, 0, 0), value=False)
-                    keep = F.pad(keep, (0, 0, 1, 0), value=True)[:, None]  # (G, 1, 1 + N, 1 + N)
-                    scores = scores.masked_fill(~keep, -math.inf)
-                weights = scores.softmax(dim=-1)
-            if seen is not None:
-                seen.append(weights)
-            return weights @ v
-
-        return attention
-
-    def encode(self, tokens: Tensor, slots: Tensor, attention) -> Tensor:
+    def encode(self, tokens: Tensor, slots: Tensor, look: bool = False) -> tuple[Tensor, list]:
         """Run the encoder on tokens (B, M, D) of images in the slots (B, M) of their groups -> (B, 1 + M, D).
 
-        `attention` is used in `special_blocks`, plain attention elsewhere.
+        Also gives what `attention` found in each of `special_blocks`; the other blocks have plain attention.
         """
-        config, vit = self.config, self.encoder
+        config, vit, found = self.config, self.encoder, []
+
+        def special(q, k, v):
+            out, *what = self.attention(q, k, v, slots, look)
+            found.append(what)
+            return out
+
         segment = F.pad(self.segments[slots], (0, 0, 1, 0)).to(tokens.dtype)  # (B, 1 + M, D), 0 for the CLS token
         x = torch.cat([vit.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         for i, block in enumerate(vit.blocks):
             if config.segment == "every" or (config.segment == "first" and i == 0):
                 x = x + segment
-            x = block(x, attention if i in self.special_blocks else attend)  # (B, 1 + M, D)
-        return vit.norm(x)
+            x = block(x, special if i in self.special_blocks else attend)  # (B, 1 + M, D)
+        return vit.norm(x), found
 
     def reconstruct(self, encoded: Tensor, assignment: Tensor) -> Tensor:
         """Unmix in the decoder: encoded mixtures (G, 1 + N, D), M (G, N) -> predicted patches (G * K, N, P)."""
@@ -385,46 +358,46 @@ class MixedAE(Method):
         full = unmix(x[:, 1:], assignment, autoencoder.mask_token[0, 0], k)  # (G, K, N, d)
         return autoencoder.predict(x[:, :1].repeat_interleave(k, dim=0), full.flatten(0, 1))
 
-    def without_mixing(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """MAE on each image alone: (B, 3, H, W) -> predicted patches (B, N, P), mask (B, N), and the visible tokens of
-        each group (G, K * M, D) with the number of the image that they come from (G, K * M).
-        """
+    def mixed(self, images: Tensor, assignment: Tensor, look: bool = False) -> Seen:
+        """Images (B, 3, H, W), mixed by M (G, N), encoded and unmixed; with (G * T, N) each group T times."""
+        k = self.config.images_per_group
+        groups = [x.unflatten(0, (-1, k)) for x in (self.encoder.embed(images), self.autoencoder.target(images))]
+        times = len(assignment) // len(groups[0])
+        embedded, target = (x.repeat_interleave(times, dim=0) for x in groups)  # (G, K, N, D), (G, K, N, P)
+        encoded, found = self.encode(mix(embedded, assignment), assignment, look)  # (G, 1 + N, D)
+        prediction = self.reconstruct(encoded, assignment)  # (G * K, N, P)
+        mask = ~own_patches(assignment, k)  # what came from others is to be predicted
+        return Seen(prediction, target.flatten(0, 1), mask.flatten(0, 1), encoded[:, 1:], assignment, found)
+
+    def unmixed(self, images: Tensor) -> Seen:
+        """MAE on each of the images (B, 3, H, W) alone; the visible patches of a group meet in the contrastive loss."""
         k, autoencoder, vit = self.config.images_per_group, self.autoencoder, self.encoder
-        batch, patches = len(images), vit.grid[0] * vit.grid[1]
+        batch, patches = len(images), len(vit.positions)
         mask = random_mask(batch, patches, autoencoder.mask_ratio, device=images.device)
         visible = visible_patches(mask, patches - round(autoencoder.mask_ratio * patches))
         slots = torch.arange(batch, device=images.device)[:, None].expand_as(visible) % k  # (B, M)
-        encoded = self.encode(take(vit.embed(images), visible), slots, attend)
-        tokens, slots = (rearrange(x, "(g k) m ... -> g (k m) ...", k=k) for x in (encoded[:, 1:], slots))
-        return autoencoder.decode(encoded, visible), mask, tokens, slots
+        encoded, _ = self.encode(take(vit.embed(images), visible), slots)  # (B, 1 + M, D)
+        tokens, owners = (rearrange(x, "(g k) m ... -> g (k m) ...", k=k) for x in (encoded[:, 1:], slots))
+        return Seen(autoencoder.decode(encoded, visible), autoencoder.target(images), mask, tokens, owners, [])
 
     def forward(self, images: Tensor, labels: Tensor | None = None, assignment: Tensor | None = None) -> dict:
         """The losses for images (B, 3, H, W), B a multiple of K; M is drawn, or given as `draw_assignment` makes it."""
-        config, k, accuracies = self.config, self.config.images_per_group, []
+        config, k = self.config, self.config.images_per_group
         if len(images) % k:
             raise ValueError(f"{len(images)} images do not make groups of {k}")
         if config.mode == "mae":
-            prediction, mask, tokens, assignment = self.without_mixing(images)
-            loss = reconstruction_loss(prediction, self.autoencoder.target(images), mask)
+            seen = self.unmixed(images)
         else:
-            groups = len(images) // k
+            groups, times = len(images) // k, k if config.mode == "full" else 1  # mixtures of a group
             assignment = self.draw_assignment(groups) if assignment is None else assignment
-            times = k if config.mode == "full" else 1  # mixtures of a group
             if len(assignment) != groups * times:
                 raise ValueError(f"{len(assignment)} assignments for {groups} groups, mixed {times} times each")
-            embedded = rearrange(self.encoder.embed(images), "(g k) n d -> g k n d", k=k)
-            target = rearrange(self.autoencoder.target(images), "(g k) n p -> g k n p", k=k)
-            embedded, target = (x.repeat_interleave(times, dim=0) for x in (embedded, target))
-            mixture = mix(embedded, assignment)  # (G * times, N, D)
-            encoded = self.encode(mixture, assignment, self.attention(assignment, accuracies))
-            mask = ~own_patches(assignment, k)  # what came from others is to be predicted
-            prediction = self.reconstruct(encoded, assignment)
-            loss = reconstruction_loss(prediction, target.flatten(0, 1), mask.flatten(0, 1))
-            tokens = encoded[:, 1:]
+            seen = self.mixed(images, assignment)
+        loss = reconstruction_loss(seen.prediction, seen.target, seen.mask)
         with gradient_if(config.contrast):
-            contrast = homologous_contrastive(tokens, assignment, config.temperature)
+            contrast = homologous_contrastive(seen.tokens, seen.owners, config.temperature)
         terms = {"reconstruction": loss, "contrast": contrast}
-        if accuracies:
+        if accuracies := [accuracy for accuracy, _ in seen.found if accuracy is not None]:
             terms["homologous"] = torch.stack(accuracies).float().mean()
         return {"loss": config.reconstruction * loss + config.contrast * contrast} | terms
 
@@ -435,54 +408,72 @@ class MixedAE(Method):
         numbers = range(1, self.config.images_per_group + 1)
         return (*[f"image {i}" for i in numbers], "mixture", *[f"reconstruction {i}" for i in numbers], "attention")
 
-    def attention_picture(self, mixture: Tensor, weights: Tensor, assignment: Tensor) -> Tensor:
-        """The mixture (G, 3, H, W) lit by the attention of the central patch, with frames around its relatives.
-
-        `weights` (G, heads, 1 + N, 1 + N) are those of one block.
-        """
-        rows, columns = self.encoder.grid
-        query, side = rows // 2 * columns + columns // 2, mixture.shape[-2] // rows
-        light = weights[:, :, 1 + query, 1:].float().mean(dim=1)  # (G, N)
-        light = light / light.amax(dim=1, keepdim=True).clamp_min(1e-12)
-
-        def enlarge(x):  # one value a patch (G, N) -> one a pixel (G, 1, H, W)
-            return repeat(x, "g (h w) -> g 1 (h p) (w q)", h=rows, p=side, q=side)
-
-        frame = torch.ones(side, side, dtype=torch.bool, device=mixture.device)
-        edge = max(1, side // 8)
-        frame[edge:-edge, edge:-edge] = False
-        frame = frame.repeat(rows, columns)
-        relatives = same_image(assignment)[:, query]
-        white = (enlarge(relatives) & frame).expand_as(mixture)
-        out = torch.where(white, torch.ones_like(mixture), mixture * (0.15 + 0.85 * enlarge(light)))
-        red = torch.tensor([1.0, 0.1, 0.1], device=mixture.device)[:, None, None]
-        itself = torch.arange(rows * columns, device=mixture.device) == query
-        return torch.where(enlarge(itself.expand_as(assignment)) & frame, red, out)
-
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
         """A row a group: the K images, the mixture, the K reconstructions, and the attention of one query.
 
-        Images (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]. The attention, the mean over heads in the last
-        of the blocks that `attention` acts in, lights up the mixture; relatives of the query are framed in white, the
-        query in red. Fewer than K images are repeated to make a group. With --mode mae, rows of (image, masked image,
-        reconstruction).
+        (B, 3, H, W) -> (B // K, 2 K + 2, 3, H', W'), in [0, 1]; fewer than K images are repeated to make a group. The
+        attention is that of the last block that `attention` acts in. With --mode mae, MAE's pictures.
         """
-        config, k, vit = self.config, self.config.images_per_group, self.encoder
+        config, k, patch = self.config, self.config.images_per_group, self.encoder.patch
         images = images[torch.arange(max(k, len(images) // k * k)) % len(images)]  # whole groups
         if config.mode == "mae":
-            return self.autoencoder.pictures_of(images, *self.without_mixing(images)[:2])
-        height, width = images.shape[-2:]
+            seen = self.unmixed(images)
+            return self.autoencoder.pictures_of(images, seen.prediction, seen.mask)
         assignment = self.draw_assignment(len(images) // k)[:: k if config.mode == "full" else 1]
-        embedded = rearrange(vit.embed(images), "(g k) n d -> g k n d", k=k)
-        seen = []
-        encoded = self.encode(mix(embedded, assignment), assignment, self.attention(assignment, [], seen))
-        hidden = ~own_patches(assignment, k).flatten(0, 1)  # (B, N)
-        restored = self.autoencoder.pictures_of(images, self.reconstruct(encoded, assignment).float(), hidden)[:, 2]
-        mixture = mix(patchify(images, vit.patch).unflatten(0, (-1, k)), assignment)  # (G, N, P)
-        mixture = unpatchify(mixture, vit.patch, height, width)  # (G, 3, H, W)
+        seen = self.mixed(images, assignment, look=True)
+        restored = self.autoencoder.pictures_of(images, seen.prediction.float(), seen.mask)[:, 2]
+        mixture = mix(patchify(images, patch).unflatten(0, (-1, k)), assignment)  # (G, N, P)
+        mixture = unpatchify(mixture, patch, *images.shape[-2:])[:, None]  # (G, 1, 3, H, W)
         images, restored = (x.unflatten(0, (-1, k)) for x in (images, restored))  # (G, K, 3, H, W)
-        sheet = torch.cat([images, mixture[:, None], restored], dim=1)
-        zoom = max(1, 128 // height)  # room for frames
+        sheet = torch.cat([images, mixture, restored], dim=1)
+        zoom = max(1, 128 // images.shape[-2])  # room for frames
         sheet = sheet.repeat_interleave(zoom, dim=-1).repeat_interleave(zoom, dim=-2)
-        return torch.cat([sheet, self.attention_picture(sheet[:, k], seen[-1], assignment)[:, None]], dim=1)
+        _, weights = seen.found[-1]
+        lit = attention_picture(sheet[:, k], weights, assignment, self.encoder.grid)
+        return torch.cat([sheet, lit[:, None]], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix: a faster selection on CPUs, and a picture of attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def top_keys_fast(scores: Tensor, topk: int) -> Tensor:
+    """`top_keys` in any order, by NumPy on CPUs, which selects several times as fast as torch there.
+
+    It gives values, not places. So each score becomes an integer of the same order, with its place in the bits below.
+    """
+    size, places = 8 * scores.element_size(), scores.shape[-1]
+    if scores.device.type != "cpu" or size == 64:
+        return top_keys(scores, topk)
+    bits = scores.detach().view({16: torch.int16, 32: torch.int32}[size])
+    # As integers positive floats keep their order. Negative ones reverse it; flipping all bits but the sign mends that.
+    ordered = bits ^ (bits >> (size - 1) & torch.iinfo(bits.dtype).max)
+    placed = ordered.to({16: torch.int32, 32: torch.int64}[size]) << size | torch.arange(places, dtype=torch.int32)
+    first = places - min(topk, places)
+    chosen = np.partition(placed.numpy(), first, axis=-1)[..., first:]
+    return (torch.from_numpy(chosen) & (2**size - 1)).long()
+
+
+def attention_picture(mixture: Tensor, weights: Tensor, assignment: Tensor, grid: tuple) -> Tensor:
+    """Mixtures (G, 3, H, W) lit by the attention of the central patch, framed in red, its relatives in white.
+
+    `weights` (G, heads, 1 + N, 1 + N) are those of one block, `grid` is (rows, columns) of patches.
+    """
+    rows, columns = grid
+    query, side = rows // 2 * columns + columns // 2, mixture.shape[-2] // rows
+    light = weights[:, :, 1 + query, 1:].float().mean(dim=1)  # (G, N)
+    light = light / light.amax(dim=1, keepdim=True).clamp_min(1e-12)
+
+    def enlarge(x):  # one value a patch (G, N) -> one a pixel (G, 1, H, W)
+        return repeat(x, "g (h w) -> g 1 (h p) (w q)", h=rows, p=side, q=side)
+
+    edge = max(1, side // 8)
+    frame = torch.ones(side, side, dtype=torch.bool, device=mixture.device)
+    frame[edge:-edge, edge:-edge] = False
+    frame, out = frame.repeat(rows, columns), mixture * (0.15 + 0.85 * enlarge(light))
+    itself = (torch.arange(rows * columns, device=mixture.device) == query).expand_as(assignment)
+    for framed, colour in ((same_image(assignment)[:, query], (1.0, 1.0, 1.0)), (itself, (1.0, 0.1, 0.1))):
+        out = torch.where(enlarge(framed) & frame, torch.tensor(colour, device=out.device)[:, None, None], out)
+    return out

@@ -10,33 +10,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from make import generator, images_of, randn, seeds, tiny_mixedae
 
 import common
 import mixedae
-from common import UserError
-from mixedae import Config, MixedAE
+from mixedae import Config
+from plumbing.errors import UserError
+from plumbing.settings import read_flags
 
-seeds = st.integers(0, 2**32 - 1)
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
-
-
-def tiny(**fields):
-    defaults = {"model": "vit_micro", "image_size": 16, "patch": 4, "decoder_dim": 16, "decoder_depth": 1}
-    defaults |= {"decoder_heads": 2, "batch_size": 8, "images_per_group": 2}
-    torch.manual_seed(0)
-    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
-    return MixedAE(Config(**defaults | fields), data)
-
-
-def images_of(count, size=16, seed=0):
-    return torch.rand(count, 3, size, size, generator=generator(seed))
+SELECTIONS = [mixedae.top_keys, mixedae.top_keys_fast]
 
 
 # --- mixing ----------------------------------------------------------------------------------------------------------
@@ -59,12 +41,11 @@ def test_assignments_partition_the_positions_in_balance_and_in_cells(groups, row
 
 
 def test_the_image_with_one_more_cell_is_drawn():
-    counts = [
-        torch.bincount(mixedae.mixing_assignment(1, 49, 4, generator(seed))[0], minlength=4) for seed in range(400)
-    ]
-    larger = torch.stack(counts).argmax(dim=1)
-    assert torch.stack(counts).amax() == 13
-    assert torch.bincount(larger, minlength=4).min() > 70
+    """49 cells for 4 images in Eq. 1: 13 of one, 12 of each other."""
+    drawn = [mixedae.mixing_assignment(1, 49, 4, generator(seed))[0] for seed in range(400)]
+    counts = torch.stack([torch.bincount(assignment, minlength=4) for assignment in drawn])  # (400, 4)
+    assert counts.amax() == 13
+    assert torch.bincount(counts.argmax(dim=1), minlength=4).min() > 70
 
 
 def test_mixing_assignment_refuses_cells_that_do_not_fit():
@@ -75,6 +56,7 @@ def test_mixing_assignment_refuses_cells_that_do_not_fit():
 
 @given(st.integers(1, 3), st.integers(2, 4), st.integers(4, 9), st.integers(1, 5), seeds)
 def test_unmix_keeps_own_patches_and_fills_the_others(groups, k, patches, width, seed):
+    """Unmixing takes Eq. 1 back, and filled with zeros it is the sum of Eq. A1."""
     tokens = randn(groups, k, patches, width, seed=seed)
     assignment = mixedae.mixing_assignment(groups, patches, k, generator(seed))
     mixed = mixedae.mix(tokens, assignment)
@@ -88,10 +70,11 @@ def test_unmix_keeps_own_patches_and_fills_the_others(groups, k, patches, width,
             else:
                 assert (apart[g, i, n] == filling).all()
     assert torch.equal(mixedae.unmix(mixed, assignment, 0), mixedae.unmix(mixed, assignment, 0, k))
-    assert torch.equal(mixedae.unmix(mixed, assignment, 0).sum(dim=1), mixed)  # Eq. A1
+    assert torch.equal(mixedae.unmix(mixed, assignment, 0).sum(dim=1), mixed)
 
 
 def test_mixing_patches_is_mixing_pixels():
+    """Eq. 1 on patches and on images."""
     images, patch = images_of(4), 4
     assignment = mixedae.mixing_assignment(2, 16, 2, generator(0), cell=2)
     mixed = mixedae.mix(common.patchify(images, patch).unflatten(0, (2, 2)), assignment)
@@ -102,7 +85,7 @@ def test_mixing_patches_is_mixing_pixels():
 
 @pytest.mark.parametrize("k", [2, 4])
 def test_full_mode_sees_every_patch_of_every_image_once(k):
-    method = tiny(mode="full", images_per_group=k)
+    method = tiny_mixedae(mode="full", images_per_group=k)
     assignment = method.draw_assignment(3).view(3, k, 16)  # the mixtures of each group
     for image in range(k):
         assert torch.equal((assignment == image).sum(dim=1), torch.ones(3, 16, dtype=torch.long))
@@ -151,6 +134,7 @@ def test_mixing_raises_mutual_information_where_images_are_related():
 
 @given(st.integers(1, 2), st.integers(1, 2), st.integers(2, 6), st.integers(1, 4), st.integers(1, 6), seeds)
 def test_topk_attention_matches_naive_loop(batch, heads, patches, width, topk, seed):
+    """Softmax(TopK(q k^T / sqrt(d))) v, query by query."""
     q, k, v = (randn(batch, heads, patches, width, seed=seed + i) for i in range(3))
     expected = reference.topk_attention(q, k, v, min(topk, patches))
     torch.testing.assert_close(mixedae.topk_attention(q, k, v, topk), expected)
@@ -183,17 +167,19 @@ def test_topk_attention_has_the_right_gradient():
     assert (v.grad[..., 4, :] == 0).all()
 
 
+@pytest.mark.parametrize("select", SELECTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_topk_attention_survives_ties_and_overflow(dtype):
+def test_topk_attention_survives_ties_and_overflow(dtype, select):
     """bf16 has many equal scores, fp16 overflows beyond 65504."""
     scores = torch.zeros(2, 1, 8, 8, dtype=dtype)
-    keys = mixedae.top_keys(scores, 3)
-    assert (keys.sort(dim=-1).values.diff(dim=-1) > 0).all()  # three different ones
+    keys = select(scores, 3)
+    assert keys.shape == (2, 1, 8, 3), "three keys of a query, although all eight scores are equal"
+    assert (keys.sort(dim=-1).values.diff(dim=-1) > 0).all(), "three different keys"
     scores[0, 0, 1, 1:], scores[0, 0, 3, 4] = -math.inf, 6e4
     scores.requires_grad_()
-    weights = mixedae.sparse_softmax(scores, mixedae.top_keys(scores, 3))
+    weights = mixedae.sparse_softmax(scores, select(scores, 3))
     assert weights.isfinite().all()
-    assert (weights > 0).sum(dim=-1)[1].eq(3).all()
+    assert ((weights > 0).sum(dim=-1)[1] == 3).all(), "three weights of a query, although all eight scores are equal"
     assert weights[0, 0, 3, 4] == 1  # one score beyond all others
     (weights.float() ** 2).sum().backward()
     assert scores.grad.isfinite().all()
@@ -201,13 +187,18 @@ def test_topk_attention_survives_ties_and_overflow(dtype):
     assert mixedae.topk_attention(huge, huge, huge, 3).isfinite().all()
 
 
-@given(st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]), st.integers(1, 9), seeds)
-def test_top_keys_are_the_largest_scores_of_any_sign(dtype, topk, seed):
+@given(
+    st.sampled_from(SELECTIONS),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+    st.integers(1, 9),
+    seeds,
+)
+def test_top_keys_are_the_largest_scores_of_any_sign(select, dtype, topk, seed):
     scores = (randn(3, 5, 9, seed=seed) * torch.tensor([1e-7, 1.0, 1e4])[:, None, None]).to(dtype)
     scores[0, 0] = 0.0
     scores[0, 1] = -scores[0, 1].abs()
     scores[1, 0, :3] = torch.tensor([math.inf, -math.inf, -0.0], dtype=dtype)
-    keys = mixedae.top_keys(scores, topk)
+    keys = select(scores, topk)
     found = scores.gather(-1, keys).sort(dim=-1).values
     assert torch.equal(found, scores.sort(dim=-1).values[..., 9 - topk :])
 
@@ -230,17 +221,16 @@ def encode_patches(vit, tokens, attention):
 
 def test_oracle_attention_equals_separate_encodes_of_the_visible_patches():
     """The control of Table A4a: attention within the same image is MAE's encoder on each image's own patches."""
-    method = tiny(attention="oracle", segment="off").double()
+    method = tiny_mixedae(attention="oracle", segment="off").double()
     vit, k = method.encoder, 2
     assignment = method.draw_assignment(3)
     embedded = vit.embed(images_of(6).double()).unflatten(0, (3, k))
     mixed = mixedae.mix(embedded, assignment)
 
     def without_cls(q, k, v):  # the method's own weights, between patches
-        seen = []
-        method.attention(assignment, [], seen)(*(F.pad(x, (0, 0, 1, 0)) for x in (q, k, v)))
-        assert (seen[0][:, :, 1:, 0] == 0).all()
-        return seen[0][:, :, 1:, 1:] @ v
+        _, _, weights = method.attention(*(F.pad(x, (0, 0, 1, 0)) for x in (q, k, v)), assignment, look=True)
+        assert (weights[:, :, 1:, 0] == 0).all()
+        return weights[:, :, 1:, 1:] @ v
 
     oracle = encode_patches(vit, mixed, without_cls)
     for g, i in itertools.product(range(3), range(k)):
@@ -251,12 +241,10 @@ def test_oracle_attention_equals_separate_encodes_of_the_visible_patches():
 
 def test_the_cls_token_sees_every_patch_and_is_seen_by_all():
     """A choice of ours: with one key a query, patches still get the CLS token besides."""
-    method = tiny(topk=1, segment="off")
-    assignment, seen = method.draw_assignment(1), []
-    mixed = mixedae.mix(method.encoder.embed(images_of(2))[None], assignment)
-    method.encode(mixed, assignment, method.attention(assignment, [], seen))
-    assert len(seen) == 6
-    for weights in seen:
+    method = tiny_mixedae(topk=1, segment="off")
+    found = method.mixed(images_of(2), method.draw_assignment(1), look=True).found
+    assert len(found) == 6
+    for _, weights in found:
         kept = weights > 0
         assert (kept[:, :, 1:].sum(dim=-1) == 2).all()
         assert kept[:, :, 0].all()
@@ -264,17 +252,27 @@ def test_the_cls_token_sees_every_patch_and_is_seen_by_all():
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones_like(weights[..., 0]))
 
 
-def test_attention_blocks_choose_where_it_acts(monkeypatch):
-    calls = []
-    top_keys = mixedae.top_keys
-    monkeypatch.setattr(mixedae, "top_keys", lambda scores, topk: calls.append(topk) or top_keys(scores, topk))
-    tiny(attention_blocks=(0, -1))(images_of(4))
-    assert calls == [8, 8]  # round(16 patches / 2 images), in two of six blocks
-    tiny(topk=3)(images_of(4))
-    assert calls[2:] == [3] * 6
-    tiny(attention="global")(images_of(4))
-    tiny(attention="oracle")(images_of(4))
-    assert len(calls) == 8
+@pytest.fixture
+def selections(monkeypatch):
+    """The number of keys of every selection that the method makes."""
+    calls, select = [], mixedae.top_keys_fast
+    monkeypatch.setattr(mixedae, "top_keys_fast", lambda scores, topk: calls.append(topk) or select(scores, topk))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("fields", "calls"),
+    [
+        ({"attention_blocks": (0, -1)}, [8, 8]),  # round(16 patches / 2 images), in two of six blocks
+        ({"topk": 3}, [3] * 6),
+        ({"attention": "global"}, []),
+        ({"attention": "oracle"}, []),
+        ({"mode": "mae"}, []),
+    ],
+)
+def test_attention_blocks_choose_where_it_acts(fields, calls, selections):
+    tiny_mixedae(**fields)(images_of(4))
+    assert selections == calls
 
 
 # --- contrast and segments -------------------------------------------------------------------------------------------
@@ -291,6 +289,7 @@ def test_homologous_contrastive_matches_naive_loop(groups, patches, width, tempe
 
 
 def test_homologous_contrastive_of_patches_without_relatives_is_zero():
+    """Eq. 7 counts patches that have positives."""
     for patches in (1, 3):
         z = randn(2, patches, 4).requires_grad_()
         loss = mixedae.homologous_contrastive(z, torch.arange(patches).expand(2, -1))
@@ -300,6 +299,7 @@ def test_homologous_contrastive_of_patches_without_relatives_is_zero():
 
 
 def test_homologous_contrastive_is_lowest_where_relatives_coincide():
+    """Eq. 7 at what it wants: equal relatives, strangers opposite."""
     assignment = torch.tensor([[0, 0, 0, 1, 1, 1]])
     apart = F.one_hot(assignment, 2).double()
     best = mixedae.homologous_contrastive(apart * torch.tensor([1.0, -1.0]), assignment)
@@ -320,6 +320,7 @@ def test_homologous_contrastive_has_the_right_gradient_and_keeps_float32_under_a
 
 
 def test_segment_code_is_a_sine_cosine_code_of_the_slot():
+    """Appendix B, and what centring makes of it."""
     code = mixedae.segment_code(4, 6)
     for slot, i in itertools.product(range(4), range(3)):
         angle = slot / 10000 ** (i / 3)
@@ -334,7 +335,8 @@ def test_segment_code_is_a_sine_cosine_code_of_the_slot():
 
 @pytest.mark.parametrize(("segment", "blocks"), [("off", []), ("first", [0]), ("every", [0, 1, 2, 3, 4, 5])])
 def test_segments_are_added_to_the_patches_at_the_input_of_blocks(segment, blocks):
-    method = tiny(segment=segment, attention="global")
+    """Appendix B: to the input of each block."""
+    method = tiny_mixedae(segment=segment, attention="global")
     vit, assignment = method.encoder, method.draw_assignment(2)
     mixed = mixedae.mix(vit.embed(images_of(4)).unflatten(0, (2, 2)), assignment)
     x = torch.cat([vit.cls_token.expand(2, -1, -1), mixed], dim=1)
@@ -342,7 +344,7 @@ def test_segments_are_added_to_the_patches_at_the_input_of_blocks(segment, block
         if i in blocks:
             x = torch.cat([x[:, :1], x[:, 1:] + method.segments[assignment]], dim=1)
         x = block(x)
-    torch.testing.assert_close(method.encode(mixed, assignment, common.attend), vit.norm(x))
+    torch.testing.assert_close(method.encode(mixed, assignment)[0], vit.norm(x))
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
@@ -350,7 +352,7 @@ def test_segments_are_added_to_the_patches_at_the_input_of_blocks(segment, block
 
 def test_contrast_off_global_attention_and_no_segments_is_naive_mixing():
     """The naive baseline written out: mix, encode, unmix, decode, loss on what came from others."""
-    method = tiny(attention="global", segment="off", contrast=0.0)
+    method = tiny_mixedae(attention="global", segment="off", contrast=0.0)
     images, assignment = images_of(4), method.draw_assignment(2)
     out = method(images, assignment=assignment)
     autoencoder, vit = method.autoencoder, method.encoder
@@ -369,14 +371,15 @@ def test_contrast_off_global_attention_and_no_segments_is_naive_mixing():
 
 
 def test_loss_is_eq_8():
+    """Eq. 8 with the weights of either loss."""
     for reconstruction, contrast in ((1.0, 0.1), (0.0, 1.0), (2.0, 0.0)):
-        out = tiny(reconstruction=reconstruction, contrast=contrast)(images_of(4))
+        out = tiny_mixedae(reconstruction=reconstruction, contrast=contrast)(images_of(4))
         expected = reconstruction * out["reconstruction"] + contrast * out["contrast"]
         torch.testing.assert_close(out["loss"], expected)
 
 
 def test_full_mode_is_the_mean_over_its_mixtures():
-    full, compose = tiny(mode="full"), tiny(mode="compose")
+    full, compose = tiny_mixedae(mode="full"), tiny_mixedae(mode="compose")
     images, assignment = images_of(4), full.draw_assignment(2)
     parts = [compose(images, assignment=assignment[s::2]) for s in range(2)]  # the first and the second of each group
     out = full(images, assignment=assignment)
@@ -386,7 +389,7 @@ def test_full_mode_is_the_mean_over_its_mixtures():
 
 def test_mae_mode_is_mae_with_the_contrast_across_the_images_of_a_group():
     """Table A4: MAE, and Eq. 7 across different unmixed images."""
-    method = tiny(mode="mae", images_per_group=4, segment="off")
+    method = tiny_mixedae(mode="mae", images_per_group=4, segment="off")
     images = images_of(8)
     torch.manual_seed(3)
     out = method(images)
@@ -414,53 +417,63 @@ def test_mae_mode_is_mae_with_the_contrast_across_the_images_of_a_group():
     ],
 )
 def test_every_parameter_gets_a_gradient(fields):
-    method = tiny(**fields)
+    method = tiny_mixedae(**fields)
     method(images_of(4))["loss"].backward()
     assert [name for name, p in method.named_parameters() if p.grad is None] == []
 
 
 def test_images_without_mixing_get_the_segments_of_their_slots_too():
     """Table A4c, second row: segment embeddings without mixing."""
-    method = tiny(mode="mae", images_per_group=4)
-    seen = []
-    for block in method.encoder.blocks:
-        block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    method(images_of(8))
-    inputs, kept = list(seen), []
-    seen.clear()
-    method.config.segment = "off"
-    torch.manual_seed(0)
-    method(images_of(8))
-    plain = seen[0]
-    seen.clear()
-    method.config.segment = "first"
-    torch.manual_seed(0)
-    method(images_of(8))
-    added = seen[0] - plain
-    assert len(inputs) == 6
+
+    def input_of_blocks(segment):
+        method, seen = tiny_mixedae(mode="mae", images_per_group=4, segment=segment), []
+        for block in method.encoder.blocks:
+            block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        torch.manual_seed(0)
+        method(images_of(8))
+        assert len(seen) == 6
+        return seen, method.segments
+
+    plain, segments = input_of_blocks("off")
+    added = input_of_blocks("first")[0][0] - plain[0]
     assert (added[:, 0] == 0).all()
     for image in range(8):
-        kept = method.segments[image % 4].expand(4, -1)
-        torch.testing.assert_close(added[image, 1:], kept, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(added[image, 1:], segments[image % 4].expand(4, -1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(input_of_blocks("every")[0][0], input_of_blocks("first")[0][0])
+    assert not torch.allclose(input_of_blocks("every")[0][1], input_of_blocks("first")[0][1], atol=1e-2)
 
 
 def test_homologous_accuracy_is_logged_for_topk_attention_alone_and_over_all_blocks():
+    """Fig. 6, from the weights instead of the keys."""
     for fields in ({"attention": "oracle"}, {"attention": "global"}, {"mode": "mae"}):
-        assert "homologous" not in tiny(**fields)(images_of(4))
-    method = tiny(topk=3, cell=1)  # larger cells make M symmetric, and hide a mistake in the order of patches
-    assignment, seen = method.draw_assignment(2), []
+        assert "homologous" not in tiny_mixedae(**fields)(images_of(4))
+    method = tiny_mixedae(topk=3, cell=1)  # larger cells make M symmetric, and hide a mistake in the order of patches
+    assignment = method.draw_assignment(2)
     out = method(images_of(4), assignment=assignment)
-    mixed = mixedae.mix(method.encoder.embed(images_of(4)).unflatten(0, (2, 2)), assignment)
-    method.encode(mixed, assignment, method.attention(assignment, [], seen))
-    shares = [((w[:, :, 1:, 1:] > 0) & mixedae.same_image(assignment)[:, None]).sum(dim=-1) / 3 for w in seen]
+    found = method.mixed(images_of(4), assignment, look=True).found
+    relatives = mixedae.same_image(assignment)[:, None]
+    shares = [((weights[:, :, 1:, 1:] > 0) & relatives).sum(dim=-1) / 3 for _, weights in found]
     torch.testing.assert_close(out["homologous"], torch.stack(shares).mean())
+
+
+@pytest.mark.parametrize("attention", ["topk", "oracle", "global"])
+def test_looking_at_the_attention_changes_nothing(attention):
+    """`look` gives weights that make the same output, and only then are they kept."""
+    method = tiny_mixedae(attention=attention)
+    q, k, v = (randn(2, 3, 17, 4, seed=i) for i in range(3))
+    assignment = method.draw_assignment(2)
+    out, accuracy, nothing = method.attention(q, k, v, assignment)
+    looked, same, weights = method.attention(q, k, v, assignment, look=True)
+    assert nothing is None and accuracy == same
+    torch.testing.assert_close(looked, out)
+    torch.testing.assert_close(weights @ v, out)
 
 
 def test_the_attention_of_the_method_matches_a_loop():
     """The patches that are most similar, and the CLS token besides, which sees all."""
-    method = tiny(topk=3)
+    method = tiny_mixedae(topk=3)
     q, k, v = (randn(2, 3, 17, 4, seed=i) for i in range(3))
-    out = method.attention(method.draw_assignment(2), [])(q, k, v)
+    out, _, _ = method.attention(q, k, v, method.draw_assignment(2))
     for g, h, i in itertools.product(range(2), range(3), range(17)):
         scores = q[g, h, i] @ k[g, h].T / 2
         keys = list(range(17)) if i == 0 else [0, *(scores[1:].argsort(descending=True)[:3] + 1).tolist()]
@@ -469,9 +482,10 @@ def test_the_attention_of_the_method_matches_a_loop():
 
 @pytest.mark.parametrize("attention", ["topk", "oracle", "global"])
 def test_attention_survives_overflow_in_fp16(attention):
-    method = tiny(attention=attention)
+    method = tiny_mixedae(attention=attention)
     huge = torch.full((2, 3, 17, 64), 200.0, dtype=torch.float16)
-    assert method.attention(method.draw_assignment(2), [], [])(huge, huge, huge).isfinite().all()
+    out, _, _ = method.attention(huge, huge, huge, method.draw_assignment(2), look=True)
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -479,7 +493,7 @@ def test_attention_survives_overflow_in_fp16(attention):
     "fields", [{}, {"attention": "oracle"}, {"attention": "global"}, {"mode": "mae"}, {"mode": "full"}]
 )
 def test_the_method_runs_under_autocast(fields, dtype):
-    method, images = tiny(**fields), images_of(4)
+    method, images = tiny_mixedae(**fields), images_of(4)
     torch.manual_seed(1)
     exact = method(images)["loss"]
     torch.manual_seed(1)
@@ -492,31 +506,30 @@ def test_the_method_runs_under_autocast(fields, dtype):
 
 def test_masked_self_attention_keeps_images_apart_in_the_encoder():
     """The supplement's control prevents leakage: what another image shows does not reach the patches of this one."""
-    method, images = tiny(attention="oracle", segment="off"), images_of(2)
+    method, images = tiny_mixedae(attention="oracle", segment="off"), images_of(2)
     assignment = method.draw_assignment(1)
     changed = torch.cat([images[:1], 1 - images[1:]])
-    tokens = [
-        method.encode(
-            mixedae.mix(method.encoder.embed(x)[None], assignment), assignment, method.attention(assignment, [])
-        )
-        for x in (images, changed)
-    ]
+    mixtures = [mixedae.mix(method.encoder.embed(x)[None], assignment) for x in (images, changed)]
+    one, other = (method.encode(mixture, assignment)[0] for mixture in mixtures)
     own = torch.nonzero(assignment[0] == 0)[:, 0] + 1
-    torch.testing.assert_close(tokens[0][0, own], tokens[1][0, own])
-    assert not torch.allclose(tokens[0][0, 0], tokens[1][0, 0])  # the CLS token sees all
+    torch.testing.assert_close(one[0, own], other[0, own])
+    assert not torch.allclose(one[0, 0], other[0, 0])  # the CLS token sees all
 
 
 def test_contrast_is_taken_on_the_encoded_patches_with_its_temperature():
-    method, images = tiny(temperature=0.7), images_of(4)
+    """Where Eq. 7 is taken, a choice of ours."""
+    method, images = tiny_mixedae(temperature=0.7), images_of(4)
     assignment = method.draw_assignment(2)
     mixed = mixedae.mix(method.encoder.embed(images).unflatten(0, (2, 2)), assignment)
-    encoded = method.encode(mixed, assignment, method.attention(assignment, []))
+    encoded, _ = method.encode(mixed, assignment)
     expected = mixedae.homologous_contrastive(encoded[:, 1:], assignment, 0.7)
     torch.testing.assert_close(method(images, assignment=assignment)["contrast"], expected)
 
 
 def test_the_settings_reach_the_parts():
-    method = tiny(image_size=32, images_per_group=5, batch_size=5, pool="cls", norm_pixels=False, segment_scale=0.5)
+    method = tiny_mixedae(
+        image_size=32, images_per_group=5, batch_size=5, pool="cls", norm_pixels=False, segment_scale=0.5
+    )
     assert method.topk == 13  # round(64 / 5)
     assert method.encoder.pool == "cls"
     assert not method.autoencoder.norm_pixels
@@ -525,12 +538,12 @@ def test_the_settings_reach_the_parts():
     torch.testing.assert_close(method.segments, 0.5 * mixedae.segment_code(5, 96))
     cells = method.draw_assignment(20).view(20, 4, 2, 4, 2)
     assert (cells == cells[:, :, :1, :, :1]).all()
-    assert (tiny(cell=1).draw_assignment(20).view(20, 2, 2, 2, 2).diff(dim=2) != 0).any()
+    assert (tiny_mixedae(cell=1).draw_assignment(20).view(20, 2, 2, 2, 2).diff(dim=2) != 0).any()
 
 
 def test_mixtures_do_not_depend_on_hidden_patches():
     """What an image loses to the others must not reach its prediction."""
-    method, images = tiny(), images_of(2)
+    method, images = tiny_mixedae(), images_of(2)
     assignment = method.draw_assignment(1)
     hidden = F.interpolate((assignment != 0).view(1, 1, 4, 4).float(), scale_factor=4)
     changed = images.clone()
@@ -544,6 +557,8 @@ def test_mixtures_do_not_depend_on_hidden_patches():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"image_size": 18}, "image size 18 x 18 is not a multiple of the patch size 4"),
+        ({"patch": 0}, "a transformer of width 96, 6 blocks, 3 heads and patch 0 cannot be built"),
         ({"images_per_group": 1}, "--images-per-group 1: a mixture needs two images or more"),
         ({"cell": 3}, "--cell 3 does not divide the 4 x 4 patches"),
         ({"cell": 4}, "--cell 4 leaves fewer cells than the 2 images"),
@@ -561,27 +576,27 @@ def test_mixtures_do_not_depend_on_hidden_patches():
 )
 def test_mixedae_refuses_what_makes_no_sense(fields, message):
     with pytest.raises(UserError) as error:
-        tiny(**fields)
+        tiny_mixedae(**fields)
     assert str(error.value).startswith(message)
 
 
 def test_batches_must_make_whole_groups():
     with pytest.raises(ValueError, match="3 images do not make groups of 2"):
-        tiny()(images_of(3))
+        tiny_mixedae()(images_of(3))
     with pytest.raises(ValueError, match="3 assignments for 2 groups, mixed 1 times each"):
-        tiny()(images_of(4), assignment=tiny().draw_assignment(3))
+        tiny_mixedae()(images_of(4), assignment=tiny_mixedae().draw_assignment(3))
     for fields, message in (
         ({"images_per_group": 3}, "gives each process and part 8 images, not a multiple of --images-per-group 3"),
         ({"accumulate": 8}, "gives each process and part 1 images, not a multiple of --images-per-group 2"),
     ):
-        method = tiny(**fields)
+        method = tiny_mixedae(**fields)
         with pytest.raises(UserError, match=message):
-            method.optimizer(method.config)
+            method.plan(100, method.config)
 
 
 def test_recipes_are_table_a1():
     def config_of(*argv):
-        return common.read_flags(Config, mixedae.RECIPES, ["--data", "imagenet", *argv])
+        return read_flags(Config, mixedae.RECIPES, ["--data", "imagenet", *argv])
 
     base, large = config_of(), config_of("--model", "vit_large")
     for config, model, batch in ((base, "vit_base", 4096), (large, "vit_large", 2048)):
@@ -591,7 +606,7 @@ def test_recipes_are_table_a1():
         assert (config.images_per_group, config.cell, config.patch, config.image_size) == (4, 2, 16, 224)
         assert (config.contrast, config.temperature, config.segment, config.attention) == (0.1, 0.25, "every", "topk")
     for data in ("shapes", "cifar10"):
-        config = common.read_flags(Config, mixedae.RECIPES, ["--data", data])
+        config = read_flags(Config, mixedae.RECIPES, ["--data", data])
         assert (config.patch, config.cell, config.image_size, config.model) == (4, 2, 32, "vit_micro")
 
 
@@ -599,7 +614,7 @@ def test_recipes_are_table_a1():
     "fields", [{}, {"mode": "full"}, {"attention": "oracle"}, {"attention": "global"}, {"mode": "mae"}]
 )
 def test_pictures_show_the_group_the_mixture_and_what_it_becomes(fields):
-    method, images = tiny(**fields), images_of(5)
+    method, images = tiny_mixedae(**fields), images_of(5)
     rows = method.pictures(images)
     assert rows.shape[1] == len(method.captions)
     assert 0 <= rows.min() <= rows.max() <= 1
@@ -619,36 +634,50 @@ def test_pictures_show_the_group_the_mixture_and_what_it_becomes(fields):
 
 
 def test_the_picture_of_attention_frames_the_relatives_and_lights_what_is_attended_to():
-    method = tiny()
     assignment = torch.zeros(1, 16, dtype=torch.long)
     assignment[0, 1:9] = 1  # the query is patch 10, of image 0
     weights = torch.zeros(1, 2, 17, 17)
     weights[0, :, 11, 1:] = torch.arange(16.0) / 15
-    picture = method.attention_picture(torch.full((1, 3, 64, 64), 0.5), weights, assignment)[0]
+    grey = torch.full((1, 3, 64, 64), 0.5)
+    picture = mixedae.attention_picture(grey, weights, assignment, (4, 4))[0]
     middle = picture[0, 8::16, 8::16].flatten()
     torch.testing.assert_close(middle, 0.5 * (0.15 + 0.85 * torch.arange(16.0) / 15))
     corner = picture[:, ::16, ::16].flatten(1).T  # a pixel of each frame
     white = (corner == 1).all(dim=1)
     assert white.tolist() == [i in (0, 9, 11, 12, 13, 14, 15) for i in range(16)]
     torch.testing.assert_close(corner[10], torch.tensor([1.0, 0.1, 0.1]))
-    assert method.attention_picture(torch.full((1, 3, 64, 64), 0.5), 0 * weights, assignment).isfinite().all()
+    assert mixedae.attention_picture(grey, 0 * weights, assignment, (4, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("fields", [{}, {"attention": "global"}, {"attention_blocks": (0, 3)}])
+def test_the_pictures_show_the_attention_of_the_last_block_that_has_it(fields, monkeypatch):
+    method, images, drawn = tiny_mixedae(**fields), images_of(4), []
+    draw = mixedae.attention_picture
+    monkeypatch.setattr(mixedae, "attention_picture", lambda *given: drawn.append(given) or draw(*given))
+    method.pictures(images)
+    ((_, weights, assignment, grid),) = drawn
+    found = method.mixed(images, assignment, look=True).found
+    assert len(found) == len(method.special_blocks)
+    torch.testing.assert_close(weights, found[-1][1])
+    assert not torch.allclose(weights, found[0][1])
+    assert grid == (4, 4)
 
 
 def test_a_perfect_prediction_is_drawn_as_the_image(monkeypatch):
-    method, images = tiny(), images_of(4)
+    method, images = tiny_mixedae(), images_of(4)
     monkeypatch.setattr(method, "reconstruct", lambda encoded, assignment: method.autoencoder.target(images))
     rows = method.pictures(images)[..., ::8, ::8]
     torch.testing.assert_close(rows[:, 3:5].flatten(0, 1), images, atol=1e-4, rtol=0)
 
 
 def test_pictures_of_fewer_images_than_a_group_repeat_them():
-    assert tiny(images_per_group=4).pictures(images_of(3)).shape == (1, 10, 3, 128, 128)
+    assert tiny_mixedae(images_per_group=4).pictures(images_of(3)).shape == (1, 10, 3, 128, 128)
 
 
 def test_mixtures_in_two_processes_are_those_of_one():
     """Split one global batch over two ranks: the averaged gradient is that of one process."""
     images = images_of(8, seed=5)
-    method = tiny()
+    method = tiny_mixedae()
     assignment = method.draw_assignment(4)
     method(images, assignment=assignment)["loss"].backward()
     whole = {name: p.grad for name, p in method.named_parameters()}
