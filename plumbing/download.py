@@ -28,13 +28,11 @@ def fetch(url: str, md5: str, home: Path):
         download(url, archive)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url} could not be fetched ({error}); run again to go on where it stopped") from None
-    digest = hashlib.md5(usedforsecurity=False)
     with open(archive, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    if digest.hexdigest() != md5:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
         archive.unlink()
-        raise UserError(f"{url} has the MD5 {digest.hexdigest()}, expected {md5}; it was thrown away, run again")
+        raise UserError(f"{url} has the MD5 {found}, expected {md5}; it was thrown away, run again")
     unpack(archive, home, zipped=url.endswith(".zip"))
     archive.unlink()
 
@@ -69,29 +67,24 @@ def unpack(archive: Path, home: Path, zipped: bool):
     scratch = home.parent / (home.name + ".unpacking")
     shutil.rmtree(scratch, ignore_errors=True)
 
-    def write(name: str, plain: bool, file):
+    def check(name: str, plain: bool):
         parts = name.rstrip("/").split("/")
         if not plain or parts[0] != home.name or ".." in parts or "\\" in name:
             raise UserError(f"{archive} holds {name!r}, which does not belong there; it was not unpacked")
-        target = scratch.joinpath(*parts)
-        if file is None:
-            target.mkdir(parents=True, exist_ok=True)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with file, open(target, "wb") as out:
-                shutil.copyfileobj(file, out)
+
+    def checked(entry: tarfile.TarInfo, path: str) -> tarfile.TarInfo:
+        check(entry.name, entry.isfile() or entry.isdir())
+        return tarfile.data_filter(entry, path)  # no foreign owners and modes, either
 
     try:
         if zipped:
             with zipfile.ZipFile(archive) as box:
                 for entry in box.infolist():
-                    plain = stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-                    write(entry.filename, plain, None if entry.is_dir() else box.open(entry))
+                    check(entry.filename, stat.S_IFMT(entry.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR))
+                box.extractall(scratch)
         else:
             with tarfile.open(archive) as box:
-                for entry in box:
-                    file = box.extractfile(entry) if entry.isfile() else None
-                    write(entry.name, entry.isfile() or entry.isdir(), file)
+                box.extractall(scratch, filter=checked)
         os.replace(scratch / home.name, home)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, FileNotFoundError) as error:
         raise UserError(f"{archive} cannot be unpacked ({error})") from None
