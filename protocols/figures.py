@@ -195,11 +195,13 @@ def feature_map(features: Tensor, labels: Tensor, classes: list, title: str):
     chosen = torch.isin(labels, shown)
     labels, points = labels[chosen].cpu(), principal_components(features[chosen].cpu(), 2)
     figure, (axes,) = panels(title, size=(7.2, 5.6))
+    area = min(50, max(12, 15_000 / len(points)))
     for label in shown.tolist():
-        axes.scatter(*points[labels == label].T.numpy(), s=14, alpha=0.7, linewidths=0, label=str(label))
-    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
-    for text, label in zip(legend.get_texts(), shown.tolist(), strict=True):
-        name = str(classes[label])
+        axes.scatter(*points[labels == label].T.numpy(), s=area, alpha=0.7, linewidths=0, label=str(label))
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    for text, dot, label in zip(legend.get_texts(), legend.legend_handles, shown.tolist(), strict=True):
+        dot.set_sizes([50])
+        name = str(classes[label])  # matplotlib's own way to give it would take what stands between two $ for a formula
         text.set(text=name if len(name) <= 24 else f"{name[:23]}…", parse_math=False)
     axes.set(xlabel="first principal component", ylabel="second principal component", xticks=[], yticks=[])
     return figure
@@ -218,9 +220,8 @@ def learning_curves(log: list, title: str, known: dict):
     if len(curves.get("loss", ())) < 2:
         return None
     probes = {name: curves.pop(name) for name in ("knn", "linear", "accuracy") if name in curves}
-    groups = [{name: points} for name, points in curves.items()]
-    if probes:
-        groups.insert(1, probes)
+    groups = [{"loss": curves.pop("loss")}, probes, *[{name: points} for name, points in curves.items()]]
+    groups = [group for group in groups if group]
     figure, axes = panels(title, len(groups))
     for one, group in zip(axes, groups, strict=True):
         for name, points in group.items():

@@ -103,7 +103,7 @@ def test_the_feature_map_shows_each_class_under_its_name():
 # --- how a run learned -----------------------------------------------------------------------------------------------
 
 LOG = [
-    {"epoch": 0, "knn": 10.0, "linear": 12.0},
+    {"epoch": 0, "knn": 10.0, "linear": 12.0, "psnr": 9.0},
     {"epoch": 1, "loss": 2.0, "manifold": 50.0, "lr": 0.1, "images_per_second": 99},
     {"epoch": 2, "loss": 1.0, "manifold": 0.4, "lr": 0.2, "images_per_second": 98, "knn": 20.0, "linear": 30.0},
 ]
@@ -119,7 +119,8 @@ def panels_of(figure):
 
 def test_curves_show_what_the_log_holds():
     found = panels_of(learning_curves(LOG, "title", {}))
-    assert list(found) == ["loss", "probes", "manifold"]
+    assert list(found) == ["loss", "probes", "PSNR", "manifold"]
+    assert found["PSNR"] == {"PSNR": [[0, 9.0]]}
     assert found["loss"] == {"loss": [[1, 2.0], [2, 1.0]]}
     assert found["manifold"] == {"manifold": [[1, 50.0], [2, 0.4]]}
     assert found["probes"] == {"kNN": [[0, 10.0], [2, 20.0]], "linear": [[0, 12.0], [2, 30.0]]}
@@ -127,7 +128,7 @@ def test_curves_show_what_the_log_holds():
 
 def test_curves_that_span_two_decades_have_a_logarithmic_axis():
     scales = {axes.get_title(): axes.get_yscale() for axes in learning_curves(LOG, "title", {}).axes}
-    assert scales == {"loss": "linear", "probes": "linear", "manifold": "log"}
+    assert scales == {"loss": "linear", "probes": "linear", "PSNR": "linear", "manifold": "log"}
 
 
 @pytest.mark.parametrize(
