@@ -1,55 +1,35 @@
 """Energy-inspired pretraining: restore a corrupted image by descending a learned energy.
 
-Wang, Wang, Liu and Qiu, "Energy-Inspired Self-Supervised Pretraining for Vision Models" (ICML workshop
-2022, ICLR 2023; numbers of equations and tables are those of the workshop text).
+Wang, Wang, Liu and Qiu, "Energy-Inspired Self-Supervised Pretraining for Vision Models" (ICLR 2023; equations and
+tables are numbered as in the text of the ICML workshop 2022). No code was released.
 
-The idea: put a linear head with one output on any vision model and call the output an energy. Corrupt an image: mask
-it, blur it, add noise, take its colour. Follow the gradient of the energy *with respect to the pixels* downhill for a
-step or two, and ask that the original comes out. The forward pass is the encoder and the backward pass is the decoder,
-so nothing has to be added to the model, and nothing thrown away after training but the head.
+Put a linear head with one output on any vision model and call the output an energy. Corrupt an image: mask it, blur it,
+add noise, take its colour. Follow the gradient of the energy *with respect to the pixels* downhill for a step or two,
+and ask that the original comes out. The forward pass is the encoder and the backward pass is the decoder, so nothing
+has to be added to the model, and nothing thrown away after training but the head.
 
-Equation                                                      function
-Sec. 2.2   energy of an image                                 Energy
-Eq. 3, 4   gradient steps, stop-gradient between them         descent, restore
-Eq. 4      error of every step                                restoration_loss
-Eq. 2      corrupted images as negatives (N = 0, Fig. A)      contrast_loss
-App. A.2   super-resolution, denoising                        super_resolution, noise
-Sec. 3.1   colorization                                       grayscale
-App. A.3   masks                                              gridded_mask, random_patches
-Fig. 1     longer chains, and their energies                  sample
-Table B    other backbones                                    ConvNeXt, Swin
+Equation                                                        function
+App. A.3         masks                                          gridded_mask, random_patches
+App. A.2         super-resolution, denoising                    super_resolution, noise
+Sec. 3.1, 3.2    colorization; one of four for each image       grayscale, mixed
+Eq. 3, 4         gradient steps, stop-gradient between them     descent, restore
+Eq. 4            error of every step                            restoration_loss
+Eq. 2            corrupted images as negatives (N = 0, Fig. A)  contrast_loss
+Fig. 1, right    longer chains, and their energies              sample
+Sec. 2.2         energy of an image                             Energy
+Table B          other backbones                                ConvNeXt, Swin
 
-Train it:  python train.py ebm_pretrain                                  on built-in pictures, on a laptop
-           python train.py ebm_pretrain --model swin_micro               any backbone
-           python train.py ebm_pretrain --data imagenet --root DIR       the paper's experiment (Table A)
+Train it:  python train.py ebm_pretrain                              on built-in pictures, on a laptop
+           python train.py ebm_pretrain --model swin_micro           any backbone
+           python train.py ebm_pretrain --data imagenet --root DIR   the paper's experiment (Table A)
 Look at it: python evaluate.py runs/ebm_pretrain-shapes --protocol energy
 
-No code was released. What the text leaves open, and our choice:
-* The energy acts on images of zero mean and unit variance a channel, and so do masks (blank is 0, the mean colour) and
-  noise. Colour is removed from images in [0, 1], by the luma weights of ITU-R BT.601. The feature under the head is the
-  mean of the patch tokens after the final norm, as in MAE's fine-tuning.
-* The step size alpha is learned, but where it starts is not told. Pixel gradients of a fresh network are about 1e-4, so
-  with alpha = 0.1 no pixel would move for epochs. Here log alpha is learned, without weight decay, and
-  starts such that the first step on the first batch has a root mean square of 0.3. The head starts as nn.Linear does.
-* Eq. 4 has the squared error and divides by the number of steps; Listing 1 has SmoothL1 (beta 1) and adds the steps up.
-  We follow the listing, but average over the steps: AdamW hardly sees a constant factor. `--criterion mse` is Eq. 4.
-* All pixels count, as in Eq. 4 and the listing; `--scored changed` counts only those that the corruption changed.
-* N = 0 is "using corrupted images as negative", but no loss is given. Ours is softplus(E(x) - E(corrupted)), whose
-  gradient is that of Eq. 2, weighted by how far the two are from being told apart; Eq. 2 itself has no lower bound.
-* Gridded masks: squares of `grid` pixels, cut off at the border where they do not divide the image; ratio 0.7.
-* Random patches: the text draws "normalized sizes" from U(0.01, 0.025) for 75 small ones; we take sizes for shares of
-  the area. For 25 large ones it prints U(0.5, 2.0), which would blank every image; it looks like a range of aspect
-  ratios. Ours is U(0.03, 0.075): a third of the patches with three times the area. Aspects are log-uniform in 0.5 to 2.
-* Super-resolution: bicubic with antialiasing, cut to the range of each channel; sides are rounded where s does not
-  divide them.
-* Mixed: one of masks, super-resolution, noise and grey, drawn for each image, each at the strength of its own setting.
-* Warm-up 10 epochs; smallest crop 0.2, as in MAE.
-* The autoencoders of Table 2 are the same encoder on the whole corrupted image, then MAE's decoder (8 blocks, width
-  512); their loss is that of the energy, on normalised pixels.
-* ConvNeXt-T and Swin-T have no stochastic depth here. ConvNeXt's last norm acts before the mean over places, not after
-  it; the stems keep torch's own biases (`start_small` says why).
-* Weights that the loss does not depend on, such as the bias of the last norm, are frozen.
-Not here: ADE20K (Table C).
+Choices that change a number (docs/ebm_pretrain.md has all of them):
+* The energy acts on images of zero mean and unit variance a channel, and so do masks (blank is 0) and noise.
+* log alpha is learned, and starts such that the first step on the first batch has a root mean square of 0.3.
+* The loss is SmoothL1 as in Listing 1, averaged over the steps and all pixels; `--criterion mse` is that of Eq. 4.
+* N = 0 has no loss in the paper. Ours is softplus(E(x) - E(corrupted)).
+* Sizes of random patches are shares of the area, U(0.03, 0.075) for large ones: those printed would blank every image.
 """
 
 import copy
@@ -63,17 +43,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import (
-    VIT_SIZES,
-    Block,
-    MaskedAutoencoder,
-    Method,
-    MobileFormer,
-    ViT,
-    attend_plainly,
-    reconstruction_loss,
-    unpatchify,
-)
+import common
+from common import VIT_SIZES, Block, Method, MobileFormer, ViT, ViTSize, attend_plainly
 from plumbing.encoders import Encoder
 from plumbing.errors import UserError
 from plumbing.probes import features_of, labelled, pooled_features, probe
@@ -100,14 +71,7 @@ def gridded_mask(images: Tensor, patch: int, ratio: float, generator=None) -> Te
     return images.masked_fill(blank, 0)  # the mean colour
 
 
-def random_patches(
-    images: Tensor,
-    count: int,
-    low: float,
-    high: float,
-    generator=None,
-    aspect: tuple[float, float] = (0.5, 2.0),
-) -> Tensor:
+def random_patches(images: Tensor, count: int, low: float, high: float, generator=None, aspect=(0.5, 2.0)) -> Tensor:
     """Blank `count` rectangles anywhere in each image, each with a share U(low, high) of its area (App. A.3).
 
     Height over width is log-uniform in `aspect`; no side is longer than the image. A pixel is blank if its centre is.
@@ -154,7 +118,10 @@ def noise(images: Tensor, gamma: Tensor | float | None = None, generator=None) -
 
 
 def grayscale(images: Tensor) -> Tensor:
-    """RGB images (B, 3, H, W) without their colour: three equal channels (section 3.1, colorization)."""
+    """RGB images (B, 3, H, W) in [0, 1] without their colour: three equal channels (section 3.1, colorization).
+
+    Grey is luma by the weights of ITU-R BT.601.
+    """
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype, device=images.device).view(3, 1, 1)
     return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
 
@@ -175,15 +142,14 @@ def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
     """alpha dE/dx at x (B, C, H, W), what a step downhill subtracts (Eq. 3); itself differentiable.
 
     `energy` maps images to (B,) or (B, 1). torch.compile cannot differentiate twice; a central difference of two
-    gradients instead of the second derivative takes longer and is inexact (`python bench.py energy`).
+    gradients instead of the second derivative takes longer and is inexact (`python tests/bench.py energy`).
     Raises RuntimeError, here or in the backward pass, where a kernel inside `energy` has no second derivative.
     """
     recording, x = torch.is_grad_enabled(), x.detach().requires_grad_()
     # torch's fused attention has no second derivative: where `energy` asks for attention, it gets the plain one.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        # The gradient of alpha E rather than alpha times that of E: the same number, but what travels back through the
-        # network is of the size of a step. In fp16 the gradient of E itself, 1e-4 and less, would lose its digits, or
-        # be zero.
+        # alpha E is differentiated rather than E: the same number, but what travels back is of the size of a step. In
+        # fp16 the gradient of E itself, 1e-4 and less, would lose its digits, or be zero.
         total = step_size * energy(x).sum()
     # The forward pass has settled the types. Autocast would cast to fp16 what is in float32 because it is large.
     with torch.autocast(x.device.type, enabled=False):
@@ -203,9 +169,7 @@ def restore(energy, images: Tensor, steps: int, step_size: Tensor | float) -> li
     return chain
 
 
-def restoration_loss(
-    restored: list, images: Tensor, criterion: str = "smooth_l1", weight: Tensor | None = None
-) -> Tensor:
+def restoration_loss(restored: list, images: Tensor, criterion="smooth_l1", weight: Tensor | None = None) -> Tensor:
     """Mean error of all steps, pixels and images (Eq. 4): N times (B, C, H, W) against (B, C, H, W) -> scalar.
 
     `criterion` is smooth_l1 (beta 1, Listing 1) or mse (Eq. 4). `weight` (B, C, H, W) or (B, 1, H, W) says which pixels
@@ -241,7 +205,276 @@ def sample(energy, images: Tensor, steps: int, step_size: Tensor | float) -> tup
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Backbones (Table B)
+# Modules: the energy
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Energy(nn.Module):
+    """E(x) = h(psi(x)): a backbone's mean feature, and a linear head without bias (section 2.2).
+
+    x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,) float32. `encoder` is any
+    module that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); `images` tell how wide they are.
+    Raises UserError for an encoder with batch norm, where the energy of an image would depend on the others of its
+    batch, and for one whose output has another shape.
+    """
+
+    def __init__(self, encoder: nn.Module, images: Tensor, mean: tuple = (0.0, 0.0, 0.0), std: tuple = (1.0, 1.0, 1.0)):
+        super().__init__()
+        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
+            raise UserError(
+                f"{type(encoder).__name__} has batch norms, which make the energy of an image depend on its batch; "
+                f"replace them, for example by common.replace_batch_norms(encoder)"
+            )
+        with torch.no_grad():
+            features = pooled_features(encoder, images)
+        if features.ndim != 2:
+            kind, shape = type(encoder).__name__, " x ".join(map(str, features.shape))
+            raise UserError(f"{kind} returns {shape}; an energy needs features (B, D) or (B, D, H, W)")
+        self.encoder, self.head = encoder, nn.Linear(features.shape[1], 1, bias=False)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> (B, D)."""
+        if type(self.encoder) is ViT:
+            return self.encoder.pooled(self.encoder.encode(self.encoder.embed(images), attend_plainly))
+        return pooled_features(self.encoder, images)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.features(x * self.std + self.mean)  # (B, D)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(features.to(self.head.weight.dtype)).squeeze(1)  # (B,)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+MIXTURE = ("gridded", "super_resolution", "noise", "grayscale")  # the tasks of `mixed`
+TASKS = ("gridded", "random_small", "random_large", "super_resolution", "noise", "grayscale", "mixed")
+TableB = Literal["convnext_micro", "convnext_tiny", "swin_micro", "swin_tiny"]
+MobileFormers = Literal["mobile_former_micro", "mobile_former_720", "mobile_former_1440", "mobile_former_2880"]
+
+
+@dataclass
+class Config(TrainConfig):
+    """The paper's self comparisons on ImageNet: ViT-S, 100 epochs, gridded masks (section 3.1, Table A)."""
+
+    crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
+    base_lr: float = 1e-4  # learning rate for a batch of 256
+    model: Literal[ViTSize, TableB, MobileFormers] = "vit_small"  # the backbone
+    patch: int = 16  # side of a patch of a vit, in pixels
+    objective: Literal["energy", "autoencoder", "mae"] = "energy"  # or a baseline: Table 2, Table 1
+    task: Literal[TASKS] = "gridded"  # how images are corrupted
+    grid: int = 16  # gridded: side of the squares, in pixels; 16, 24 and 32 in Table 1
+    mask_ratio: float = 0.7  # gridded, mae: share of the squares or patches that are blank (Table 1)
+    scale: int = 16  # super_resolution: how many times the image shrinks; 14, 16, 24 and 32 in Table 2
+    steps: int = 2  # N: gradient steps on each image; 0 takes corrupted images as negatives (Fig. A)
+    criterion: Literal["smooth_l1", "mse"] = "smooth_l1"  # error of the restored pixels: Listing 1, or Eq. 4
+    scored: Literal["all", "changed"] = "all"  # pixels that count in the loss: all, or those that were corrupted
+    first_step: float = 0.3  # root mean square of the very first step; it sets alpha
+    alpha_lr: float = 1.0  # learning rate of log alpha, relative to that of the weights
+    decoder_dim: int = 512  # autoencoder, mae: width of the decoder
+    decoder_depth: int = 8  # autoencoder, mae: blocks of the decoder
+    decoder_heads: int = 16  # autoencoder, mae: attention heads of the decoder
+
+    def check(self):
+        super().check()
+        check_least(self, grid=1, scale=1, steps=0, alpha_lr=0)
+        check_positive(self, "first_step")
+        if not 0 < self.mask_ratio < 1:
+            raise UserError(f"--mask-ratio {self.mask_ratio} blanks nothing or all; give more than 0, less than 1")
+        if self.compile and self.objective == "energy":
+            raise UserError("--compile does not work here: torch.compile has no second derivatives")
+        squares = math.ceil(self.image_size / self.grid) ** 2
+        if self.task in ("gridded", "mixed") and not 0 < round(self.mask_ratio * squares) < squares:
+            given = f"--grid {self.grid} makes {squares} square(s)"
+            raise UserError(f"{given}, of which --mask-ratio {self.mask_ratio} blanks none or all")
+
+
+LAPTOP = {"model": "vit_micro", "image_size": 32, "patch": 4, "grid": 4, "scale": 4, "batch_size": 64}
+LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3, "task": "mixed", "warmup_epochs": 1}
+LAPTOP |= {"base_lr": 16e-3, "crop_min": 0.5}
+LONG = {"epochs": 200, "task": "mixed"}
+
+RECIPES = {
+    "imagenet": {},  # Tables 1 and 2, the defaults of Config
+    "imagenet --objective mae": {"epochs": 400, "base_lr": 1.5e-4, "warmup_epochs": 40},  # Table 1; rate as in MAE
+    "imagenet --model vit_base": LONG,  # Table 3; the longer row is --epochs 800
+    "imagenet --model convnext_tiny": LONG,  # Table B
+    "imagenet --model swin_tiny": LONG,
+    # Laptop recipes of ours.
+    "shapes": LAPTOP | {"epochs": 5, "probe_every": 5},
+    "cifar10": LAPTOP | {"epochs": 10},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class EnergyPretraining(Method):
+    """An energy that restores images, or the autoencoders that the paper compares with.
+
+    `encoder` is any module of yours that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); by default,
+    the one that `config.model` names. It must be twice differentiable, which is checked. Smooth activations are best:
+    the pixel gradient of a network of ReLUs is constant in pieces.
+    """
+
+    name = "ebm_pretrain"
+
+    def __init__(self, config: Config, data, encoder: nn.Module | None = None):
+        super().__init__()
+        own, size, generator = encoder is not None, config.image_size, torch.Generator().manual_seed(0)
+        encoder = encoder if own else build_encoder(config, data)
+        images = torch.rand(2, 3, size, size, generator=generator).to(next(encoder.parameters()).device)  # for a trial
+        if config.objective == "energy":
+            self.energy = Energy(encoder, images, data.mean, data.std)
+            self.log_alpha = nn.Parameter(torch.tensor(0.0))
+            self.started = False  # whether the first batch has set log alpha
+        elif type(encoder) is ViT:
+            decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads, config.mask_ratio)
+            self.autoencoder = common.MaskedAutoencoder(encoder, *decoder, norm_pixels=config.objective == "mae")
+        else:
+            raise UserError(f"--objective {config.objective} needs a vit, not {type(encoder).__name__}")
+        self.register_buffer("mean", torch.tensor(data.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(data.std).view(3, 1, 1), persistent=False)
+        self.config, self.tasks = config, MIXTURE if config.task == "mixed" else (config.task,)
+        self.to(images.device)
+        freeze_idle(self, images)
+        if own and config.objective == "energy":
+            check_second_derivative(self.energy, images)
+
+    @property
+    def encoder(self) -> nn.Module:
+        return (self.energy if self.config.objective == "energy" else self.autoencoder).encoder
+
+    def optimizer(self, config: Config) -> torch.optim.Optimizer:
+        """AdamW; log alpha in a group of its own, without decay."""
+        optimizer = super().optimizer(config)
+        if config.objective == "energy" and config.steps:
+            plain = optimizer.param_groups[1]
+            plain["params"] = [p for p in plain["params"] if p is not self.log_alpha]
+            optimizer.add_param_group({"params": [self.log_alpha], "weight_decay": 0.0, "lr_scale": config.alpha_lr})
+        return optimizer
+
+    def corrupt(self, images: Tensor, task: str = "") -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in [0, 1] -> normalised ones, whole and corrupted; by default by `config.task`."""
+        config, clean = self.config, (images - self.mean) / self.std
+        match task or config.task:
+            case "gridded":
+                return clean, gridded_mask(clean, config.grid, config.mask_ratio)
+            case "random_small":
+                return clean, random_patches(clean, 75, 0.01, 0.025)
+            case "random_large":
+                return clean, random_patches(clean, 25, 0.03, 0.075)
+            case "super_resolution":
+                return clean, super_resolution(clean, config.scale)
+            case "noise":
+                return clean, noise(clean)
+            case "grayscale":
+                return clean, (grayscale(images) - self.mean) / self.std
+            case "mixed":
+                return clean, mixed([self.corrupt(images, part)[1] for part in MIXTURE])
+
+    def start(self, corrupted: Tensor):
+        """Set log alpha such that a step from the first batch has the root mean square `first_step`."""
+        alpha = first_step_size(self.energy, corrupted, self.config.first_step)
+        with torch.no_grad():
+            self.log_alpha.copy_(average(alpha**-2).log() / -2)  # by the mean square of the gradients of all processes
+        self.started = True
+
+    def step_size(self, corrupted: Tensor) -> Tensor:
+        """alpha. Before `start`, when log alpha is 0, it is what `corrupted` (B, 3, H, W) would set it to."""
+        alpha = self.log_alpha.exp()
+        return alpha if self.started else alpha * first_step_size(self.energy, corrupted, self.config.first_step)
+
+    def restored(self, corrupted: Tensor) -> list:
+        """Corrupted images, normalised (B, 3, H, W) -> a list: what each step makes of them; an autoencoder has one."""
+        if self.config.objective == "energy":
+            return restore(self.energy, corrupted, self.config.steps or 1, self.step_size(corrupted))
+        encoded = self.encoder.encode(self.encoder.embed(corrupted * self.std + self.mean))  # (B, 1 + N, D)
+        tokens = self.autoencoder.decoder_embed(encoded)  # (B, 1 + N, d)
+        patches = self.autoencoder.predict(tokens[:, :1], tokens[:, 1:]).float()  # (B, N, P)
+        return [common.unpatchify(patches, self.encoder.patch, *corrupted.shape[-2:])]
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
+        """Loss of images (B, 3, H, W), the share of squared error left at the end (1 = no change), and alpha."""
+        config = self.config
+        if config.objective == "mae":
+            out = self.autoencoder(images)
+            return {"loss": common.reconstruction_loss(out.prediction, out.target, out.mask)}
+        clean, corrupted = self.corrupt(images)
+        if config.objective == "energy" and not config.steps:
+            energies = self.energy(clean), self.energy(corrupted)
+            return {"loss": contrast_loss(*energies), "told_apart": (energies[0] < energies[1]).float().mean()}
+        if config.objective == "energy" and self.training and not self.started:
+            self.start(corrupted)
+        chain = self.restored(corrupted)
+        changed = (corrupted != clean).any(dim=1, keepdim=True).float() if config.scored == "changed" else None
+        logged = {"loss": restoration_loss(chain, clean, config.criterion, changed)}
+        with torch.no_grad():
+            logged["left"] = F.mse_loss(chain[-1], clean) / F.mse_loss(corrupted, clean).clamp_min(1e-12)
+            if config.objective == "energy":
+                logged["alpha"] = self.log_alpha.exp()
+        return logged
+
+    def state_dict(self, **options) -> dict:
+        """With `started`, which is no buffer: each step would have to wait for a GPU to read it."""
+        state = super().state_dict(**options)
+        if self.config.objective == "energy":
+            state["started"] = torch.tensor(self.started)
+        return state
+
+    def load_state_dict(self, state: dict, **options):
+        self.started = bool(state.get("started"))
+        return super().load_state_dict({name: x for name, x in state.items() if name != "started"}, **options)
+
+    def probe(self, encode, train, test, config: Config) -> dict:
+        """kNN and linear accuracy, and what is left of the squared error of at most 2000 test images, task by task."""
+        found = probe(encode, train, test, config.image_size, config.probe_images)
+        if config.objective == "mae" or (config.objective == "energy" and not config.steps):
+            return found
+        chosen = labelled(test, min(config.probe_images or 2000, 2000))
+
+        def measure(images):
+            rows = []
+            for task in self.tasks:
+                clean, corrupted = self.corrupt(images, task)
+                with autocast(config.amp, images.device):
+                    last = self.restored(corrupted)[-1]
+                rows += [(x - clean).square().mean(dim=(1, 2, 3)) for x in (corrupted, last)]
+            return torch.stack(rows, dim=1)  # (B, 2 * tasks)
+
+        torch.manual_seed(config.seed)  # the same corruptions each time
+        errors, _ = features_of(measure, test, chosen, config.image_size)
+        corrupted, last = errors.mean(dim=0).unflatten(0, (-1, 2)).T  # each (tasks,)
+        left = last / corrupted.clamp_min(1e-12)
+        return found | {f"left_{task}": float(share) for task, share in zip(self.tasks, left, strict=True)}
+
+    @property
+    def captions(self) -> tuple:
+        if self.config.objective == "mae":
+            return self.autoencoder.captions
+        count = self.config.steps or 1
+        steps = ["output"] if self.config.objective != "energy" else [f"step {i + 1}" for i in range(count)]
+        return ("image", *[caption for task in self.tasks for caption in (task.replace("_", " "), *steps)])
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> Tensor:
+        """Rows of (image, then for each task the corrupted image and every step): (B, K, 3, H, W) in [0, 1]."""
+        if self.config.objective == "mae":
+            return self.autoencoder.pictures(images)
+        columns = [(images - self.mean) / self.std]
+        for task in self.tasks:
+            _, corrupted = self.corrupt(images, task)
+            columns += [corrupted, *self.restored(corrupted)]
+        return (torch.stack(columns, dim=1) * self.std + self.mean).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix: other people's backbones (Table B), and guards against networks that cannot be trained so
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -285,30 +518,20 @@ class ConvNeXt(Encoder):
     A cell is stem * 2^(stages - 1) pixels wide. The defaults are ConvNeXt-T. 28.6 M parameters with 1000 classes.
     """
 
-    def __init__(
-        self,
-        dims: tuple = (96, 192, 384, 768),
-        depths: tuple = (3, 3, 9, 3),
-        stem: int = 4,
-        mean: tuple = (0.0, 0.0, 0.0),
-        std: tuple = (1.0, 1.0, 1.0),
-    ):
+    def __init__(self, dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), stem=4, mean=(0.0,) * 3, std=(1.0,) * 3):
         super().__init__(mean, std, dims=tuple(dims), depths=tuple(depths), stem=stem)
         self.dim, self.stride = dims[-1], stem * 2 ** (len(dims) - 1)
         self.stem = nn.Sequential(nn.Conv2d(3, dims[0], stem, stem), ChannelNorm(dims[0], eps=1e-6))
-        self.blocks = nn.ModuleList()
+        blocks = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             if i:
-                self.blocks.append(nn.Sequential(ChannelNorm(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dim, 2, 2)))
-            self.blocks += [ConvNeXtBlock(dim) for _ in range(depth)]
-        self.norm = ChannelNorm(self.dim, eps=1e-6)
+                blocks.append(nn.Sequential(ChannelNorm(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dim, 2, 2)))
+            blocks += [ConvNeXtBlock(dim) for _ in range(depth)]
+        self.blocks, self.norm = nn.Sequential(*blocks), ChannelNorm(self.dim, eps=1e-6)
         self.apply(start_small)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(self.normalize(images))
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(self.stem(self.normalize(images))))
 
 
 class SwinBlock(nn.Module):
@@ -375,112 +598,65 @@ class Swin(Encoder):
     """
 
     def __init__(
-        self,
-        dim: int = 96,
-        depths: tuple = (2, 2, 6, 2),
-        heads: tuple = (3, 6, 12, 24),
-        window: int = 7,
-        stem: int = 4,
-        mean: tuple = (0.0, 0.0, 0.0),
-        std: tuple = (1.0, 1.0, 1.0),
+        self, dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, stem=4, mean=(0.0,) * 3, std=(1.0,) * 3
     ):
-        fields = {"dim": dim, "depths": tuple(depths), "heads": tuple(heads), "window": window, "stem": stem}
-        super().__init__(mean, std, **fields)
+        super().__init__(mean, std, dim=dim, depths=tuple(depths), heads=tuple(heads), window=window, stem=stem)
         self.stride = stem * 2 ** (len(depths) - 1)
         self.stem = nn.Sequential(nn.Conv2d(3, dim, stem, stem), ChannelNorm(dim))
-        self.blocks = nn.ModuleList()
+        blocks = []
         for i, (depth, count) in enumerate(zip(depths, heads, strict=True)):
             if i:
-                self.blocks.append(PatchMerging(dim))
+                blocks.append(PatchMerging(dim))
                 dim *= 2
-            self.blocks += [SwinBlock(dim, count, window, shifted=j % 2 == 1) for j in range(depth)]
-        self.dim, self.norm = dim, nn.LayerNorm(dim)
+            blocks += [SwinBlock(dim, count, window, shifted=j % 2 == 1) for j in range(depth)]
+        self.dim, self.blocks, self.norm = dim, nn.Sequential(*blocks), nn.LayerNorm(dim)
         self.apply(start_small)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(self.normalize(images)).movedim(1, -1)  # (B, H, W, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x).movedim(-1, 1)
+        return self.norm(self.blocks(x)).movedim(-1, 1)
 
 
-BACKBONES = {
+BACKBONES = {  # name: class, fields
     "convnext_micro": (ConvNeXt, {"dims": (48, 96, 192), "depths": (2, 2, 2), "stem": 2}),  # for laptops
     "convnext_tiny": (ConvNeXt, {}),
     "swin_micro": (Swin, {"dim": 48, "depths": (2, 2, 2), "heads": (2, 4, 8), "window": 4, "stem": 2}),  # for laptops
     "swin_tiny": (Swin, {}),
-    **{
-        f"mobile_former_{width}": (MobileFormer, {"width": width, "norm": "group"})
-        for width in ("micro", "720", "1440", "2880")
-    },
+}
+BACKBONES |= {
+    f"mobile_former_{width}": (MobileFormer, {"width": width, "norm": "group"})
+    for width in ("micro", "720", "1440", "2880")
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The energy
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Energy(nn.Module):
-    """E(x) = h(psi(x)): a backbone's mean feature, and a linear head without bias (section 2.2).
-
-    x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,) float32. `encoder` is any
-    module that maps images in [0, 1] to features (B, D) or a map (B, D, H, W).
-    `images` are some that it can take: they tell how wide the features are.
-    Raises UserError for an encoder with batch norm, where the energy of an image would depend on the others of its
-    batch, and for one whose output has another shape.
-    """
-
-    def __init__(self, encoder: nn.Module, images: Tensor, mean: tuple = (0.0, 0.0, 0.0), std: tuple = (1.0, 1.0, 1.0)):
-        super().__init__()
-        if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
-            raise UserError(
-                f"{type(encoder).__name__} has batch norms, which make the energy of an image depend on its batch; "
-                f"replace them, for example by common.replace_batch_norms(encoder)"
-            )
-        with torch.no_grad():
-            features = pooled_features(encoder, images)
-        if features.ndim != 2:
-            shape = " x ".join(map(str, features.shape))
-            raise UserError(
-                f"{type(encoder).__name__} returns {shape}; an energy needs features (B, D) or (B, D, H, W)"
-            )
-        self.encoder, self.head = encoder, nn.Linear(features.shape[1], 1, bias=False)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> (B, D)."""
-        if type(self.encoder) is ViT:
-            return self.encoder.pooled(self.encoder.encode(self.encoder.embed(images), attend_plainly))
-        return pooled_features(self.encoder, images)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.features(x * self.std + self.mean)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(features.to(self.head.weight.dtype)).squeeze(1)
-
-
-def trainable(module: nn.Module) -> list:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+def build_encoder(config: Config, data) -> nn.Module:
+    """The backbone that --model names."""
+    size, look = config.image_size, {"mean": data.mean, "std": data.std}
+    if config.model in VIT_SIZES:
+        return ViT(size, config.patch, **VIT_SIZES[config.model], **look)
+    kind, fields = BACKBONES[config.model]
+    encoder = kind(**fields, **look)
+    if size % encoder.stride:
+        raise UserError(f"--image-size {size} is not a multiple of {encoder.stride}, which {config.model} needs")
+    return encoder
 
 
 def freeze_idle(method: Method, images: Tensor):
     """Freeze the weights that the loss of a method does not depend on: DDP would wait for their gradients for ever.
 
-    They are found by a trial step. Raises UserError where it fails, for example for want of a second derivative of a
-    kernel.
+    They are found by a trial step. Raises UserError where it fails, as for want of a kernel's second derivative.
     """
     trial = copy.deepcopy(method).eval()
+    weights = {name: p for name, p in trial.named_parameters() if p.requires_grad}
     try:
-        gradients = torch.autograd.grad(trial(images)["loss"], trainable(trial), allow_unused=True)
+        gradients = torch.autograd.grad(trial(images)["loss"], list(weights.values()), allow_unused=True)
     except RuntimeError as error:
         raise UserError(
             f"a trial step with {type(method.encoder).__name__} failed ({str(error).splitlines()[0]}); if that is for "
             f"want of a second derivative, write the fused or own kernel in plain operations"
         ) from None
-    for parameter, gradient in zip(trainable(method), gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)
+    for name, gradient in zip(weights, gradients, strict=True):
+        method.get_parameter(name).requires_grad_(gradient is not None)
 
 
 def check_second_derivative(energy: Energy, images: Tensor):
@@ -490,7 +666,7 @@ def check_second_derivative(energy: Energy, images: Tensor):
     missing. So the derivative along one random direction is compared with a difference quotient, in float64.
     """
     energy, images = copy.deepcopy(energy).double().eval(), images.double()
-    weights, generator = trainable(energy), torch.Generator().manual_seed(0)
+    weights, generator = [p for p in energy.parameters() if p.requires_grad], torch.Generator().manual_seed(0)
     towards = [torch.randn(p.shape, generator=generator).to(p) * p.detach().square().mean().sqrt() for p in weights]
 
     def length():
@@ -505,243 +681,8 @@ def check_second_derivative(energy: Energy, images: Tensor):
                 p += share * v
             ends.append(float(length()))
     measured = (ends[0] - ends[1]) / (2 * shift)
-    rounding = 1e-6 * ends[0]
-    if abs(measured - sum(slopes)) > 0.02 * sum(map(abs, slopes)) + rounding:
+    if abs(measured - sum(slopes)) > 0.02 * sum(map(abs, slopes)) + 1e-6 * ends[0]:  # for kinks, and for rounding
         raise UserError(
             f"{type(energy.encoder).__name__} has a wrong second derivative ({sum(slopes):.3g} along one direction, "
             f"{measured:.3g} measured); write its fused or own kernels in plain operations"
         )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------------
-
-MIXTURE = ("gridded", "super_resolution", "noise", "grayscale")  # the tasks of `mixed`
-TASKS = ("gridded", "random_small", "random_large", "super_resolution", "noise", "grayscale", "mixed")
-
-
-@dataclass
-class Config(TrainConfig):
-    """The paper's self comparisons on ImageNet: ViT-S, 100 epochs, gridded masks (section 3.1, Table A)."""
-
-    crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
-    base_lr: float = 1e-4  # learning rate for a batch of 256
-    model: Literal[(*VIT_SIZES, *BACKBONES)] = "vit_small"  # the backbone (Table B)
-    patch: int = 16  # side of a patch of a vit, in pixels
-    objective: Literal["energy", "autoencoder", "mae"] = "energy"  # or a baseline: Table 2, Table 1
-    task: Literal[TASKS] = "gridded"  # how images are corrupted
-    grid: int = 16  # gridded: side of the squares, in pixels; 16, 24 and 32 in Table 1
-    mask_ratio: float = 0.7  # gridded, mae: share of the squares or patches that are blank (Table 1)
-    scale: int = 16  # super_resolution: how many times the image shrinks; 14, 16, 24 and 32 in Table 2
-    steps: int = 2  # N: gradient steps on each image; 0 takes corrupted images as negatives (Fig. A)
-    criterion: Literal["smooth_l1", "mse"] = "smooth_l1"  # error of the restored pixels: Listing 1, or Eq. 4
-    scored: Literal["all", "changed"] = "all"  # pixels that count in the loss: all, or those that were corrupted
-    first_step: float = 0.3  # root mean square of the very first step; it sets alpha
-    alpha_lr: float = 1.0  # learning rate of log alpha, relative to that of the weights
-    decoder_dim: int = 512  # autoencoder, mae: width of the decoder
-    decoder_depth: int = 8  # autoencoder, mae: blocks of the decoder
-    decoder_heads: int = 16  # autoencoder, mae: attention heads of the decoder
-
-    def check(self):
-        super().check()
-        check_least(self, grid=1, scale=1, steps=0, alpha_lr=0)
-        check_positive(self, "first_step")
-        if not 0 < self.mask_ratio < 1:
-            raise UserError(f"--mask-ratio {self.mask_ratio} blanks nothing or all; give more than 0, less than 1")
-        if self.compile and self.objective == "energy":
-            raise UserError("--compile does not work here: torch.compile has no second derivatives")
-        squares = math.ceil(self.image_size / self.grid) ** 2
-        if self.task in ("gridded", "mixed") and not 0 < round(self.mask_ratio * squares) < squares:
-            raise UserError(
-                f"--grid {self.grid} makes {squares} square(s), "
-                f"of which --mask-ratio {self.mask_ratio} blanks none or all"
-            )
-
-
-LAPTOP = {"model": "vit_micro", "image_size": 32, "patch": 4, "grid": 4, "scale": 4, "batch_size": 64}
-LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3, "task": "mixed", "warmup_epochs": 1}
-LAPTOP |= {"base_lr": 16e-3, "crop_min": 0.5}
-LONG = {"epochs": 200, "task": "mixed"}
-
-RECIPES = {
-    "imagenet": {},  # Tables 1 and 2, the defaults of Config
-    "imagenet --objective mae": {"epochs": 400, "base_lr": 1.5e-4, "warmup_epochs": 40},  # Table 1; rate as in MAE
-    "imagenet --model vit_base": LONG,  # Table 3; the longer row is --epochs 800
-    "imagenet --model convnext_tiny": LONG,  # Table B
-    "imagenet --model swin_tiny": LONG,
-    # Laptop recipes of ours.
-    "shapes": LAPTOP | {"epochs": 5, "probe_every": 5},
-    "cifar10": LAPTOP | {"epochs": 10},
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The method
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def build_encoder(config: Config, data) -> nn.Module:
-    """The backbone that --model names."""
-    look = {"mean": data.mean, "std": data.std}
-    if config.model in VIT_SIZES:
-        return ViT(config.image_size, config.patch, **VIT_SIZES[config.model], **look)
-    kind, fields = BACKBONES[config.model]
-    encoder = kind(**fields, **look)
-    if config.image_size % encoder.stride:
-        raise UserError(
-            f"--image-size {config.image_size} is not a multiple of {encoder.stride}, which {config.model} needs"
-        )
-    return encoder
-
-
-class EnergyPretraining(Method):
-    """An energy that restores images, or the autoencoders that the paper compares with.
-
-    `encoder` is any module of yours that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); by default,
-    the one that `config.model` names. It must be twice differentiable, which is checked. Smooth activations are best:
-    the pixel gradient of a network of ReLUs is constant in pieces.
-    """
-
-    name = "ebm_pretrain"
-
-    def __init__(self, config: Config, data, encoder: nn.Module | None = None):
-        super().__init__()
-        self.config, own = config, encoder is not None
-        encoder = encoder if own else build_encoder(config, data)
-        images = torch.rand(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
-        images = images.to(next(encoder.parameters()).device)
-        self.register_buffer("mean", torch.tensor(data.mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(data.std).view(3, 1, 1), persistent=False)
-        if config.objective == "energy":
-            self.energy = Energy(encoder, images, data.mean, data.std)
-            self.log_alpha = nn.Parameter(torch.tensor(0.0))
-            self.register_buffer("started", torch.tensor(False))  # whether log alpha has been set, by the first batch
-        else:
-            if type(encoder) is not ViT:
-                raise UserError(f"--objective {config.objective} needs a vit, not {type(encoder).__name__}")
-            decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
-            self.autoencoder = MaskedAutoencoder(
-                encoder, *decoder, config.mask_ratio, norm_pixels=config.objective == "mae"
-            )
-        self.to(images.device)
-        self.ready = True  # the trial step takes alpha = 1
-        freeze_idle(self, images)
-        self.ready = False
-        if own and config.objective == "energy":
-            check_second_derivative(self.energy, images)
-
-    @property
-    def encoder(self) -> nn.Module:
-        return (self.energy if self.config.objective == "energy" else self.autoencoder).encoder
-
-    def optimizer(self, config: Config) -> torch.optim.Optimizer:
-        """AdamW; log alpha in a group of its own, without decay."""
-        optimizer = super().optimizer(config)
-        if config.objective == "energy" and config.steps:
-            plain = optimizer.param_groups[1]
-            plain["params"] = [p for p in plain["params"] if p is not self.log_alpha]
-            optimizer.add_param_group({"params": [self.log_alpha], "weight_decay": 0.0, "lr_scale": config.alpha_lr})
-        return optimizer
-
-    def corrupt(self, images: Tensor, task: str = "") -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in [0, 1] -> normalised ones, whole and corrupted; by default by `config.task`."""
-        config, x = self.config, (images - self.mean) / self.std
-        corruptions = {
-            "gridded": lambda: gridded_mask(x, config.grid, config.mask_ratio),
-            "random_small": lambda: random_patches(x, 75, 0.01, 0.025),
-            "random_large": lambda: random_patches(x, 25, 0.03, 0.075),
-            "super_resolution": lambda: super_resolution(x, config.scale),
-            "noise": lambda: noise(x),
-            "grayscale": lambda: (grayscale(images) - self.mean) / self.std,
-            "mixed": lambda: mixed([corruptions[name]() for name in MIXTURE]),
-        }
-        return x, corruptions[task or config.task]()
-
-    def step_size(self, corrupted: Tensor) -> Tensor:
-        """alpha; the first batch of the training sets it."""
-        self.ready = self.ready or bool(self.started)  # the buffer is slow to read from a GPU, so not in every step
-        if self.ready:
-            return self.log_alpha.exp()
-        alpha = first_step_size(self.energy, corrupted, self.config.first_step)
-        if not self.training:
-            return alpha
-        with torch.no_grad():
-            self.log_alpha.copy_(average(alpha**-2).log() / -2)  # by the mean square of the gradients of all processes
-        self.started.fill_(True)
-        return self.log_alpha.exp()
-
-    def restored(self, corrupted: Tensor, alpha: Tensor | None = None) -> list:
-        """Corrupted images, normalised (B, 3, H, W) -> a list: what each step makes of them; an autoencoder has one."""
-        if self.config.objective == "energy":
-            alpha = self.step_size(corrupted) if alpha is None else alpha
-            return restore(self.energy, corrupted, self.config.steps or 1, alpha)
-        encoder, autoencoder = self.encoder, self.autoencoder
-        encoded = encoder.encode(encoder.embed(corrupted * self.std + self.mean))  # (B, 1 + N, D)
-        tokens = autoencoder.decoder_embed(encoded)  # (B, 1 + N, d)
-        patches = autoencoder.predict(tokens[:, :1], tokens[:, 1:]).float()
-        return [unpatchify(patches, encoder.patch, *corrupted.shape[-2:])]
-
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
-        """Loss of images (B, 3, H, W), the share of squared error left at the end (1 = no change), and alpha."""
-        config = self.config
-        if config.objective == "mae":
-            out = self.autoencoder(images)
-            return {"loss": reconstruction_loss(out.prediction, out.target, out.mask)}
-        clean, corrupted = self.corrupt(images)
-        if config.objective == "energy" and not config.steps:
-            energies = self.energy(clean), self.energy(corrupted)
-            return {"loss": contrast_loss(*energies), "told_apart": (energies[0] < energies[1]).float().mean()}
-        alpha = self.step_size(corrupted) if config.objective == "energy" else None
-        chain = self.restored(corrupted, alpha)
-        weight = (corrupted != clean).any(dim=1, keepdim=True).float() if config.scored == "changed" else None
-        logged = {"loss": restoration_loss(chain, clean, config.criterion, weight)}
-        with torch.no_grad():
-            logged["left"] = F.mse_loss(chain[-1], clean) / F.mse_loss(corrupted, clean).clamp_min(1e-12)
-        return logged if alpha is None else logged | {"alpha": alpha.detach()}
-
-    @property
-    def tasks(self) -> tuple:
-        """The corruptions that are trained on."""
-        return MIXTURE if self.config.task == "mixed" else (self.config.task,)
-
-    def probe(self, encode, train, test, config: Config) -> dict:
-        """kNN and linear accuracy, and what is left of the squared error of at most 2000 test images, task by task."""
-        found = probe(encode, train, test, config.image_size, config.probe_images)
-        if config.objective == "mae" or (config.objective == "energy" and not config.steps):
-            return found
-        chosen = labelled(test, min(config.probe_images or 2000, 2000))
-
-        def measure(images):
-            rows = []
-            for task in self.tasks:
-                clean, corrupted = self.corrupt(images, task)
-                with autocast(config.amp, images.device):
-                    last = self.restored(corrupted)[-1]
-                rows += [(x - clean).square().mean(dim=(1, 2, 3)) for x in (corrupted, last)]
-            return torch.stack(rows, dim=1)  # (B, 2 * tasks)
-
-        torch.manual_seed(config.seed)  # the same corruptions each time
-        errors = features_of(measure, test, chosen, config.image_size)[0].mean(dim=0).unflatten(0, (-1, 2))
-        return found | {
-            f"left_{task}": float(b / a.clamp_min(1e-12)) for task, (a, b) in zip(self.tasks, errors, strict=True)
-        }
-
-    @property
-    def captions(self) -> tuple:
-        if self.config.objective == "mae":
-            return self.autoencoder.captions
-        count = self.config.steps or 1
-        steps = ["output"] if self.config.objective != "energy" else [f"step {i + 1}" for i in range(count)]
-        return ("image", *[caption for task in self.tasks for caption in (task.replace("_", " "), *steps)])
-
-    @torch.no_grad()
-    def pictures(self, images: Tensor) -> Tensor:
-        """Rows of (image, then for each task the corrupted image and every step): (B, K, 3, H, W) in [0, 1]."""
-        if self.config.objective == "mae":
-            return self.autoencoder.pictures(images)
-        columns = [(images - self.mean) / self.std]
-        for task in self.tasks:
-            _, corrupted = self.corrupt(images, task)
-            columns += [corrupted, *self.restored(corrupted)]
-        return (torch.stack(columns, dim=1) * self.std + self.mean).clamp(0, 1)
