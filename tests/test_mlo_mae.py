@@ -303,8 +303,7 @@ def test_the_masking_network_learns_by_the_derivative_of_the_procedure(mask_grad
     """Eq. 8 to 11 for the whole method, against autograd and a difference quotient; App. A.4 for soft selections."""
     fields = {"mask_gradient": mask_gradient, "hypergradient": difference, "radius": 1e-6, "temperature": 1.0}
     method = tiny_levels(**fields).double()
-    images, labels = batch_of(method, 3, dtype=torch.float64)
-    parts = parts_of((images, labels), 3)
+    parts = parts_of(batch_of(method, 3, dtype=torch.float64), 3)
     encoder, head, masking = (method.weights(x, copy=True) for x in ("autoencoder.encoder.", "head.", "masking."))
     before, stepper = method.weights("autoencoder.", copy=True), LevelRecorder(method)
     rates = [group["lr"] for group in stepper.param_groups]
@@ -342,8 +341,7 @@ def test_each_level_moves_its_own_weights_alone(difference):
     """Eq. 6 moves the autoencoder, Eq. 7 the head, Eq. 8 the masking network."""
     method = tiny_levels(hypergradient=difference, head="code")
     stepper = stepper_of(method)
-    images, labels = batch_of(method, 3)
-    parts = parts_of((images, labels), 3)
+    parts = parts_of(batch_of(method, 3), 3)
     before = snapshot(method)
     method.train_head(*parts[1], stepper)
     assert changed(before, method) == {"head"}
@@ -393,6 +391,33 @@ def test_two_levels_learn_from_labels_and_pixels_at_once():
         torch.testing.assert_close(recorder.steps[0][name], gradient)
 
 
+def stepped(weights, loss, **rates):
+    """Weights after a plain gradient step of the networks named, through which autograd sees: {name: tensor}."""
+    rate = {name: rates[name.split(".")[0]] for name in weights if name.split(".")[0] in rates}
+    gradients = torch.autograd.grad(loss, [weights[name] for name in rate], create_graph=True)
+    return weights | {name: weights[name] - rate[name] * g for name, g in zip(rate, gradients, strict=True)}
+
+
+def cycle(method, weights, pretext, training):
+    """One step of the levels below T, by autograd: the weights after it, and level I's loss before.
+
+    Eq. 6, then Eq. 7 or Eq. 13 (full); or both in one step, Eq. 5 (blo).
+    """
+    config = method.config
+    level_1 = functional_call(method, weights, (*pretext, 1))
+    if config.objective == "blo":
+        loss = config.gamma * level_1 + functional_call(method, weights, (*training, 2))
+        return stepped(weights, loss, autoencoder=0.64, head=1.28), level_1
+    weights = stepped(weights, level_1, autoencoder=0.64)
+    loss = functional_call(method, weights, (*training, 2))
+    if config.objective == "full":
+        names = [name for name, _ in method.tuned.named_parameters()]
+        apart = [weights["tuned." + name] - weights["autoencoder.encoder." + name] for name in names]
+        loss = loss + config.proximal * sum(x.square().sum() for x in apart)
+        return stepped(weights, loss, tuned=0.64, head=1.28), level_1
+    return stepped(weights, loss, head=1.28), level_1
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -408,49 +433,24 @@ def test_two_levels_learn_from_labels_and_pixels_at_once():
 def test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps(fields):
     """Autograd through plain gradient steps of all levels, as `update` makes them: Eq. 6 to 11, Eq. 5 and Eq. 13."""
     method = tiny_levels(**fields, unrolling=1).double()
-    config = method.config
-    images, labels = batch_of(method, 3, dtype=torch.float64)
-    (pretext, _), own, held_out = zip(images.split(4), labels.split(4), strict=True)
+    batch = batch_of(method, 3, dtype=torch.float64)
+    (pretext, _), training, validation = parts_of(batch, 3)
     start = {name: p.detach().clone().requires_grad_() for name, p in method.named_parameters()}
-
-    def loss(weights, batch, level):
-        return functional_call(method, weights, (*batch, level))
-
-    def step(weights, loss, prefixes, rates):
-        names = [name for name in weights if name.startswith(prefixes)]
-        gradients = torch.autograd.grad(loss, [weights[name] for name in names], create_graph=True)
-        rate = lambda name: next(r for prefix, r in rates.items() if name.startswith(prefix))
-        return weights | {name: weights[name] - rate(name) * g for name, g in zip(names, gradients, strict=True)}
-
-    rates = {"autoencoder.": 0.64, "head.": 1.28, "tuned.": 0.64}
+    recorder = LevelRecorder(method)
     with sdpa_kernel(SDPBackend.MATH):
-        level_1 = loss(start, (pretext, None), 1)
-        if config.objective == "blo":
-            after = step(start, 0.4 * level_1 + loss(start, own, 2), ("autoencoder.", "head."), rates)
-        else:
-            after = step(start, level_1, ("autoencoder.",), rates)
-            level_2, moving = loss(after, own, 2), ("head.",)
-            if config.objective == "full":
-                pairs = [
-                    (after[name], after["autoencoder.encoder." + name[6:]]) for name in after if name[:6] == "tuned."
-                ]
-                level_2 = level_2 + 0.3 * sum((f - e).square().sum() for f, e in pairs)
-                moving = ("tuned.", "head.")
-            after = step(after, level_2, moving, rates)
+        after, level_1 = cycle(method, start, (pretext, None), training)
+        level_3 = functional_call(method, after, (*validation, 3))
         names = [name for name in start if name.startswith("masking.")]
-        true = torch.autograd.grad(loss(after, held_out, 3), [start[name] for name in names])
-        recorder = LevelRecorder(method)
-        out = method.update(method, [(images, labels)], recorder)
-    difference = config.hypergradient == "finite_difference"
+        true = torch.autograd.grad(level_3, [start[name] for name in names])
+        out = method.update(method, [batch], recorder)
+    exact = method.config.hypergradient == "exact"
     for name, expected in zip(names, true, strict=True):
-        close = (
-            {"rtol": 1e-3, "atol": 1e-3 * float(expected.abs().max())} if difference else {"rtol": 1e-6, "atol": 1e-12}
-        )
-        torch.testing.assert_close(recorder.steps[-1][name], expected, **close, msg=name)
+        rtol, atol = (1e-6, 1e-12) if exact else (1e-3, 1e-3 * float(expected.abs().max()))
+        torch.testing.assert_close(recorder.steps[-1][name], expected, rtol=rtol, atol=atol, msg=name)
     for name, parameter in method.named_parameters():
         if not name.startswith("masking."):
             torch.testing.assert_close(parameter.detach(), after[name].detach(), msg=name)
-    assert float(out["loss_validation"]) == pytest.approx(float(loss(after, held_out, 3).detach()), rel=1e-6)
+    assert float(out["loss_validation"]) == pytest.approx(float(level_3.detach()), rel=1e-6)
     assert float(out["loss"]) == pytest.approx(float(level_1.detach()), rel=1e-6)
 
 
