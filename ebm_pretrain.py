@@ -427,9 +427,9 @@ class EnergyPretraining(Method):
             state["started"] = torch.tensor(self.started)
         return state
 
-    def load_state_dict(self, state: dict, **options):
-        self.started = bool(state.get("started"))
-        return super().load_state_dict({name: x for name, x in state.items() if name != "started"}, **options)
+    def load_state_dict(self, state_dict: dict, **options):
+        self.started = bool(state_dict.get("started"))
+        return super().load_state_dict({name: x for name, x in state_dict.items() if name != "started"}, **options)
 
     def probe(self, encode, train, test, config: Config) -> dict:
         """kNN and linear accuracy, and what is left of the squared error of at most 2000 test images, task by task."""
