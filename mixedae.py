@@ -297,6 +297,7 @@ class MixedAE(Method):
         return self.autoencoder.encoder
 
     def plan(self, images: int, config: Config) -> BatchPlan:
+        """As every method's; UserError where the images of a process and part do not make whole groups."""
         share = config.batch_size // (world_size() * config.accumulate)
         if share % config.images_per_group:
             given = f"--batch-size {config.batch_size} gives each process and part {share} images"
