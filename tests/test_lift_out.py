@@ -240,9 +240,22 @@ def test_every_method_has_a_piece_to_lift_out():
         assert {found[0] for found in PIECE.findall(PAGES[f"docs/{name}.md"])} == {name}
 
 
-# --- the encoder -----------------------------------------------------------------------------------------------------
+def test_every_block_of_python_is_tried():
+    """As a piece, its imports, or one of the other two tests below."""
+    tried = {code for piece in PIECES for code in piece[3:]} | {*USE, *LOAD}
+    assert {code for text in PAGES.values() for code in blocks(text, "python")} == tried
+
+
+# --- the encoder and the data ---------------------------------------------------------------------------------------
 
 USE = blocks(section(PAGES["README.md"], "Use the encoder"), "python")
+LOAD = blocks(section(PAGES["docs/data.md"], "In Python"), "python")
+
+
+def test_data_comes_as_the_page_says(tmp_path):
+    names = run(LOAD[0], tmp_path)
+    assert names["images"].shape == (8, 3, 32, 32) and names["labels"].shape == (8,)
+    assert 0 <= names["images"].min() < names["images"].max() <= 1 and len(names["train"]) == 4096
 
 
 def test_the_encoder_of_a_run_gives_features(tmp_path):

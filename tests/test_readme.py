@@ -318,6 +318,13 @@ def test_the_table_of_methods_has_their_files_pages_and_results():
         assert row["more"] == f"[{name}](docs/{name}.md)" and row["command"] == f"`python train.py {name}`"
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_page_of_a_method_has_the_results_of_its_recipe(name):
+    """Or leads to the page that has them."""
+    row, page = results(RESULTS)[f"python train.py {name}"], PAGES[f"docs/{name}.md"]
+    assert "(results.md)" in page or all(row[title] in page for title in ("linear", "untrained"))
+
+
 def test_the_table_that_training_prints_is_that_of_its_results():
     row = results(RESULTS)["python train.py magma"]
     columns = {"trained": ("linear", "kNN"), "untrained": ("untrained", "kNN untrained")}
