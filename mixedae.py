@@ -141,12 +141,12 @@ def topk_weights(scores: Tensor, topk: int, exempt: int = 0, select=top_keys) ->
     return torch.cat([scores[..., :exempt, :].softmax(dim=-1), weights], dim=-2), keys
 
 
-def topk_attention(q: Tensor, k: Tensor, v: Tensor, topk: int, exempt: int = 0) -> Tensor:
+def topk_attention(q: Tensor, k: Tensor, v: Tensor, topk: int, exempt: int = 0, select=top_keys) -> Tensor:
     """Homologous attention: each query attends to the `topk` keys that it finds most similar; (B, heads, N, d).
 
-    With topk = N it is plain attention. `exempt` as in `topk_weights`.
+    With topk = N it is plain attention. `exempt` as in `topk_weights`; `select(scores, topk)` finds the keys.
     """
-    return topk_weights(attention_scores(q, k), topk, exempt)[0] @ v
+    return topk_weights(attention_scores(q, k), topk, exempt, select)[0] @ v
 
 
 def same_image(assignment: Tensor) -> Tensor:

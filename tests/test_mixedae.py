@@ -137,7 +137,8 @@ def test_topk_attention_matches_naive_loop(batch, heads, patches, width, topk, s
     """Softmax(TopK(q k^T / sqrt(d))) v, query by query."""
     q, k, v = (randn(batch, heads, patches, width, seed=seed + i) for i in range(3))
     expected = reference.topk_attention(q, k, v, min(topk, patches))
-    torch.testing.assert_close(mixedae.topk_attention(q, k, v, topk), expected)
+    for select in SELECTIONS:
+        torch.testing.assert_close(mixedae.topk_attention(q, k, v, topk, select=select), expected)
 
 
 @given(st.integers(2, 6), seeds)
