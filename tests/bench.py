@@ -282,7 +282,7 @@ def mixed(device):
         block = common.Block(size["dim"], size["heads"]).to(device)
         x = torch.randn(batch, tokens, size["dim"], device=device).requires_grad_()
         for dtype in (torch.bfloat16, torch.float32):
-            topk = functools.partial(mixedae.topk_attention, topk=tokens // 4)
+            topk = functools.partial(mixedae.topk_attention, topk=tokens // 4, select=mixedae.top_keys_fast)
             shape = (batch, size["heads"], tokens, size["dim"] // size["heads"])
             qkv = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in "qkv"]
 
@@ -294,6 +294,11 @@ def mixed(device):
                 ours, theirs = seconds(functools.partial(run, topk), functools.partial(run, plain), rounds=31)
                 name_of = f"  {name}, {tokens} tokens, {str(dtype)[6:]}, {label}"
                 row(name_of, f"{ours * 1e3:.2f} ms", f"{theirs * 1e3:.2f} ms", f"{ours / theirs:.2f}")
+            scores = torch.randn(batch, size["heads"], tokens, tokens, device=device, dtype=dtype)
+            select = (mixedae.top_keys_fast, mixedae.top_keys)
+            ours, theirs = seconds(*(lambda f=f, s=scores, k=tokens // 4: f(s, k) for f in select), rounds=31)
+            label = f"  {name}, {tokens} tokens, {str(dtype)[6:]}, choosing keys; torch"
+            row(label, f"{ours * 1e3:.2f} ms", f"{theirs * 1e3:.2f} ms", f"{ours / theirs:.2f}")
 
 
 def position_by_position(module: finola.Finola, q: torch.Tensor, size: int) -> torch.Tensor:
@@ -309,7 +314,7 @@ def position_by_position(module: finola.Finola, q: torch.Tensor, size: int) -> t
                             ((line, place), (line, place + sign)) if axis else ((place, line), (place + sign, line))
                         )
                         name = (("down", "up"), ("right", "left"))[axis][sign < 0]
-                        cells[there] = finola.step(cells[here], getattr(module, name))
+                        cells[there] = finola.norm_linear(cells[here], getattr(module, name))
         maps.append(torch.stack([cells[place] for place in sorted(cells)], dim=-1).unflatten(-1, (size, size)))
     return sum(maps) / 2
 
