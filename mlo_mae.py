@@ -340,7 +340,7 @@ class MultiLevelMAE(Method):
         """Tokens (B, N, D) -> what is masked, numbers 0 and 1, and the probability of each patch; both (B, N)."""
         config = self.config
         if config.learns_masks:
-            seen = widen(tokens.detach() if self.config.detach_tokens else tokens)
+            seen = widen(tokens.detach() if config.detach_tokens else tokens)
             with torch.autocast(tokens.device.type, enabled=False):  # in bf16 many probabilities would be equal
                 probability = self.masking(seen)
             return soft_selection(probability, self.ratio, config.mask_gradient, config.temperature), probability
