@@ -1,9 +1,7 @@
 """MLO-MAE: masks, weighted loss, second derivatives, the hypergradient, the three levels."""
 
-import dataclasses
 import itertools
 import math
-from unittest import mock
 
 import processes
 import pytest
@@ -17,16 +15,13 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import common
-import evaluate
 import mlo_mae
 import plumbing.images
-import train
 from mlo_mae import Config, LevelPlan, MaskingNetwork
 from plumbing.encoders import save_encoder
 from plumbing.errors import UserError
 from plumbing.runs import read_log
 from plumbing.settings import choices_of, field_types, read_flags
-from protocols.rows import load_method
 
 OBJECTIVES = choices_of(field_types(Config)["objective"])
 
@@ -772,21 +767,6 @@ def test_the_tuned_encoder_starts_as_the_pretrained_one():
     assert not {p.data_ptr() for p in ours} & {p.data_ptr() for p in theirs}
 
 
-def test_a_run_that_went_on_from_a_file_is_rebuilt_without_it(tmp_path):
-    torch.manual_seed(0)
-    with mock.patch.dict(common.VIT_SIZES, vit_tiny={"dim": 96, "depth": 2, "heads": 4}):
-        start = common.ViT(16, 4, 96, 2, 4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-        save_encoder(start, tmp_path / "start.pt")
-        method = tiny_levels(start=str(tmp_path / "start.pt"), model="vit_tiny")
-        save_encoder(method.encoder, tmp_path / "encoder.pt")
-        torch.save({"weights": method.state_dict()}, tmp_path / "last.pt")
-        (tmp_path / "start.pt").unlink()
-        settings = dataclasses.asdict(method.config) | {"method": "mlo_mae"}
-        again = load_method(tmp_path, settings, shapes(60, 16))
-    torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
-    assert torch.equal(again.encoder.mean, start.mean) and torch.equal(again.encoder.std, start.std)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -814,15 +794,3 @@ def test_a_batch_must_fit_into_every_level():
     method = tiny_levels(batch_size=20)
     with pytest.raises(UserError, match="a batch of 20 is larger than the 12 images of level III"):
         method.plan(60, method.config)
-
-
-def test_a_run_is_trained_and_evaluated(tmp_path):
-    argv = ["mlo_mae", "--epochs", "1", "--out", str(tmp_path / "run"), "--model", "vit_micro", "--patch", "16"]
-    argv += ["--batch-size", "400", "--probe-images", "100", "--hidden", "8", "--unrolling", "1"]
-    assert train.main(argv) == 0
-    last = read_log(tmp_path / "run" / "log.jsonl")[1][-1]
-    assert {"loss", "loss_head", "loss_validation", "probability", "entropy"} < last.keys()
-    assert {"accuracy", "object", "linear", "knn"} < last.keys()
-    assert math.isfinite(last["loss_validation"]) and last["loss_validation"] > 0
-    assert evaluate.main([str(tmp_path / "run"), "--protocol", "knn", "pictures", "--probe-images", "50"]) == 0
-    assert (tmp_path / "run" / "pictures" / "reconstructions.png").exists()
