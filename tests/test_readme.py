@@ -288,7 +288,7 @@ def test_exercises_name_tests_and_lines_that_exist(name):
 def test_the_mutant_that_is_explained_is_there():
     line = "(rank + shift) % images_per_group"
     assert f"`{line}`" in RESULTS and line in source("mixedae")
-    assert int(re.search(r"There are (\d+)", RESULTS)[1]) == len(mutants.read_mutants())
+    assert any(line in mutant.old for mutant in mutants.read_mutants())
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
