@@ -3,54 +3,30 @@
 Chen, Dai, Chen, Liu, Yuan, Liu and Lin, "Image is First-order Norm+Linear Autoregressive" (arXiv 2305.16319, 2023).
 
 The idea: compress an image to a vector q, put it into the middle of an empty grid, and fill the grid by steps
-z(x + 1) = z(x) + A norm(z(x)): one matrix a direction, the same for all positions and all images. An upsampler turns
-the grid into pixels. Where the encoder sees a quarter of the image only and the rest is predicted (Masked FINOLA), it
-learns features that recognise things: -E unrolls the vector of the visible block, -B predicts three masked cells from
-each visible one.
+z(x + 1) = z(x) + A norm(z(x)): one matrix a direction, the same for all positions and images. An upsampler turns the
+grid into pixels. In Masked FINOLA the encoder sees a quarter of the image and the rest is predicted, which teaches it
+what things are: -E unrolls the vector of the visible block, -B predicts three masked cells from each visible one.
 
-Equation                                                      function
-Eq. 1, 3   norm + linear step, phi and psi                    channel_norm, step
-Sec. 2     four matrices A, A-, B, B-                         Finola: right, left, down, up
-Fig. 3     parallel form, both orders averaged                Finola.forward
-Fig. 4     block-wise prediction                              Finola.blockwise, block_sources
-Eq. 2      the two differential equations                     pde_residuals
-Eq. 4, 8   anisotropic Laplacian                              laplacian_residual
-Eq. 9      Gaussian curvature and its peaks (Fig. 5)          gaussian_curvature, peak_curvature
-App. B     attentional pooling                                AttentionPool
-Table 10   upsamplers                                         ConvUpsampler, PatchUpsampler
-Table 11   Mobile-Former decoders for detection               MFDecoder
-App. E     embedding space                                    mirror, gaussian_samples, principal_reconstructions
+Equation                                   function
+Eq. 1, 3   norm + linear, phi and psi      channel_norm, norm_linear
+Fig. 3     parallel form, both orders      Finola.forward
+Fig. 4     block-wise prediction           Finola.blockwise, block_sources
+Eq. 2, 4   differential equations          pde_residuals, laplacian_residual
+Eq. 9      Gaussian curvature (Fig. 5)     gaussian_curvature, peak_curvature
+App. E     embedding space                 mirror, interpolate, gaussian_samples, principal_reconstructions
+App. B     pooling, upsamplers (Table 10)  AttentionPool, ConvUpsampler, PatchUpsampler
+Appendix   section 4's norm, Table 11      AveragedFinola, MFDecoder
 
-Train it:  python train.py finola                                    on built-in pictures, on a laptop
-           python train.py finola --variant masked_b                 Masked-FINOLA-B; masked_e likewise
-           python train.py finola --data imagenet --root DIR         the paper's experiment (Table 12)
+Train it:   python train.py finola                                on built-in pictures; --variant masked_b, masked_e
+            python train.py finola --data imagenet --root DIR     the paper's experiment (Table 12)
 Look at it: python evaluate.py runs/finola-shapes --protocol finola
 
-No code was released. What the text leaves open, and our choice:
-* z_n divides by the population deviation; 1e-5 is added to the variance. A and B start as nn.Linear does, without bias;
-  weight decay acts on them.
-* "z(16/2, 16/2)" is index 8 counted from 0: eight steps left and up, seven right and down. Right and lower cells use A
-  and B, left and upper ones A- and B-. With q in a corner, the two matrices without use are frozen.
-* The two orders of Fig. 3 are averaged once, at the end.
-* Pooling: one learnable query; the output of the encoder's last 1 x 1 convolution, C channels wide and without
-  activation, is keys and values without projections; 8 heads. With it, encoders have 5.2, 12.2, 25.2, 43.7 and 67.8 M
-  parameters at C = 3072, where Table 2b has 5.0, 12.0, 25.0, 43.5 and 67.6 M.
-* Upsampler: residual blocks as in VQGAN (group norm, SiLU, convolution, twice; 1 x 1 shortcut where the width changes),
-  nearest-neighbour upsampling. The transformer blocks are pre-norm, with 8 heads, ratio 4 and a last norm.
-* The upsampler predicts normalised pixels, and the loss is the mean squared error of those. PSNR is that of [0, 1],
-  clamped, of each image, then the mean; in masked variants over masked pixels alone.
-* Masked: the block starts at a multiple of 16 pixels, drawn for each image. In -E, q is put at the centre of the block,
-  and the map is a window of a larger one. In -B, a 1 x 1 convolution takes the encoder's map to 512 channels before
-  FINOLA; one step leads from a visible cell to each of the cells that it predicts ("block offsets" u = v = 1); visible
-  cells go to the transformer blocks as they are.
-* Section 4 tries "pre-computed moving averages" in the norm at inference, in one sentence with two readings. `--norm
-  running` trains with the norm of each position and averages its mean and variance; `--norm batch` is batch norm, by
-  channel. Both keep averages for each step of each walk. `--norm none` has no norm.
-* AdamW's betas are (0.9, 0.95). The crop is torchvision's (0.08 to 1) and not mirrored, as Table 12 lists crops alone.
-* The paper prints 2q - mean for the mirror embedding. The mirror of q, on the other side of the mean, is 2 mean - q;
-  2q - mean lies on q's own side, twice as far. We take it for a misprint: the figure goes from q through the mean.
-* Curvature has a cell as unit. How Eq. 2 and 4 are measured is ours.
-Not here: detection on COCO but for its decoder, and Fig. 8 (new upsamplers on frozen encoders).
+No code was released. Choices of ours that change a number; docs/finola.md has them all:
+* The norm adds 1e-5 to the variance. q is at index 8 of 16, counted from 0. Both orders are averaged once, at the end.
+* In -B one step leads to each predicted cell. The mirror of q is 2 mean - q, where the paper prints 2q - mean.
+* One query pools, with 8 heads, without projections. The upsampler's blocks are VQGAN's. AdamW's betas are (0.9, 0.95).
+* The loss is that of normalised pixels. PSNR is that of each image, clamped to [0, 1], then the mean.
+* Crops keep 0.08 to 1 of the image and are not mirrored.
 """
 
 import math
@@ -62,140 +38,101 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import (
-    Block,
-    FormerToMobile,
-    LiteBottleneck,
-    Method,
-    MobileFormer,
-    MobileFormerWidth,
-    MobileToFormer,
-    conv,
-    initialize,
-    sincos_positions,
-    unpatchify,
-)
+import common
+from common import Block, Method, MobileFormer, MobileFormerWidth, conv, initialize, sincos_positions, unpatchify
 from plumbing.errors import UserError
-from plumbing.probes import features_of, labelled, probe
+from plumbing.probes import features_of, labelled
 from plumbing.processes import autocast
 from plumbing.settings import TrainConfig, check_least
-
-STRIDE = 16  # pixels of a cell of the grid
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's mathematics. Maps are (B, C, H, W), x counts columns, y counts rows. Any float dtype and device.
 # ---------------------------------------------------------------------------------------------------------------------
 
+STRIDE = 16  # pixels of a cell of the grid
+DIRECTIONS = ("right", "left", "down", "up")  # the paper's A, A-, B, B-
+
 
 def channel_norm(z: Tensor, dim: int = -1, eps: float = 1e-5) -> Tensor:
     """z_n of Eq. 1: (z - mean) / deviation over the channels of each position, in float32 or better."""
-    z = z.movedim(dim, -1)
-    z = z if z.dtype == torch.float64 else z.float()
+    z = (z if z.dtype == torch.float64 else z.float()).movedim(dim, -1)
     return F.layer_norm(z, z.shape[-1:], eps=eps).movedim(-1, dim)
 
 
-def step(z: Tensor, matrix: Tensor, norm=channel_norm) -> Tensor:
-    """phi or psi of Eq. 3, one step in the direction of `matrix` (C, C): z (..., C) -> z + matrix norm(z) (..., C)."""
-    return z + F.linear(norm(z), matrix)
+def norm_linear(z: Tensor, matrix: Tensor) -> Tensor:
+    """phi or psi of Eq. 3, one step in the direction of `matrix` (C, C): z (..., C) -> z + matrix z_n (..., C)."""
+    return z + F.linear(channel_norm(z), matrix)
 
 
-def block_sources(corner: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Along one axis of 2 * block cells, where each cell comes from if cells corner to corner + block - 1 are visible.
+def block_sources(corner: Tensor, block: int) -> Tensor:
+    """Along one axis of 2 * block cells, where each comes from if `block` cells are visible, the first at `corner`.
 
-    Corners (B,) -> source (B, 2 * block), the cell of the block counted from its first one, and visible (B, 2 * block).
-    The axis is cut in two parts whose inner halves are visible (Fig. 4), each half predicts the other.
+    Corners (B,) -> (B, 2 * block): for a visible cell its number in the block, for another the number of the visible
+    cell that predicts it, plus `block`. The axis is cut at 2 * corner; each part has its inner half visible (Fig. 4).
     """
     cell, corner = torch.arange(2 * block, device=corner.device), corner[:, None]
-    source = cell - block * (cell >= corner + block)  # cells behind the block; those before it keep their number
     visible = (cell >= corner) & (cell < corner + block)
-    return torch.where(visible, cell - corner, source), visible
-
-
-DIRECTIONS = ("right", "left", "down", "up")  # the paper's A, A-, B, B-
-NORMS = ("channel", "running", "batch", "none")
-LONGEST = 64  # steps that moving averages are kept for
+    return torch.where(visible, cell - corner, block + cell % block)  # outer halves repeat the numbers of inner ones
 
 
 class Finola(nn.Module):
-    """The four matrices (C, C) and the maps that they unroll.
+    """The four matrices (C, C), and the maps that they unroll."""
 
-    `norm` is "channel" (Eq. 1), "none", or one of section 4 that has moving averages in eval mode: "running", which
-    trains with the channel norm, and "batch", which trains with batch norm.
-    """
-
-    def __init__(self, dim: int, norm: str = "channel"):
+    def __init__(self, dim: int):
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"unknown norm {norm!r}; choose from {', '.join(NORMS)}")
-        self.dim, self.norm = dim, norm
+        self.dim = dim
         for name in DIRECTIONS:
             setattr(self, name, nn.Parameter(torch.empty(dim, dim).uniform_(-(dim**-0.5), dim**-0.5)))
-        if norm in ("running", "batch"):  # mean and variance of each step of the walks
-            shape = (8, LONGEST, dim if norm == "batch" else 1)
-            self.register_buffer("averages", torch.stack([torch.zeros(shape), torch.ones(shape)]))
 
-    def normalize(self, z: Tensor, number: int, count: int) -> Tensor:
-        """z_n of z (L, B, C), L lines side by side, which is `count` steps along the walk of that number."""
-        if self.norm == "none":
-            return z
-        if self.norm == "channel":
-            return channel_norm(z)
-        if self.training:
-            if self.norm == "running":
-                mean, variance = z.mean().view(1), z.var(dim=-1, correction=0).mean().view(1)
-            else:
-                mean, variance = z.mean(dim=(0, 1)), z.var(dim=(0, 1), correction=0)
-            self.averages[:, number, count].lerp_(torch.stack([mean, variance]).detach(), 0.1)
-            if self.norm == "running":
-                return channel_norm(z)
-        else:
-            mean, variance = self.averages[:, number, count]
-        return (z - mean) / (variance + 1e-5).sqrt()
+    def step(self, z: Tensor, direction: str) -> Tensor:
+        return norm_linear(z, getattr(self, direction))
 
-    def walk(self, z: Tensor, direction: str, steps: int, stage: int) -> Tensor:
-        """z (L, B, C) and what `steps` steps in a direction make of it -> (1 + steps, L, B, C)."""
-        matrix, number, states = getattr(self, direction), 4 * stage + DIRECTIONS.index(direction), [z]
-        for count in range(steps):
-            states.append(step(states[-1], matrix, lambda z, count=count: self.normalize(z, number, count)))
+    def walk(self, z: Tensor, direction: str, steps: int) -> Tensor:
+        """Lines z (L, B, C), side by side, and what each of `steps` steps makes of them -> (1 + steps, L, B, C)."""
+        states = [z]
+        for _ in range(steps):
+            states.append(self.step(states[-1], direction))
         return torch.stack(states)
 
-    def line(self, z: Tensor, before: str, after: str, place: int, length: int, stage: int) -> Tensor:
-        """Fill an axis of `length` cells from z (L, B, C) at `place`, both ways -> (length, L, B, C)."""
-        first, last = self.walk(z, before, place, stage), self.walk(z, after, length - 1 - place, stage)
+    def fill(self, z: Tensor, directions: tuple[str, str], place: int, length: int) -> Tensor:
+        """Walk from lines z (L, B, C) at `place` to both ends of an axis of `length` cells -> (length, L, B, C)."""
+        first, last = self.walk(z, directions[0], place), self.walk(z, directions[1], length - 1 - place)
         return torch.cat([first.flip(0)[:-1], last])
 
     def forward(self, q: Tensor, size: int | tuple[int, int], origin: tuple[int, int] | None = None) -> Tensor:
         """Vectors q (B, C) at `origin` (row, column), or the centre (H // 2, W // 2) -> maps (B, C, H, W) (Fig. 3).
 
-        A whole row is unrolled along columns at once, and a whole column along rows: H + 2 W products of matrices
-        follow one another, not 2 H W.
+        Lines side by side take their steps at once: H + 2 W products of matrices follow one another, not 2 H W.
         Raises ValueError where the origin is not on the map.
         """
         height, width = (size, size) if isinstance(size, int) else size
         row, column = (height // 2, width // 2) if origin is None else origin
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"origin {(row, column)} is not on a map of {height} x {width}")
-        if self.norm in ("running", "batch") and max(height, width) > LONGEST:
-            raise ValueError(f"moving averages are kept for {LONGEST} cells a side, not {max(height, width)}")
         q = q.to(self.right.dtype)[None]  # (1, B, C); not half precision, or sums of many steps would lose their digits
-        across, along = ("left", "right", column, width), ("up", "down", row, height)
-        middle_row = self.line(q, *across, stage=0)[:, 0]  # (W, B, C)
-        across_first = self.line(middle_row, *along, stage=1)  # (H, W, B, C): psi^v phi^u q
+        middle_row = self.fill(q, ("left", "right"), column, width)[:, 0]  # (W, B, C)
+        across_first = self.fill(middle_row, ("up", "down"), row, height)  # (H, W, B, C): psi^v phi^u q
         middle_column = across_first[:, column]  # (H, B, C): psi^v q, where the other order starts
-        along_first = self.line(middle_column, *across, stage=1)  # (W, H, B, C): phi^u psi^v q
+        along_first = self.fill(middle_column, ("left", "right"), column, width)  # (W, H, B, C): phi^u psi^v q
         return rearrange((across_first + along_first.transpose(0, 1)) / 2, "h w b c -> b c h w")
 
     def blockwise(self, z: Tensor, size: int, row: int | Tensor, col: int | Tensor) -> Tensor:
         """Masked-FINOLA-B: a visible block z (B, C, h, w) at (row, col) of a map -> the whole map (B, C, size, size).
 
-        The block has half the side of the map and may lie anywhere, elsewhere in each image if row and col are (B,). It
-        stays as it is; each other cell is one step right or left, one step down or up, or the mean of both orders of
-        two steps, from the cell of the block that predicts it (Fig. 4).
-        Raises ValueError where the block does not fit (where it lies is checked on CPUs alone), and for norms that have
-        moving averages.
+        The block has half the side of the map and may lie anywhere, elsewhere in each image if row and col are (B,).
+        The map is cut at 2 * row and 2 * col into four partitions, each with a visible quarter (Fig. 4). Here a block
+        of 3 x 3 cells, in capitals, lies at (1, 1), and each partition has its letter:
+
+            a a | b b b b
+            a A | B B b b    A stays. One step left makes the quarter beside it, one step up the one above it, and the
+            ----+--------    mean of both orders of the two steps the last one. In B the steps go right and up, in C
+            c C | D D d d    left and down, in D right and down.
+            c C | D D d d
+            c c | d d d d
+            c c | d d d d
+
+        Raises ValueError where the block does not fit (where it lies is checked on CPUs alone).
         """
-        if self.norm in ("running", "batch"):
-            raise ValueError(f"a norm of {self.norm!r} is for maps that are unrolled from one vector")
         batch, _, height, width = z.shape
         corner = torch.stack([torch.as_tensor(x, device=z.device).expand(batch) for x in (row, col)])  # (2, B)
         if (2 * height, 2 * width) != (size, size):
@@ -203,34 +140,30 @@ class Finola(nn.Module):
         if not corner.is_cuda and (corner.min() < 0 or corner.max() > size // 2):  # on a GPU it would wait
             raise ValueError(f"a block of {height} x {width} at {(row, col)} leaves the map of {size} x {size}")
         z, cell = rearrange(z.to(self.right.dtype), "b c h w -> b h w c"), torch.arange(height, device=z.device)
-        above, left = (cell < x[:, None] for x in corner)  # (B, h): cells of the block that predict what is before it
-        above, left = above[:, :, None, None], left[:, None, :, None]
+        above, left = (cell < x[:, None] for x in corner)  # (B, h): rows of the block in A and B, columns in A and C
 
         def phi(z):
-            return torch.where(left, self.one_step(z, "left"), self.one_step(z, "right"))
+            return torch.where(left[:, None, :, None], self.step(z, "left"), self.step(z, "right"))
 
         def psi(z):
-            return torch.where(above, self.one_step(z, "up"), self.one_step(z, "down"))
+            return torch.where(above[:, :, None, None], self.step(z, "up"), self.step(z, "down"))
 
-        beside, below = phi(z), psi(z)
-        parts = torch.stack([z, beside, below, (psi(beside) + phi(below)) / 2], dim=1)  # (B, 4, h, w, C)
-        (rows, seen_rows), (columns, seen_columns) = (block_sources(x, size // 2) for x in corner)  # each (B, size)
-        part = 2 * ~seen_rows[:, :, None] + ~seen_columns[:, None]  # (B, size, size)
+        phi_z, psi_z = phi(z), psi(z)
+        both = (psi(phi_z) + phi(psi_z)) / 2
+        grid = rearrange([z, phi_z, psi_z, both], "(i j) b h w c -> b (i h) (j w) c", i=2)  # (B, 2h, 2w, C)
         image = torch.arange(batch, device=z.device)[:, None, None]
-        return parts[image, part, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-    def one_step(self, z: Tensor, direction: str) -> Tensor:
-        return step(z, getattr(self, direction), lambda z: self.normalize(z, 0, 0))
+        rows, columns = (block_sources(x, height) for x in corner)  # where in the grid each cell is found: (B, size)
+        return rearrange(grid[image, rows[:, :, None], columns[:, None]], "b h w c -> b c h w")
 
 
-def pde_residuals(z: Tensor, finola: Finola, origin: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+def pde_residuals(z: Tensor, model: Finola, origin: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
     """How far a map is from Eq. 2: |dz - A z_n| / |dz| over all steps away from the origin, along x and along y.
 
     Maps (B, C, H, W) -> two (B,). Zero where both orders of steps agree, for maps unrolled with the channel norm.
     """
     row, column = (z.shape[2] // 2, z.shape[3] // 2) if origin is None else origin
     results = []
-    for place, before, after, axis in ((column, finola.left, finola.right, 3), (row, finola.up, finola.down, 2)):
+    for place, before, after, axis in ((column, model.left, model.right, 3), (row, model.up, model.down, 2)):
         line = z.movedim(axis, 1).movedim(2, -1)  # (B, length, other, C): the axis first, the channels last
         wrong, moved = 0, 0
         for part, matrix in ((line[:, place:], after), (line[:, : place + 1].flip(1), before)):
@@ -254,13 +187,6 @@ def laplacian_residual(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return length[0] / (length[1] + length[2]).clamp_min(1e-300)
 
 
-def extend(z: Tensor, dim: int) -> Tensor:
-    """One more value at both ends of an axis, on the parabola through the last three."""
-    first, last = z.narrow(dim, 0, 3).unbind(dim), z.narrow(dim, z.shape[dim] - 3, 3).flip(dim).unbind(dim)
-    before, after = (3 * x[0] - 3 * x[1] + x[2] for x in (first, last))
-    return torch.cat([before.unsqueeze(dim), z, after.unsqueeze(dim)], dim=dim)
-
-
 def gaussian_curvature(z: Tensor) -> Tensor:
     """Eq. 9: curvature of the surfaces (x, y, z(x, y)), each channel one: (..., H, W) -> (..., H, W).
 
@@ -269,7 +195,10 @@ def gaussian_curvature(z: Tensor) -> Tensor:
     """
     if min(z.shape[-2:]) < 3:
         raise ValueError(f"curvature needs three cells a side, a map of {z.shape[-2]} x {z.shape[-1]} has fewer")
-    z = extend(extend(z, -1), -2)  # (..., H + 2, W + 2)
+    for dim in (-1, -2):  # one more cell at both ends of an axis
+        ends = (z.narrow(dim, 0, 3), z.narrow(dim, -3, 3).flip(dim))
+        before, after = (3 * x - 3 * y + w for x, y, w in (end.split(1, dim) for end in ends))
+        z = torch.cat([before, z, after], dim=dim)  # (..., H + 2, W + 2) in the end
     middle, rows, columns = z[..., 1:-1, 1:-1], z[..., :, 1:-1], z[..., 1:-1, :]
     z_x, z_y = (columns[..., 2:] - columns[..., :-2]) / 2, (rows[..., 2:, :] - rows[..., :-2, :]) / 2
     z_xx = columns[..., 2:] - 2 * middle + columns[..., :-2]
@@ -292,9 +221,6 @@ def psnr(images: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
     return -10 * ((error * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))).clamp_min(1e-10).log10()
 
 
-# Appendix E: the space of the vectors q. All take and give rows (N, C).
-
-
 def mirror(q: Tensor, mean: Tensor) -> Tensor:
     """The embeddings on the other side of the mean (Fig. 13, printed as 2q - mean)."""
     return 2 * mean - q
@@ -307,6 +233,7 @@ def interpolate(first: Tensor, second: Tensor, count: int) -> Tensor:
 
 def gaussian_samples(q: Tensor, count: int, generator=None) -> Tensor:
     """Draws from the Gaussian with the mean and covariance of the embeddings (Fig. 12): (N, C) -> (count, C)."""
+    # A random sum of the N centred embeddings has their covariance: no root of a matrix (C, C), singular for N <= C.
     noise = torch.randn(count, len(q), generator=generator, dtype=q.dtype).to(q.device)
     return q.mean(dim=0) + noise @ (q - q.mean(dim=0)) / max(1, len(q) - 1) ** 0.5
 
@@ -329,8 +256,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         if heads < 1 or dim % heads:
             raise UserError(f"{dim} channels do not divide into {heads} heads of the pooling")
-        self.heads, self.query_token = heads, nn.Parameter(torch.empty(dim))
-        nn.init.normal_(self.query_token, std=0.02)
+        self.heads, self.query_token = heads, nn.Parameter(torch.empty(dim).normal_(std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C)
         x = rearrange(x, "b (n c) h w -> b n (h w) c", n=self.heads)  # (B, heads, N, C / heads)
@@ -341,8 +267,7 @@ class AttentionPool(nn.Module):
 
 def normed(channels: int) -> nn.Sequential:
     """Group norm and SiLU: 32 groups, fewer for narrow maps, where a group of one channel would forget the colour."""
-    groups = math.gcd(32, channels // 4, channels)
-    return nn.Sequential(nn.GroupNorm(groups, channels, eps=1e-6), nn.SiLU())
+    return nn.Sequential(nn.GroupNorm(math.gcd(32, channels // 4, channels), channels, eps=1e-6), nn.SiLU())
 
 
 class ResConv(nn.Module):
@@ -351,12 +276,8 @@ class ResConv(nn.Module):
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        self.layers = nn.Sequential(
-            *normed(inputs),
-            nn.Conv2d(inputs, outputs, 3, padding=1),
-            *normed(outputs),
-            nn.Conv2d(outputs, outputs, 3, padding=1),
-        )
+        first, second = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.layers = nn.Sequential(*normed(inputs), first, *normed(outputs), second)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shortcut(x) + self.layers(x)
@@ -369,8 +290,8 @@ class ConvUpsampler(nn.Module):
         super().__init__()
         half, quarter = width // 2, width // 4
         layers = [ResConv(dim, width)]
-        # at twice the size each: up-conv (upsample and 3 x 3 convolution), res-conv
-        for inputs, up, out in [(width, width, half), (half, half, half), (half, half, quarter), (*[quarter] * 3,)]:
+        rows = [(width, width, half), (half, half, half), (half, half, quarter), (quarter, quarter, quarter)]
+        for inputs, up, out in rows:  # each at twice the size: up-conv (upsample and 3 x 3 convolution), res-conv
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, up, 3, padding=1), ResConv(up, out)]
         self.layers = nn.Sequential(*layers, *normed(quarter), nn.Conv2d(quarter, 3, 3, padding=1))
 
@@ -389,125 +310,41 @@ class PatchUpsampler(nn.Module):
         self.apply(initialize)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 3, 16 H, 16 W)
-        height, width = z.shape[2:]
         patches = self.linear(self.norm(self.blocks(rearrange(z, "b c h w -> b (h w) c"))))
-        return unpatchify(patches, STRIDE, STRIDE * height, STRIDE * width)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoders for detection (Table 11)
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class DecoderBlock(nn.Module):
-    """ "M-F+" or "M-F-" of Table 11: a Mobile-Former block whose Mobile part is a transformer block, or bneck-lite.
-
-    These parts have no dynamic ReLU and need no token, so they run before the queries' part, a choice. After the last
-    block nothing reads the map, so nothing is added to it.
-    """
-
-    def __init__(self, kind: str, dim: int, last: bool = False, heads: int = 8):
-        super().__init__()
-        self.mobile = Block(dim, heads, mlp_ratio=8) if kind == "+" else LiteBottleneck(dim, 2 * dim, dim)
-        self.to_former, self.former = MobileToFormer(dim, dim), Block(dim, heads)
-        self.to_mobile = None if last else FormerToMobile(dim, dim)
-
-    def forward(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W), (B, Q, C)
-        if isinstance(self.mobile, Block):
-            tokens = self.mobile(rearrange(x, "b c h w -> b (h w) c"))
-            x = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
-        else:
-            x = self.mobile(x)
-        queries = self.former(self.to_former(queries, x))
-        return self.to_mobile(x, queries) if self.to_mobile else x, queries
-
-
-class MFDecoder(nn.Module):
-    """MF-Dec-522 or MF-Dec-211 (Table 11): object queries for DETR, refined at 1/32, 1/16 and 1/8 of the image.
-
-    `depths` are (5, 2, 2) or (2, 1, 1) blocks; `coarse` and `fine` the widths of the encoder's output at 1/16 and of
-    its map at 1/8, 2880 and 192 for MF-W2880.
-    The text does not say how the encoder's maps come in, nor how wide the blocks are. Published multiply-adds grow with
-    the encoder's width as if each scale added a 1 x 1 convolution of its map; so it is here. With DETR's 2048 hidden
-    units for the map, and a transformer block of ratio 4 for the queries, parameters lie within 2.5 % of the published
-    ones. Multiply-adds do not: at 800 x 1333 MF-Dec-522 has 8 G less than published, whatever the encoder. Choices,
-    too: a lite bottleneck twice as wide within, 8 heads, batch norm, no dropout, sine-cosine positions added to the map
-    at each scale, DETR's prediction heads after each block.
-    """
-
-    def __init__(
-        self, depths: tuple = (5, 2, 2), coarse: int = 2880, fine: int = 192, classes: int = 91, queries: int = 100
-    ):
-        super().__init__()
-        dim = 256
-        self.queries = nn.Parameter(torch.empty(queries, dim))
-        self.down = nn.Sequential(conv(coarse, coarse, 3, stride=2, groups=coarse), conv(coarse, dim))  # "down-conv"
-        self.lateral = nn.ModuleList([conv(coarse, dim), conv(fine, dim)])
-        self.up = nn.ModuleList(nn.Sequential(conv(dim, dim, 3, groups=dim), conv(dim, dim)) for _ in range(2))
-        self.stages = nn.ModuleList(
-            nn.ModuleList(DecoderBlock(kind, dim, i == 2 and j == depth - 1) for j in range(depth))
-            for i, (kind, depth) in enumerate(zip("+--", depths, strict=True))
-        )
-        self.norm, self.classify = nn.LayerNorm(dim), nn.Linear(dim, classes + 1)
-        self.locate = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 4), nn.Sigmoid()
-        )
-        nn.init.normal_(self.queries)
-
-    def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (B, coarse, H/16, W/16) and (B, fine, H/8, W/8) -> for L blocks, logits (L, B, Q, classes + 1), the last
-        of which is "no object", and boxes (L, B, Q, 4): centre x, y, width, height in shares of the image.
-        """
-        queries, outputs = self.queries.expand(len(coarse), -1, -1), []
-        x = self.down(coarse)  # (B, 256, H/32, W/32)
-        for scale, blocks in enumerate(self.stages):
-            if scale:
-                encoded = self.lateral[scale - 1]((coarse, fine)[scale - 1])
-                x = self.up[scale - 1](F.interpolate(x, encoded.shape[2:], mode="bilinear")) + encoded
-            positions = sincos_positions(*x.shape[2:], x.shape[1]).to(x)
-            x = x + rearrange(positions, "(h w) c -> c h w", h=x.shape[2])
-            for block in blocks:
-                x, queries = block(x, queries)
-                outputs.append(queries)
-        outputs = self.norm(torch.stack(outputs))  # (L, B, Q, 256)
-        return self.classify(outputs), self.locate(outputs)
+        return unpatchify(patches, STRIDE, STRIDE * z.shape[2], STRIDE * z.shape[3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
 
-
 ORIGINS = {"center": None, "top_left": (0, 0), "top_right": (0, -1), "bottom_left": (-1, 0), "bottom_right": (-1, -1)}
 
 
 @dataclass
 class Config(TrainConfig):
-    """The paper's image reconstruction on ImageNet (Table 12, left), with MF-W2880 and 3072 channels."""
+    """The paper's image reconstruction on ImageNet (Table 12, left). TrainConfig has its base rate and 100 epochs."""
 
     image_size: int = 256
-    epochs: int = 100
     batch_size: int = 128
-    base_lr: float = 1.5e-4  # learning rate for a batch of 256
     weight_decay: float = 0.1  # of AdamW; none on biases, norms and tokens
     flip: float = 0.0  # probability of a mirror image
     variant: Literal["finola", "masked_e", "masked_b"] = "finola"  # whole images; masked, element-wise or block-wise
     width: MobileFormerWidth = "2880"  # of Mobile-Former (Table 2b)
     channels: int = 3072  # C: of q and of the map that is unrolled (Table 2a)
     origin: Literal[tuple(ORIGINS)] = "center"  # where q is put (Fig. 11)
-    norm: Literal[NORMS] = "channel"  # running and batch: moving averages at inference (section 4)
+    norm: Literal["channel", "running", "batch", "none"] = "channel"  # running, batch: moving averages (section 4)
     pool_heads: int = 8  # heads of the attentional pooling
     upsampler_width: int = 512  # channels of the convolutional upsampler's first block (Table 10)
     upsampler_blocks: int = 6  # transformer blocks of the upsampler of masked_b (Table 16)
 
     def check(self):
         super().check()
-        masked = self.variant != "finola"
-        unit = 2 * STRIDE if masked else STRIDE
+        unit = STRIDE if self.variant == "finola" else 2 * STRIDE
         if self.image_size % unit:
             raise UserError(f"--image-size {self.image_size} is not a multiple of {unit}, which {self.variant} needs")
         check_least(self, channels=4, upsampler_width=4, upsampler_blocks=0)
-        if masked and self.origin != "center":
+        if self.variant != "finola" and self.origin != "center":
             raise UserError("--origin belongs to --variant finola: masked variants start from the visible block")
         if self.norm in ("running", "batch") and self.variant == "masked_b":
             raise UserError(f"--norm {self.norm} is an ablation of unrolling; give --variant finola or masked_e")
@@ -515,13 +352,11 @@ class Config(TrainConfig):
 
 MASKED = {"epochs": 1600, "batch_size": 1024, "channels": 512}  # Tables 12 and 15
 LAPTOP = {"width": "micro", "image_size": 64, "channels": 256, "upsampler_width": 64, "upsampler_blocks": 2}
-LAPTOP |= {"warmup_epochs": 1, "batch_size": 32}
-
+LAPTOP |= {"warmup_epochs": 1, "batch_size": 32}  # sizes of ours
 RECIPES = {
     "imagenet": {},  # Table 12, the defaults of Config
     "imagenet --variant masked_e": MASKED,
     "imagenet --variant masked_b": MASKED,
-    # Laptop recipes of ours.
     "shapes": LAPTOP | {"epochs": 9, "base_lr": 24e-3, "crop_min": 0.8, "probe_every": 9},
     "cifar10": LAPTOP | {"epochs": 10, "base_lr": 16e-3, "crop_min": 0.3},
 }
@@ -534,7 +369,7 @@ RECIPES = {
 
 def cut(maps: Tensor, corner: Tensor, side: int) -> Tensor:
     """The windows of maps (B, C, H, W) whose first cell is `corner` (B, 2), row and column -> (B, C, side, side)."""
-    rows, columns = (corner[:, i, None] + torch.arange(side, device=maps.device) for i in (0, 1))  # (B, s)
+    rows, columns = (corner[:, i, None] + torch.arange(side, device=maps.device) for i in (0, 1))  # (B, side) each
     image = torch.arange(len(maps), device=maps.device)[:, None, None]
     return maps[image, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
@@ -548,24 +383,23 @@ class FinolaAutoencoder(Method):
         super().__init__()
         self.config, self.masked = config, config.variant != "finola"
         self.size = config.image_size // STRIDE  # cells a side
-        pooled = config.variant != "masked_b"
-        head = config.channels if pooled else 0  # the last 1 x 1 convolution makes the channels of q
-        self.encoder = MobileFormer(config.width, head, data.mean, data.std)
-        self.finola = Finola(config.channels, config.norm)
+        dim, norm, pooled = config.channels, config.norm, config.variant != "masked_b"
+        self.encoder = MobileFormer(config.width, dim if pooled else 0, data.mean, data.std)  # 0: a width of its own
+        kinds = {"channel": Finola, "none": UnnormedFinola}
+        self.finola = kinds[norm](dim) if norm in kinds else AveragedFinola(dim, norm)
         if pooled:
-            self.pool = AttentionPool(config.channels, config.pool_heads)
+            self.pool = AttentionPool(dim, config.pool_heads)
         else:
-            self.project = nn.Conv2d(self.encoder.dim, config.channels, 1)
-        blocks = config.upsampler_blocks if config.variant == "masked_b" else 0
+            self.project = nn.Conv2d(self.encoder.dim, dim, 1)
+        self.captions = ("image", "masked image", "reconstruction") if self.masked else ("image", "reconstruction")
         if self.masked:
-            self.upsampler = PatchUpsampler(config.channels, blocks)
+            self.upsampler = PatchUpsampler(dim, 0 if pooled else config.upsampler_blocks)
         else:
-            self.upsampler = ConvUpsampler(config.channels, config.upsampler_width)
-            row, column = self.start
-            unused = {"right": column == self.size - 1, "left": column == 0}
-            unused |= {"down": row == self.size - 1, "up": row == 0}
-            for name, idle in unused.items():  # DDP would wait for the gradient of an idle one for ever
-                getattr(self.finola, name).requires_grad_(not idle)
+            self.upsampler = ConvUpsampler(dim, config.upsampler_width)
+            (row, column), last = self.start, self.size - 1
+            idle = {"right": column == last, "left": column == 0, "down": row == last, "up": row == 0}
+            for name, unused in idle.items():  # DDP would wait for the gradient of an idle one for ever
+                getattr(self.finola, name).requires_grad_(not unused)
 
     @property
     def start(self) -> tuple[int, int]:
@@ -581,9 +415,7 @@ class FinolaAutoencoder(Method):
 
     def middle(self, images: Tensor) -> Tensor | None:
         """The corners (B, 2) of blocks in the middle, to look at; None where the whole image is seen."""
-        if not self.masked:
-            return None
-        return torch.full((len(images), 2), self.size // 4, device=images.device)
+        return torch.full((len(images), 2), self.size // 4, device=images.device) if self.masked else None
 
     def embed(self, images: Tensor, corner: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) -> vectors q (B, C), of visible blocks alone if `corner` (B, 2) says where these are."""
@@ -614,10 +446,9 @@ class FinolaAutoencoder(Method):
         """1 where pixels count in the loss: everywhere, or outside the visible block; (B, 1, H, W)."""
         if corner is None:
             return torch.ones_like(images[:, :1])
-        visible = [block_sources(corner[:, i], self.size // 2)[1] for i in (0, 1)]  # rows and columns, each (B, S)
-        hidden = ~(visible[0][:, :, None] & visible[1][:, None])  # (B, S, S)
-        hidden = hidden.repeat_interleave(STRIDE, dim=1).repeat_interleave(STRIDE, dim=2)
-        return hidden[:, None].to(images.dtype)
+        rows, columns = (block_sources(x, self.size // 2) >= self.size // 2 for x in corner.T)  # predicted, each (B, S)
+        hidden = rows[:, :, None] | columns[:, None]  # (B, S, S)
+        return hidden.repeat_interleave(STRIDE, dim=1).repeat_interleave(STRIDE, dim=2)[:, None].to(images.dtype)
 
     def forward(self, images: Tensor, labels: Tensor | None = None, corner: Tensor | None = None) -> dict:
         """Loss and PSNR of images (B, 3, H, W); masked variants take the corners of the blocks (B, 2) or draw them."""
@@ -626,25 +457,19 @@ class FinolaAutoencoder(Method):
         prediction = self.upsampler(self.feature_map(images, corner)).float()
         mask = self.scored(images, corner)
         error = (prediction - self.encoder.normalize(images)).square().mean(dim=1, keepdim=True)  # (B, 1, H, W)
-        with torch.no_grad():
-            quality = psnr(images, prediction * self.encoder.std + self.encoder.mean, mask).mean()
-        return {"loss": (error * mask).sum() / mask.sum(), "psnr": quality}
+        restored = prediction.detach() * self.encoder.std + self.encoder.mean
+        return {"loss": (error * mask).sum() / mask.sum(), "psnr": psnr(images, restored, mask).mean()}
 
     def probe(self, encode, train, test, config: Config) -> dict:
         """kNN and linear accuracy, and the mean PSNR in dB on test images."""
         torch.manual_seed(config.seed)  # the same blocks each time
-        chosen = labelled(test, config.probe_images)
 
-        def measure(images):
+        def measure(images):  # (B, 3, H, W) -> (B, 1)
             with autocast(config.amp, images.device):
                 return self(images)["psnr"].expand(len(images), 1)
 
-        quality = features_of(measure, test, chosen, config.image_size)[0].mean()
-        return probe(encode, train, test, config.image_size, config.probe_images) | {"psnr": float(quality)}
-
-    @property
-    def captions(self) -> tuple:
-        return ("image", "masked image", "reconstruction") if self.masked else ("image", "reconstruction")
+        quality, _ = features_of(measure, test, labelled(test, config.probe_images), config.image_size)
+        return super().probe(encode, train, test, config) | {"psnr": float(quality.mean())}
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
@@ -655,3 +480,110 @@ class FinolaAutoencoder(Method):
         mask, prediction = self.scored(images, corner), self.decode(self.feature_map(images, corner)).clamp(0, 1)
         seen = torch.where(mask > 0, self.encoder.mean, images)
         return torch.stack([images, seen, torch.where(mask > 0, prediction, images)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Appendix: norms of section 4, decoders of Table 11
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UnnormedFinola(Finola):
+    """Without a norm: the map is a linear function of q."""
+
+    def step(self, z: Tensor, direction: str) -> Tensor:
+        return z + F.linear(z, getattr(self, direction))
+
+
+class AveragedFinola(Finola):
+    """Section 4's "pre-computed moving averages to normalize the input during inference": used in eval mode.
+
+    Two readings: "running" trains with the norm of each position (Eq. 1) and averages its mean and variance, "batch"
+    trains with batch norm, by channel. Each step of each walk has its averages, a tenth of them new with each batch.
+    """
+
+    def __init__(self, dim: int, norm: str):
+        super().__init__(dim)
+        self.norm = norm
+        shape = (8, 64, dim if norm == "batch" else 1)  # four directions from q alone and four from whole lines, steps
+        self.register_buffer("averages", torch.stack([torch.zeros(shape), torch.ones(shape)]))  # mean, variance
+
+    def normalize(self, z: Tensor, averages: Tensor) -> Tensor:
+        """z_n of lines z (L, B, C), by the averages (2, 1 or C) of this step, or in training into them."""
+        if not self.training:
+            mean, variance = averages
+        elif self.norm == "running":
+            mean, variance = z.mean().view(1), z.var(dim=-1, correction=0).mean().view(1)
+        else:
+            mean, variance = z.mean(dim=(0, 1)), z.var(dim=(0, 1), correction=0)
+        if self.training:
+            averages.lerp_(torch.stack([mean, variance]).detach(), 0.1)
+        if self.training and self.norm == "running":
+            return channel_norm(z)
+        return (z - mean) / (variance + 1e-5).sqrt()
+
+    def walk(self, z: Tensor, direction: str, steps: int) -> Tensor:
+        if steps > self.averages.shape[2]:
+            raise ValueError(f"moving averages are kept for {self.averages.shape[2]} steps of a walk, not {steps}")
+        states, number = [z], 4 * (len(z) > 1) + DIRECTIONS.index(direction)
+        for count in range(steps):
+            z_n = self.normalize(states[-1], self.averages[:, number, count])
+            states.append(states[-1] + F.linear(z_n, getattr(self, direction)))
+        return torch.stack(states)
+
+    def blockwise(self, *_):
+        raise ValueError(f"a norm of {self.norm!r} is for maps that are unrolled from one vector")
+
+
+class DecoderBlock(nn.Module):
+    """ "M-F+" or "M-F-" of Table 11: a Mobile-Former block whose Mobile part is a transformer block, or bneck-lite."""
+
+    def __init__(self, kind: str, dim: int, last: bool = False, heads: int = 8):
+        super().__init__()
+        self.mobile = Block(dim, heads, mlp_ratio=8) if kind == "+" else common.LiteBottleneck(dim, 2 * dim, dim)
+        self.to_former, self.former = common.MobileToFormer(dim, dim), Block(dim, heads)
+        self.to_mobile = None if last else common.FormerToMobile(dim, dim)  # nothing reads the map after the last block
+
+    def forward(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W), (B, Q, C)
+        if isinstance(self.mobile, Block):  # no token is needed, so the map comes before the queries: a choice
+            tokens = self.mobile(rearrange(x, "b c h w -> b (h w) c"))
+            x = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+        else:
+            x = self.mobile(x)
+        queries = self.former(self.to_former(queries, x))
+        return self.to_mobile(x, queries) if self.to_mobile else x, queries
+
+
+class MFDecoder(nn.Module):
+    """MF-Dec-522 or -211 (Table 11), object queries for DETR, on an encoder `coarse` wide at 1/16 and `fine` at 1/8."""
+
+    def __init__(self, depths=(5, 2, 2), coarse: int = 2880, fine: int = 192, classes: int = 91, queries: int = 100):
+        super().__init__()
+        dim = 256
+        self.queries = nn.Parameter(torch.empty(queries, dim))
+        self.down = nn.Sequential(conv(coarse, coarse, 3, stride=2, groups=coarse), conv(coarse, dim))  # "down-conv"
+        self.lateral = nn.ModuleList([conv(coarse, dim), conv(fine, dim)])
+        self.up = nn.ModuleList(nn.Sequential(conv(dim, dim, 3, groups=dim), conv(dim, dim)) for _ in range(2))
+        self.stages = nn.ModuleList(
+            nn.ModuleList(DecoderBlock(kind, dim, i == 2 and j == depth - 1) for j in range(depth))
+            for i, (kind, depth) in enumerate(zip("+--", depths, strict=True))
+        )
+        self.norm, self.classify = nn.LayerNorm(dim), nn.Linear(dim, classes + 1)
+        hidden = [nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU()]
+        self.locate = nn.Sequential(*hidden, nn.Linear(dim, 4), nn.Sigmoid())
+        nn.init.normal_(self.queries)
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps (B, C, H, W) at 1/16 and 1/8 -> logits, "no object" last, and boxes: centre x, y, width, height."""
+        queries, outputs = self.queries.expand(len(coarse), -1, -1), []
+        x = self.down(coarse)  # (B, 256, H/32, W/32)
+        for scale, blocks in enumerate(self.stages):
+            if scale:
+                encoded = self.lateral[scale - 1]((coarse, fine)[scale - 1])
+                x = self.up[scale - 1](F.interpolate(x, encoded.shape[2:], mode="bilinear")) + encoded
+            positions = sincos_positions(*x.shape[2:], x.shape[1]).to(x)
+            x = x + rearrange(positions, "(h w) c -> c h w", h=x.shape[2])
+            for block in blocks:
+                x, queries = block(x, queries)
+                outputs.append(queries)
+        outputs = self.norm(torch.stack(outputs))  # (L, B, Q, 256), of all L blocks
+        return self.classify(outputs), self.locate(outputs)  # (L, B, Q, classes + 1), (L, B, Q, 4)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import reference
@@ -9,27 +10,22 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from make import generator, images_of, rand, randn, seeds, shapes, tiny_finola
 
 import common
 import finola
-from common import UserError
-from finola import Config, Finola, FinolaAutoencoder, MFDecoder
+from finola import Config, Finola, MFDecoder
+from plumbing.errors import UserError
+from plumbing.probes import labelled
+from plumbing.settings import read_flags
 
-seeds = st.integers(0, 2**32 - 1)
+VARIANTS = ("finola", "masked_e", "masked_b")
 sides = st.integers(1, 5)
 
 
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
-
-
-def make(dim, seed=0, scale=1.0, **options):
+def random_finola(dim, seed=0, scale=1.0, kind=Finola):
     """A Finola in float64 with random matrices."""
-    module = Finola(dim, **options).double()
+    module = kind(dim).double()
     for i, name in enumerate(finola.DIRECTIONS):
         getattr(module, name).data = scale * randn(dim, dim, seed=seed + i)
     return module
@@ -39,24 +35,13 @@ def matrices(module):
     return {name: getattr(module, name).detach() for name in finola.DIRECTIONS}
 
 
-def tiny(**fields):
-    defaults = {"width": "micro", "image_size": 64, "channels": 16, "upsampler_width": 16, "upsampler_blocks": 1}
-    torch.manual_seed(0)
-    data = common.MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
-    return FinolaAutoencoder(Config(**defaults | fields), data)
-
-
-def images_of(count, size=64, seed=0):
-    return torch.rand(count, 3, size, size, generator=generator(seed))
-
-
 # --- the recursion ---------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 3), st.integers(2, 6), sides, sides, st.integers(0, 24), seeds)
 def test_the_parallel_map_is_the_mean_of_both_walks_to_each_cell(batch, dim, height, width, place, seed):
-    """Fig. 3 against walking to each cell anew, one vector at a time; on the axes through q both walks are one."""
-    module, q = make(dim, seed), randn(batch, dim, seed=seed)
+    """Fig. 3 against walking to each cell anew by Eq. 1; on the axes through q both walks are one."""
+    module, q = random_finola(dim, seed), randn(batch, dim, seed=seed)
     origin = (place % height, place // 5 % width)
     walks = reference.finola_walks(q, matrices(module), (height, width), origin)
     found = module(q, (height, width), origin)
@@ -68,14 +53,15 @@ def test_the_parallel_map_is_the_mean_of_both_walks_to_each_cell(batch, dim, hei
 
 @pytest.mark.parametrize("size", [4, 5, (4, 7)])
 def test_the_origin_is_the_centre_unless_given(size):
-    module, q = make(3), randn(2, 3)
+    """z(16 / 2, 16 / 2) = q, counted from 0 (section 1)."""
+    module, q = random_finola(3), randn(2, 3)
     height, width = (size, size) if isinstance(size, int) else size
     torch.testing.assert_close(module(q, size), module(q, size, (height // 2, width // 2)))
     torch.testing.assert_close(module(q, size)[:, :, height // 2, width // 2], q)
 
 
 def swapped(module, pairs):
-    other = make(module.dim)
+    other = random_finola(module.dim)
     for name, source in pairs.items():
         getattr(other, name).data = getattr(module, source).data
     return other
@@ -83,7 +69,8 @@ def swapped(module, pairs):
 
 @given(st.integers(2, 5), sides, sides, seeds)
 def test_transposing_or_mirroring_the_map_swaps_the_matrices(dim, height, width, seed):
-    module, q, origin = make(dim, seed), randn(2, dim, seed=seed), (height // 2, width // 2)
+    """Fig. 3 averages both orders, so that no axis comes first."""
+    module, q, origin = random_finola(dim, seed), randn(2, dim, seed=seed), (height // 2, width // 2)
     found = module(q, (height, width), origin)
     turned = swapped(module, {"right": "down", "left": "up", "down": "right", "up": "left"})
     torch.testing.assert_close(turned(q, (width, height), origin[::-1]), found.transpose(2, 3))
@@ -94,21 +81,23 @@ def test_transposing_or_mirroring_the_map_swaps_the_matrices(dim, height, width,
 
 
 def test_zero_matrices_give_a_constant_map():
+    """Eq. 1 with A = B = 0."""
     q = randn(2, 4)
-    torch.testing.assert_close(make(4, scale=0.0)(q, 5), q[:, :, None, None].expand(-1, -1, 5, 5))
+    torch.testing.assert_close(random_finola(4, scale=0.0)(q, 5), q[:, :, None, None].expand(-1, -1, 5, 5))
 
 
 @given(st.integers(3, 6), st.floats(-5, 5), st.floats(0.5, 4), seeds)
 def test_shift_and_scale_of_q_pass_through_the_norm(dim, shift, scale, seed):
-    """Normalisation forgets a constant over channels and a factor: steps stay the same, so the map moves with q."""
-    module, q = make(dim, seed), 1000 * randn(2, dim, seed=seed)  # so that eps does not count
+    """Eq. 1: z_n forgets a constant over channels and a factor. Steps stay the same, so the map moves with q."""
+    module, q = random_finola(dim, seed), 1000 * randn(2, dim, seed=seed)  # so that eps does not count
     torch.testing.assert_close(module(q + shift, 4), module(q, 4) + shift)
-    wider = make(dim, seed, scale)
+    wider = random_finola(dim, seed, scale)
     torch.testing.assert_close(wider(scale * q, 4), scale * module(q, 4), rtol=1e-4, atol=1e-4)
 
 
 @given(st.integers(2, 6), seeds)
 def test_channel_norm_has_mean_0_and_population_deviation_1_along_any_axis(dim, seed):
+    """z_n of Eq. 1, with 1e-5 added to the variance."""
     z = randn(2, dim, 3, seed=seed)
     found = finola.channel_norm(z, dim=1)
     expected = (z - z.mean(dim=1, keepdim=True)) / (z.var(dim=1, keepdim=True, correction=0) + 1e-5).sqrt()
@@ -118,7 +107,8 @@ def test_channel_norm_has_mean_0_and_population_deviation_1_along_any_axis(dim, 
 
 
 def test_the_map_has_the_right_gradient():
-    module, q = make(3), randn(2, 3).requires_grad_()
+    """Through both orders of Fig. 3, and through the partitions of Fig. 4."""
+    module, q = random_finola(3), randn(2, 3).requires_grad_()
     parameters = [getattr(module, name) for name in finola.DIRECTIONS]
     assert torch.autograd.gradcheck(lambda q, *_: module(q, (3, 4)), (q, *parameters))
     block = randn(1, 3, 2, 2).requires_grad_()
@@ -126,7 +116,8 @@ def test_the_map_has_the_right_gradient():
 
 
 def test_states_keep_float32_under_autocast():
-    module, q = Finola(8), torch.randn(2, 8, generator=generator(0))
+    torch.manual_seed(0)
+    module, q = Finola(8), randn(2, 8, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = module(q.bfloat16(), 16)
     assert found.dtype == torch.float32
@@ -134,7 +125,7 @@ def test_states_keep_float32_under_autocast():
 
 
 def test_maps_and_places_that_do_not_exist_are_refused():
-    module = make(3)
+    module = random_finola(3)
     for origin in ((4, 0), (0, -1)):
         with pytest.raises(ValueError, match="not on a map of 4 x 4"):
             module(randn(1, 3), 4, origin)
@@ -143,8 +134,16 @@ def test_maps_and_places_that_do_not_exist_are_refused():
     for place in ((-1, 0), (0, 3), (torch.tensor([3]), 0)):
         with pytest.raises(ValueError, match="leaves the map"):
             module.blockwise(randn(1, 3, 2, 2), 4, *place)
-    with pytest.raises(ValueError, match="unknown norm 'layer'; choose from channel, running, batch, none"):
-        Finola(3, norm="layer")
+
+
+def test_weights_start_as_documented():
+    """A and B as in nn.Linear, uniform between plus and minus 1 / sqrt(C); the query of the pooling is small."""
+    method, bound = tiny_finola(channels=256), 256**-0.5
+    for name in finola.DIRECTIONS:
+        weights = getattr(method.finola, name).detach()
+        assert 0.99 * bound < float(weights.abs().max()) <= bound
+        assert float(weights.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert float(method.pool.query_token.detach().std()) == pytest.approx(0.02, rel=0.2)
 
 
 # --- block-wise ------------------------------------------------------------------------------------------------------
@@ -152,8 +151,8 @@ def test_maps_and_places_that_do_not_exist_are_refused():
 
 @given(st.integers(1, 4), st.integers(2, 4), seeds)
 def test_blockwise_matches_the_cell_by_cell_version_at_every_offset(block, dim, seed):
-    """All offsets at once, one an image: visible cells stay, each masked cell is predicted exactly once (Fig. 4)."""
-    module, offsets = make(dim, seed), list(itertools.product(range(block + 1), repeat=2))
+    """Fig. 4, all offsets at once, one an image: visible cells stay, each masked cell is predicted exactly once."""
+    module, offsets = random_finola(dim, seed), list(itertools.product(range(block + 1), repeat=2))
     z = randn(len(offsets), dim, block, block, seed=seed)
     rows, columns = torch.tensor(offsets).unbind(1)
     found = module.blockwise(z, 2 * block, rows, columns)
@@ -169,11 +168,22 @@ def test_blockwise_matches_the_cell_by_cell_version_at_every_offset(block, dim, 
 
 
 def test_blockwise_geometry_of_the_paper():
-    """On a 16 x 16 map, cell (3, 2) of an upper left block predicts (11, 2), (3, 10) and (11, 10)."""
-    module, z = make(2), torch.zeros(1, 2, 8, 8, dtype=torch.float64)
+    """Fig. 4 on a 16 x 16 map: cell (3, 2) of an upper left block predicts (11, 2), (3, 10) and (11, 10)."""
+    module, z = random_finola(2), torch.zeros(1, 2, 8, 8, dtype=torch.float64)
     z[0, :, 3, 2] = torch.tensor([1.0, -1.0])
     moved = module.blockwise(z, 16, 0, 0)[0].abs().sum(dim=0).nonzero().tolist()
     assert moved == [[3, 2], [3, 10], [11, 2], [11, 10]]
+
+
+def test_the_sketch_of_the_partitions_is_true():
+    """Fig. 4 as `blockwise` draws it: each cell has the letter of the visible one, a capital, that predicts it."""
+    drawn = re.findall(r"^ +([a-dA-D] [a-dA-D] \| (?:[a-dA-D] ?){4})", Finola.blockwise.__doc__, flags=re.MULTILINE)
+    letters = [re.findall(r"\w", line) for line in drawn]
+    sources = finola.block_sources(torch.tensor([1]), 3)[0].tolist()  # 0 to 2 where visible, 3 to 5 where predicted
+    for row, column in itertools.product(range(6), repeat=2):
+        letter = letters[row][column]
+        assert letter.isupper() == (sources[row] < 3 and sources[column] < 3)
+        assert letter.upper() == letters[1 + sources[row] % 3][1 + sources[column] % 3]
 
 
 # --- differential equations and curvature ----------------------------------------------------------------------------
@@ -181,7 +191,8 @@ def test_blockwise_geometry_of_the_paper():
 
 @given(st.integers(2, 4), st.integers(2, 4), st.integers(2, 4), seeds)
 def test_pde_residuals_match_the_step_by_step_version(dim, height, width, seed):
-    module, z, origin = make(dim, seed), randn(2, dim, height, width, seed=seed), (height // 2, width - 1)
+    """Eq. 2, of any map."""
+    module, z, origin = random_finola(dim, seed), randn(2, dim, height, width, seed=seed), (height // 2, width - 1)
     found = finola.pde_residuals(z, module, origin)
     for image in range(2):
         expected = reference.pde_residual(z[image], matrices(module), origin)
@@ -195,7 +206,7 @@ def commuting(dim, seed):
     ones = torch.full((dim, 1), dim**-0.5, dtype=torch.float64)
     basis = torch.linalg.qr(torch.cat([ones, randn(dim, dim - 1, seed=seed)], dim=1)).Q[:, 1:]  # (C, C - 1)
     pairs, found = (dim - 1) // 2, []
-    for angles in torch.rand(2, pairs, generator=generator(seed), dtype=torch.float64) + 0.5:
+    for angles in rand(2, pairs, seed=seed, dtype=torch.float64) + 0.5:
         blocks = torch.block_diag(*[angle * torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double() for angle in angles])
         found.append(basis @ blocks @ basis.T + ones @ ones.T)  # the last part acts on nothing, but makes it invertible
     return found
@@ -204,15 +215,18 @@ def commuting(dim, seed):
 @given(st.sampled_from((3, 5, 7)), seeds)
 @torch.no_grad()
 def test_eq_4_holds_where_its_proof_does(dim, seed):
-    """The proof needs Clairaut's theorem: z_xy = z_yx, that is A D B z_n = B D A z_n with D the Jacobian of the norm.
+    """The proof of Eq. 4 needs Clairaut's theorem: A D B z_n = B D A z_n, with D the Jacobian of the norm.
 
     It is true where A and B commute, are skew-symmetric and have zero row sums (they rotate z_n and keep its length).
-    Then the residual of the map that small steps integrate goes to zero with the step, and both orders agree.
+    Then both orders agree, and the residual of the map goes to zero with the length of its steps: an eighth of the
+    length leaves about an eighth. A step is long or short beside the deviation of q, since it turns z_n by its length
+    over that: q has deviation 1, so that the longest steps, 0.25, turn it by less than 0.4.
     """
     a, b = commuting(dim, seed)
     q, residuals = randn(1, dim, seed=seed), []
+    q = q / q.std(correction=0)
     for steps in (1, 2, 4, 8):
-        module = make(dim)
+        module = random_finola(dim)
         module.right.data, module.down.data = a / steps / 4, b / steps / 4
         z = module(q, 2 * steps + 1, (0, 0))
         residuals.append(float(finola.laplacian_residual(z, a, b)))
@@ -222,10 +236,10 @@ def test_eq_4_holds_where_its_proof_does(dim, seed):
 
 @torch.no_grad()
 def test_eq_4_does_not_hold_for_any_matrices():
-    """For random matrices the orders disagree, Clairaut's theorem does not apply, and small steps do not help."""
+    """Eq. 4 for random matrices: the orders disagree, Clairaut's theorem does not apply, small steps do not help."""
     values = []
     for steps in (1, 4, 16):
-        module = make(6, seed=1)
+        module = random_finola(6, seed=1)
         a, b = module.right.data.clone(), module.down.data.clone()
         module.right.data, module.down.data = a / steps / 4, b / steps / 4
         values.append(float(finola.laplacian_residual(module(randn(1, 6), 2 * steps + 1, (0, 0)), a, b)))
@@ -233,6 +247,7 @@ def test_eq_4_does_not_hold_for_any_matrices():
 
 
 def test_laplacian_residual_is_eq_4():
+    """Eq. 4, cell by cell, with an inverse written out."""
     z, a, b = randn(2, 3, 4, 5), randn(3, 3, seed=1), randn(3, 3, seed=2)
     square = (a @ torch.linalg.inv(b)) @ (a @ torch.linalg.inv(b))
     for image in range(2):
@@ -247,6 +262,7 @@ def test_laplacian_residual_is_eq_4():
 
 @given(st.integers(3, 6), st.integers(3, 6), seeds)
 def test_gaussian_curvature_matches_eq_9_and_turns_with_the_surface(height, width, seed):
+    """Eq. 9 at inner cells, cell by cell; no axis and no height of the surface is special."""
     z = randn(2, 3, height, width, seed=seed)
     found = finola.gaussian_curvature(z)
     assert found.shape == z.shape
@@ -262,6 +278,7 @@ def surface(function, side=21, spacing=1.0):
 
 
 def test_curvature_of_surfaces_that_one_knows():
+    """Eq. 9 on spheres, saddles, bowls, and on what can be unrolled into a plane."""
     for radius in (30.0, 60.0):
         sphere = finola.gaussian_curvature(surface(lambda x, y, r=radius: (r**2 - x**2 - y**2).sqrt()))
         torch.testing.assert_close(sphere, torch.full_like(sphere, 1 / radius**2), rtol=0.1, atol=0)
@@ -280,6 +297,7 @@ def test_curvature_of_surfaces_that_one_knows():
 
 
 def test_peak_curvature_is_the_root_mean_square_of_both_peaks():
+    """Fig. 5: of the largest positive and the largest negative value of Eq. 9."""
     z = randn(4, 5, 5)
     curvature = finola.gaussian_curvature(z)
     for i in range(4):
@@ -307,6 +325,7 @@ def test_psnr_is_that_of_the_pixels_that_count():
 
 
 def test_mirrors_interpolations_and_components():
+    """Fig. 13, 14 and 15."""
     q = randn(50, 4)
     mean, other = q.mean(dim=0), randn(50, 4, seed=1)
     torch.testing.assert_close((finola.mirror(q, mean) + q) / 2, mean.expand_as(q))
@@ -319,8 +338,10 @@ def test_mirrors_interpolations_and_components():
     torch.testing.assert_close(two, mean + u[:, :2] * s[:2] @ v[:2])
 
 
-def test_gaussian_samples_have_the_mean_and_covariance():
-    q = randn(4, 3) @ randn(3, 3, seed=1) + 5
+@pytest.mark.parametrize("count", [2, 4])
+def test_gaussian_samples_have_the_mean_and_covariance(count):
+    """Fig. 12, of fewer embeddings than channels and of more."""
+    q = randn(count, 3) @ randn(3, 3, seed=1) + 5
     samples = finola.gaussian_samples(q, 40000, generator(0))
     torch.testing.assert_close(samples.mean(dim=0), q.mean(dim=0), rtol=0, atol=0.1)
     torch.testing.assert_close(torch.cov(samples.T), torch.cov(q.T), rtol=0.05, atol=0.05)
@@ -330,6 +351,7 @@ def test_gaussian_samples_have_the_mean_and_covariance():
 
 
 def test_attention_pooling_is_attention_of_one_query_without_projections():
+    """Appendix B."""
     pool, x = finola.AttentionPool(6, heads=2).double(), randn(3, 6, 2, 5)
     pool.query_token.data = randn(6, seed=1)
     tokens = x.flatten(2).transpose(1, 2)
@@ -340,6 +362,7 @@ def test_attention_pooling_is_attention_of_one_query_without_projections():
 
 
 def test_the_upsampler_is_that_of_table_10():
+    """Table 10, FINOLA: blocks and widths, from 16 x 16 to 256 x 256."""
     with torch.device("meta"):
         upsampler = finola.ConvUpsampler(3072)
         assert upsampler(torch.empty(1, 3072, 16, 16)).shape == (1, 3, 256, 256)
@@ -376,13 +399,15 @@ def plain_upsampler(upsampler, z):
 
 def test_the_upsampler_matches_the_layers_written_out():
     torch.manual_seed(0)
-    upsampler, z = finola.ConvUpsampler(64, width=64), torch.randn(2, 64, 2, 3)
+    upsampler, z = finola.ConvUpsampler(64, width=64), randn(2, 64, 2, 3, dtype=torch.float32)
     torch.testing.assert_close(upsampler(z), plain_upsampler(upsampler, z), rtol=1e-4, atol=1e-5)
     assert upsampler(z).shape == (2, 3, 32, 48)
     assert [finola.normed(n)[0].num_groups for n in (3072, 512, 128, 64, 16, 6, 3)] == [32, 32, 32, 16, 4, 1, 1]
 
 
 def test_the_masked_upsampler_keeps_cells_in_their_places():
+    """Table 10, Masked FINOLA: each cell becomes its patch, after transformer blocks that know no positions."""
+    torch.manual_seed(0)
     upsampler, z = finola.PatchUpsampler(4), torch.zeros(1, 4, 2, 3)
     z[0, 0, 1, 2] = 1
     changed = (upsampler(z) - upsampler(torch.zeros_like(z))).abs().sum(dim=(0, 1)) > 0
@@ -392,13 +417,13 @@ def test_the_masked_upsampler_keeps_cells_in_their_places():
     deep = finola.PatchUpsampler(16, blocks=6)
     assert len(deep.blocks) == 6
     assert {block.heads for block in deep.blocks} == {8}
-    tokens = torch.randn(1, 16, 1, 1, generator=generator(0))
+    tokens = randn(1, 16, 1, 1, dtype=torch.float32)
     pixels = deep.linear(F.layer_norm(deep.blocks(tokens[:, :, 0, 0][:, None]), (16,), eps=1e-6))
     torch.testing.assert_close(deep(tokens), common.unpatchify(pixels, 16, 16, 16))
     assert float(deep.linear.bias.detach().abs().max()) == 0
     with torch.no_grad():  # the transformer lets cells talk, without positions: moving the map moves the picture
         mixing = finola.PatchUpsampler(16, blocks=1)
-        z = torch.randn(1, 16, 2, 2, generator=generator(0))
+        z = randn(1, 16, 2, 2, dtype=torch.float32)
         torch.testing.assert_close(mixing(z.flip(2)).unflatten(2, (2, 16)), mixing(z).unflatten(2, (2, 16)).flip(2))
 
 
@@ -406,6 +431,7 @@ def test_the_masked_upsampler_keeps_cells_in_their_places():
     ("width", "fine", "published"), [(2880, 192, (19.4, 9.2)), (1440, 96, (18.6, 8.4)), (720, 48, (18.2, 8.0))]
 )
 def test_the_decoders_have_the_published_number_of_parameters(width, fine, published):
+    """Table 11, with the parameters of Table 18."""
     for depths, millions in zip(((5, 2, 2), (2, 1, 1)), published, strict=True):
         with torch.device("meta"):
             decoder = MFDecoder(depths, width, fine)
@@ -413,9 +439,10 @@ def test_the_decoders_have_the_published_number_of_parameters(width, fine, publi
 
 
 def test_the_decoder_goes_on_from_the_encoder():
+    """Table 11: blocks and scales; queries of different images do not meet, and know left from right."""
     torch.manual_seed(0)
     encoder, decoder = common.MobileFormer("micro").eval(), MFDecoder((2, 1, 1), 256, 48, queries=7).eval()
-    coarse, hidden = encoder(images_of(2)[:, :, :48], hidden=True)  # an odd number of cells at 1/16
+    coarse, hidden = encoder(images_of(2, 64)[:, :, :48], hidden=True)  # an odd number of cells at 1/16
     logits, boxes = decoder(coarse, hidden[2])
     assert (logits.shape, boxes.shape) == ((4, 2, 7, 92), (4, 2, 7, 4))
     hidden_units = [block.mobile.mlp["fc1"].out_features for block in decoder.stages[0]]
@@ -430,14 +457,18 @@ def test_the_decoder_goes_on_from_the_encoder():
     assert not torch.allclose(turned, logits, atol=1e-4)
 
 
-# --- normalisation by running statistics -----------------------------------------------------------------------------
+# --- norms of section 4 ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["running", "batch"])
 def test_moving_averages_are_those_of_each_step_of_each_walk(norm):
-    module, q = Finola(4, norm=norm).double(), randn(5, 4)
-    plain = Finola(4).double()
-    plain.load_state_dict({name: getattr(module, name) for name in finola.DIRECTIONS})
+    """Section 4, "moving averages to normalize the input during inference", beside the norm of Eq. 1."""
+    module, plain, q = (
+        random_finola(4, kind=lambda dim: finola.AveragedFinola(dim, norm)),
+        random_finola(4),
+        randn(5, 4),
+    )
+    assert module.averages.shape == (2, 8, 64, 1 if norm == "running" else 4)
     trained = module.train()(q, 6)
     over = -1 if norm == "running" else 0  # the norm of a position, or that of a channel over all positions
     mean, var = q.mean(dim=over), q.var(dim=over, correction=0)
@@ -446,7 +477,7 @@ def test_moving_averages_are_those_of_each_step_of_each_walk(norm):
         mean, var = mean.mean().view(1), var.mean().view(1)
     else:
         expected = q + (q - mean) / (var + 1e-5).sqrt() @ module.right.T
-        torch.testing.assert_close(Finola.walk(module, q[None], "right", 1, stage=0)[1, 0], expected)
+        torch.testing.assert_close(module.walk(q[None], "right", 1)[1, 0], expected)
         module.averages[0], module.averages[1] = 0, 1
         trained = module(q, 6)
     first = module.averages.clone()
@@ -466,35 +497,46 @@ def test_moving_averages_are_those_of_each_step_of_each_walk(norm):
         mean, var = module.averages[:, walk, 0]
         steps.append(q + ((q - mean) / (var + 1e-5).sqrt()) @ module.right.T)
     torch.testing.assert_close(moved[:, :, 3, 4], sum(steps) / 2)
-    with pytest.raises(ValueError, match="kept for 64 cells"):
-        module(q, 65)
+    with pytest.raises(ValueError, match="kept for 64 steps of a walk, not 65"):
+        module(q, (1, 66), (0, 0))
     with pytest.raises(ValueError, match="unrolled from one vector"):
         module.blockwise(randn(1, 4, 2, 2), 4, 0, 0)
 
 
 def test_without_a_norm_the_recursion_is_linear():
-    module, q = make(3, scale=0.1, norm="none"), randn(2, 3)
-    eye = torch.eye(3, dtype=torch.float64)
-    torch.testing.assert_close(module(q, 3, (0, 0))[:, :, 0, 2], q @ ((eye + module.right) @ (eye + module.right)).T)
+    """Section 4, "the possibility of removing normalization"."""
+    module, q = random_finola(3, scale=0.1, kind=finola.UnnormedFinola), randn(2, 3)
+    right, down = (torch.eye(3, dtype=torch.float64) + matrix for matrix in (module.right, module.down))
+    torch.testing.assert_close(module(q, 3, (0, 0))[:, :, 0, 2], q @ (right @ right).T)
+    block = q[:, :, None, None]
+    torch.testing.assert_close(module.blockwise(block, 2, 0, 0)[:, :, 1, 1], q @ (right @ down + down @ right).T / 2)
+
+
+def test_the_norm_is_that_of_the_settings():
+    modules = {norm: tiny_finola(norm=norm).finola for norm in ("channel", "none", "running", "batch")}
+    kinds = [Finola, finola.UnnormedFinola, finola.AveragedFinola, finola.AveragedFinola]
+    assert [type(module) for module in modules.values()] == kinds
+    assert [modules[norm].norm for norm in ("running", "batch")] == ["running", "batch"]
 
 
 # --- the method ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", finola.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_gets_a_gradient(variant):
-    method = tiny(variant=variant)
-    method(images_of(4))["loss"].backward()
+    method = tiny_finola(variant=variant)
+    method(images_of(4, 64))["loss"].backward()
     assert [name for name, p in method.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize(("origin", "place"), [(n, p) for n, p in finola.ORIGINS.items()])
 def test_q_can_be_put_in_the_corners_and_matrices_without_use_are_frozen(origin, place):
-    method = tiny(origin=origin)
+    """Fig. 11."""
+    method = tiny_finola(origin=origin)
     expected = (2, 2) if place is None else tuple(x % 4 for x in place)
-    q = torch.randn(2, 16, generator=generator(0))
+    q = randn(2, 16, dtype=torch.float32)
     torch.testing.assert_close(method.unroll(q)[:, :, expected[0], expected[1]], q)
-    method(images_of(2))["loss"].backward()
+    method(images_of(2, 64))["loss"].backward()
     trained = [name for name in finola.DIRECTIONS if getattr(method.finola, name).requires_grad]
     assert len(trained) == (4 if place is None else 2)
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
@@ -502,15 +544,15 @@ def test_q_can_be_put_in_the_corners_and_matrices_without_use_are_frozen(origin,
 
 @pytest.mark.parametrize("variant", ["masked_e", "masked_b"])
 def test_masked_variants_see_the_block_and_are_judged_by_the_rest(variant):
-    """Pixels outside the block change the loss but not the prediction; those inside change the prediction alone."""
-    method = tiny(variant=variant).eval()
-    images, corner = images_of(3), torch.tensor([[0, 0], [1, 2], [2, 1]])
+    """Section 3: pixels outside the block change the loss, not the prediction; those inside the prediction alone."""
+    method = tiny_finola(variant=variant).eval()
+    images, corner = images_of(3, 64), torch.tensor([[0, 0], [1, 2], [2, 1]])
     hidden = method.scored(images, corner).bool()
     assert (hidden.sum(dim=(1, 2, 3)) == 64 * 64 * 3 // 4).all()
     assert not hidden[1, 0, 16:48, 32:].any()
     with torch.no_grad():
         prediction, loss = method.decode(method.feature_map(images, corner)), method(images, corner=corner)["loss"]
-        other = torch.where(hidden, images_of(3, seed=1), images)
+        other = torch.where(hidden, images_of(3, 64, seed=1), images)
         torch.testing.assert_close(method.decode(method.feature_map(other, corner)), prediction)
         assert float(method(other, corner=corner)["loss"]) != pytest.approx(float(loss))
         normed, predicted = (method.encoder.normalize(x) for x in (images, prediction))
@@ -518,20 +560,32 @@ def test_masked_variants_see_the_block_and_are_judged_by_the_rest(variant):
         torch.testing.assert_close(method(images, corner=corner)["loss"], expected)
         psnr = finola.psnr(images, prediction, hidden).mean()
         torch.testing.assert_close(method(images, corner=corner)["psnr"], psnr)
-        seen = torch.where(hidden, images, images_of(3, seed=1))
+        seen = torch.where(hidden, images, images_of(3, 64, seed=1))
         assert not torch.allclose(method.decode(method.feature_map(seen, corner)), prediction)
 
 
+def test_masked_b_leaves_the_visible_block_where_it_is():
+    """Fig. 4: the map holds the encoder's block, projected, at the row and column where the image was cut."""
+    method, images = tiny_finola(variant="masked_b").eval(), images_of(2, 64)
+    found = method.feature_map(images, torch.tensor([[0, 1], [2, 0]]))
+    for i, (row, column) in enumerate(((0, 1), (2, 0))):
+        block = images[i : i + 1, :, 16 * row : 16 * row + 32, 16 * column : 16 * column + 32]
+        expected = method.project(method.encoder(block))[0]
+        torch.testing.assert_close(found[i, :, row : row + 2, column : column + 2], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_loss_of_the_whole_image_is_the_mean_squared_error_of_normalised_pixels():
-    method, images = tiny().eval(), images_of(2)
+    """Section 2."""
+    method, images = tiny_finola().eval(), images_of(2, 64)
     out = method(images)
     difference = (method.decode(method.feature_map(images)) - images) / 0.25
     torch.testing.assert_close(out["loss"], difference.square().mean())
 
 
 def test_masked_e_puts_q_at_the_centre_of_each_images_block():
-    method = tiny(variant="masked_e")
-    q, corners = torch.randn(9, 16, generator=generator(0)), list(itertools.product(range(3), repeat=2))
+    """Fig. 4, left."""
+    method = tiny_finola(variant="masked_e")
+    q, corners = randn(9, 16, dtype=torch.float32), list(itertools.product(range(3), repeat=2))
     found = method.unroll(q, torch.tensor(corners))
     for i, (row, column) in enumerate(corners):
         torch.testing.assert_close(found[i], method.finola(q[i : i + 1], 4, (row + 1, column + 1))[0])
@@ -539,7 +593,7 @@ def test_masked_e_puts_q_at_the_centre_of_each_images_block():
 
 @pytest.mark.parametrize("variant", ["masked_e", "masked_b"])
 def test_training_draws_its_blocks(variant):
-    method, images, losses = tiny(variant=variant).eval(), images_of(1), set()
+    method, images, losses = tiny_finola(variant=variant).eval(), images_of(1, 64), set()
     for seed in range(8):
         torch.manual_seed(seed)
         losses.add(float(method(images)["loss"].detach()))
@@ -547,33 +601,33 @@ def test_training_draws_its_blocks(variant):
 
 
 def test_blocks_float_over_the_whole_grid():
-    corners = tiny(variant="masked_b").draw_corners(500, "cpu")
+    corners = tiny_finola(variant="masked_b").draw_corners(500, "cpu")
     assert {tuple(corner) for corner in corners.tolist()} == set(itertools.product(range(3), repeat=2))
 
 
 @given(st.integers(1, 4), st.integers(1, 3), seeds)
 def test_cut_takes_a_window_of_each_image(count, side, seed):
-    maps = torch.rand(count, 2, 5, 6, generator=generator(seed))
+    maps = rand(count, 2, 5, 6, seed=seed)
     corner = torch.stack([torch.randint(0, n - side + 1, (count,), generator=generator(seed)) for n in (5, 6)], dim=1)
     for i, (row, column) in enumerate(corner.tolist()):
         window = maps[i, :, row : row + side, column : column + side]
         torch.testing.assert_close(finola.cut(maps, corner, side)[i], window)
 
 
-@pytest.mark.parametrize("variant", finola.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_method_runs_under_autocast(variant, dtype):
-    method = tiny(variant=variant)
+    method = tiny_finola(variant=variant)
     with torch.autocast("cpu", dtype):
-        out = method(images_of(2))
+        out = method(images_of(2, 64))
     out["loss"].backward()
     assert out["loss"].dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in method.parameters())
 
 
-@pytest.mark.parametrize("variant", finola.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_pictures_show_what_is_seen_and_what_becomes_of_it(variant):
-    method, images = tiny(variant=variant).eval(), images_of(3)
+    method, images = tiny_finola(variant=variant).eval(), images_of(3, 64)
     rows = method.pictures(images)
     assert rows.shape == (3, len(method.captions), 3, 64, 64)
     assert 0 <= rows.min() <= rows.max() <= 1
@@ -586,18 +640,20 @@ def test_pictures_show_what_is_seen_and_what_becomes_of_it(variant):
 
 
 def test_the_settings_reach_the_parts():
-    method = tiny(variant="masked_b", upsampler_blocks=3, channels=24)
+    method = tiny_finola(variant="masked_b", upsampler_blocks=3, channels=24)
     assert len(method.upsampler.blocks) == 3
     assert method.encoder.dim == 256  # its own width, projected before FINOLA
     assert method.project.out_channels == method.finola.dim == 24
-    method = tiny(channels=24, pool_heads=3, norm="running", upsampler_width=32)
+    method = tiny_finola(channels=24, pool_heads=3, norm="running", upsampler_width=32)
     assert (method.encoder.dim, method.pool.heads, method.finola.norm) == (24, 3, "running")
     assert method.upsampler.layers[0].layers[-1].out_channels == 32
 
 
 def test_recipes_are_table_12():
+    """Table 12; C = 512 of the masked variants is that of Table 15."""
+
     def read(*flags):
-        return common.read_flags(Config, finola.RECIPES, ["--data", "imagenet", *flags])
+        return read_flags(Config, finola.RECIPES, ["--data", "imagenet", *flags])
 
     plain = read()
     assert (plain.epochs, plain.batch_size, plain.warmup_epochs) == (100, 128, 10)
@@ -630,4 +686,17 @@ def test_recipes_are_table_12():
 )
 def test_finola_refuses_what_makes_no_sense(fields, message):
     with pytest.raises(UserError, match=message):
-        tiny(**fields)
+        tiny_finola(**fields)
+
+
+def test_the_probe_measures_psnr_of_test_images():
+    method, data = tiny_finola(variant="masked_b", probe_images=4, amp="off", image_size=32).eval(), shapes(20, 32)
+    values = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        values.append(method.probe(lambda x: x.mean(dim=(2, 3)), data, data, method.config))
+    assert values[0] == values[1]  # the same blocks each time
+    torch.manual_seed(method.config.seed)
+    expected = method(data.images[labelled(data, 4)] / 255)["psnr"]
+    assert values[0]["psnr"] == pytest.approx(float(expected), rel=1e-4)
+    assert values[0].keys() == {"knn", "linear", "psnr"}
