@@ -19,6 +19,7 @@ from common import METHODS, fit, load_data
 from plumbing.command import run_command
 from plumbing.errors import UserError, unknown
 from plumbing.processes import rank, start_distributed
+from plumbing.runs import run_folder
 from plumbing.settings import check_batch, read_flags
 from plumbing.tables import format_table
 
@@ -49,7 +50,9 @@ def train(argv: list):
     method = getattr(module, METHODS[name])(config, data).to(device)
     results = fit(method, data, test, config)
     if rank() == 0 and results:
+        out = run_folder(method.name, config)
         print(format_table(results, "accuracy (%)"))
+        print(f"see {out}/pictures.png; next: python evaluate.py {out} --protocol linear pictures --untrained --pixels")
 
 
 def main(argv: list) -> int:

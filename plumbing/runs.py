@@ -171,6 +171,11 @@ def restore_run(method, stepper, out: Path, first_step: int) -> Meter:
         ) from None
 
 
+def run_folder(name: str, config: TrainConfig) -> Path:
+    """Where a method's run is written."""
+    return Path(config.out or f"runs/{name}-{Path(config.data).name}")
+
+
 class Run:
     """A run folder while it is written: locked, begun or gone on with, logged, saved, and stopped by a signal.
 
@@ -182,7 +187,7 @@ class Run:
     def __init__(self, method, stepper, plan, train, test, config):
         self.method, self.stepper, self.config, self.steps = method, stepper, config, len(plan)
         self.train, self.test, self.device = train, test, stepper.device
-        self.out = Path(config.out or f"runs/{method.name}-{Path(config.data).name}")
+        self.out = run_folder(method.name, config)
         self.identity = identity_of(method, train, config, stepper)
         self.often = 1 if self.device.type == "cpu" else 10  # steps between two readings of the device: each waits
 
@@ -297,9 +302,8 @@ class Run:
         write_atomically(self.out / "encoder.pt", lambda file: save_encoder(self.method.encoder, file))
 
     def check_weights(self, step: int):
-        if not all(
-            bool(p.isfinite().all()) for p in self.method.parameters()
-        ):  # a finite loss may have such a gradient
+        """A loss that is finite may have a gradient that is not."""
+        if not all(bool(p.isfinite().all()) for p in self.method.parameters()):
             raise NonFiniteLoss(f"step {step}: the weights are not finite; {what_is_left(self.out / 'last.pt')}")
 
     def stop(self, done: int, number: int):

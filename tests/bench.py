@@ -1,4 +1,4 @@
-"""Measure what the README claims about speed: each line is a ratio of two versions timed in turn, in one process.
+"""Measure what docs/speed.md claims about speed: each line is a ratio of two versions timed in turn, in one process.
 
 python tests/bench.py                        all of it, some minutes on two cores
 python tests/bench.py regularizer crop       only these

@@ -356,7 +356,8 @@ plumbing/crops.py tests/test_crops.py::test_crop_boxes_fall_back_to_the_largest_
 - place = torch.where(found, draw[2:, :, 0], 0.5)
 + place = draw[2:, :, 0]
 
-plumbing/crops.py tests/test_crops.py::test_random_resized_crop_is_the_identity_for_the_whole_image_and_mirrors_with_flip
+plumbing/crops.py
+  tests/test_crops.py::test_random_resized_crop_is_the_identity_for_the_whole_image_and_mirrors_with_flip
 - torch.where(flipped, left + w, left)
 + left
 

@@ -330,7 +330,10 @@ def test_the_table_that_training_prints_is_that_of_its_results():
     columns = {"trained": ("linear", "kNN"), "untrained": ("untrained", "kNN untrained")}
     columns |= {"pixels": ("pixels", "kNN pixels")}
     values = {who: {"linear": float(row[a]), "knn": float(row[b])} for who, (a, b) in columns.items()}
-    assert format_table(values, "accuracy (%)") + "\n" in blocks(README, "")
+    printed = next(block for block in blocks(README, "") if block.startswith("accuracy"))
+    *table, after = printed.splitlines()
+    assert table == format_table(values, "accuracy (%)").splitlines()
+    assert after.removeprefix("see runs/magma-shapes/pictures.png; next: ") in COMMANDS
 
 
 def test_the_table_that_evaluating_prints_has_its_form():

@@ -79,7 +79,11 @@ def test_train_runs_a_method_by_name_and_prints_the_table(tmp_path, capsys):
         "lam=1.0",
     ):
         assert text in output.out
-    table = output.out.splitlines()[-4:]
+    *table, after = output.out.splitlines()[-5:]
+    assert after == (
+        f"see {tmp_path}/run/pictures.png; next: "
+        f"python evaluate.py {tmp_path}/run --protocol linear pictures --untrained --pixels"
+    )
     assert table[0].split() == ["accuracy", "(%)", "linear", "kNN"]
     _, untrained, trained = log_of(tmp_path / "run")
     for row, name, line in zip(
