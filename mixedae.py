@@ -43,21 +43,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from common import (
-    VIT_SIZES,
-    MaskedAutoencoder,
-    Method,
-    ViT,
-    ViTSize,
-    attend,
-    gradient_if,
-    patchify,
-    random_mask,
-    reconstruction_loss,
-    take,
-    unpatchify,
-    visible_patches,
-)
+import common
+from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, attend, gradient_if, reconstruction_loss
 from plumbing.errors import UserError
 from plumbing.images import BatchPlan
 from plumbing.processes import world_size
@@ -374,10 +361,10 @@ class MixedAE(Method):
         """MAE on each of the images (B, 3, H, W) alone; the visible patches of a group meet in the contrastive loss."""
         k, autoencoder, vit = self.config.images_per_group, self.autoencoder, self.encoder
         batch, patches = len(images), len(vit.positions)
-        mask = random_mask(batch, patches, autoencoder.mask_ratio, device=images.device)
-        visible = visible_patches(mask, patches - round(autoencoder.mask_ratio * patches))
+        mask = common.random_mask(batch, patches, autoencoder.mask_ratio, device=images.device)
+        visible = common.visible_patches(mask, patches - round(autoencoder.mask_ratio * patches))
         slots = torch.arange(batch, device=images.device)[:, None].expand_as(visible) % k  # (B, M)
-        encoded, _ = self.encode(take(vit.embed(images), visible), slots)  # (B, 1 + M, D)
+        encoded, _ = self.encode(common.take(vit.embed(images), visible), slots)  # (B, 1 + M, D)
         tokens, owners = (rearrange(x, "(g k) m ... -> g (k m) ...", k=k) for x in (encoded[:, 1:], slots))
         return Seen(autoencoder.decode(encoded, visible), autoencoder.target(images), mask, tokens, owners, [])
 
@@ -424,8 +411,8 @@ class MixedAE(Method):
         assignment = self.draw_assignment(len(images) // k)[:: k if config.mode == "full" else 1]
         seen = self.mixed(images, assignment, look=True)
         restored = self.autoencoder.pictures_of(images, seen.prediction.float(), seen.mask)[:, 2]
-        mixture = mix(patchify(images, patch).unflatten(0, (-1, k)), assignment)  # (G, N, P)
-        mixture = unpatchify(mixture, patch, *images.shape[-2:])[:, None]  # (G, 1, 3, H, W)
+        mixture = mix(common.patchify(images, patch).unflatten(0, (-1, k)), assignment)  # (G, N, P)
+        mixture = common.unpatchify(mixture, patch, *images.shape[-2:])[:, None]  # (G, 1, 3, H, W)
         images, restored = (x.unflatten(0, (-1, k)) for x in (images, restored))  # (G, K, 3, H, W)
         sheet = torch.cat([images, mixture, restored], dim=1)
         zoom = max(1, 128 // images.shape[-2])  # room for frames
