@@ -458,7 +458,8 @@ def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error over the masked patches only (He et al. 2022); (B, N, P), (B, N, P), bool (B, N) -> scalar."""
-    error = (prediction.float() - target.float()).square().mean(dim=-1)  # (B, N)
+    dtype = torch.promote_types(prediction.dtype, torch.float32)  # half precision has too few digits
+    error = (prediction.to(dtype) - target.to(dtype)).square().mean(dim=-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
 
 

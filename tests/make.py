@@ -1,5 +1,6 @@
 """What the tests are made of: seeded tensors, small modules and methods, and data sets in their official layouts."""
 
+import contextlib
 import json
 from unittest import mock
 
@@ -146,18 +147,31 @@ class LevelRecorder:
         self.method.zero_grad(set_to_none=True)
 
 
+NARROW = {"dim": 24, "depth": 2, "heads": 3}
+NARROW_ROWS = [("stem", 0, 8), ("lite", 16, 8), ("down", 16, 8), ("down", 24, 16), ("down", 48, 16), ("same", 48, 16)]
+
+
+@contextlib.contextmanager
+def narrow_networks(size=NARROW):
+    """While this is on, the smallest encoders that a command can name are smaller still."""
+    former = {"token_dim": 16, "head": 32, "rows": NARROW_ROWS}
+    vits, formers = common.VIT_SIZES, common.MOBILE_FORMERS
+    with mock.patch.dict(vits, vit_micro=size), mock.patch.dict(formers, micro=former):
+        yield
+
+
 # --- small runs ------------------------------------------------------------------------------------------------------
 
 TINY = "--image-size 8 --mask-ratio 0.5 --epochs 4 --batch-size 8 --probe-every 2 --e-st 1 --e-dur 2 --base-lr 0.03"
 
 
-def fit_magma(out, *flags, method_class=magma.Magma, data=None):
+def fit_magma(out, *flags, method_class=magma.Magma, data=None, size=NARROW):
     """Train Magma on forty pictures of 8 x 8, five steps an epoch -> the method and what `fit` returns."""
-    config = read_flags(magma.Config, magma.RECIPES, [*TINY.split(), "--out", str(out), *flags])
-    data, test = data or shapes(), shapes()
-    torch.manual_seed(config.seed)
-    method = method_class(config, data)
-    return method, common.fit(method, data, test, config)
+    with narrow_networks(size):
+        config = read_flags(magma.Config, magma.RECIPES, [*TINY.split(), "--out", str(out), *flags])
+        torch.manual_seed(config.seed)
+        method = method_class(config, data or shapes())
+        return method, common.fit(method, data or shapes(), shapes(), config)
 
 
 def log_of(out):

@@ -83,7 +83,7 @@ def train_with_fault(argv, hits, fault="", at=0, victim=-1):
     When a worker has decoded `at` images: group (SIGTERM to the process and its workers, as a cluster does).
     Each thing that takes another's place leaves a file "<rank> <name>" in the folder `hits` when it is called.
     """
-    from make import shapes
+    from make import narrow_networks, shapes
 
     import plumbing.images
     import plumbing.processes
@@ -144,7 +144,8 @@ def train_with_fault(argv, hits, fault="", at=0, victim=-1):
         torch.save = save_half
     elif fault not in ("", "group"):
         plumbing.runs.Meter.add = add_and_fail
-    return train.main(argv)
+    with narrow_networks():
+        return train.main(argv)
 
 
 def mine(x):

@@ -13,7 +13,6 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -37,15 +36,13 @@ WENT_ON = [
 
 @pytest.fixture
 def old_run(tmp_path):
-    shutil.copytree(Path(__file__).parent / "old_run", tmp_path / "run")
-    with mock.patch.dict(common.VIT_SIZES, vit_micro=SIZE):
-        yield tmp_path / "run"
+    return shutil.copytree(Path(__file__).parent / "old_run", tmp_path / "run")
 
 
 def test_a_checkpoint_has_the_parts_that_it_always_had(old_run, tmp_path):
     """`identity` (method, origin, images, processes, precision and the settings that must not change), `step` (steps
     done), `sums` and `count` (of the unfinished epoch's scalars), `weights`, `optimizer`, `scaler`."""
-    fit_magma(tmp_path / "new", *FLAGS, "--epochs", "1", "--probe-every", "0")
+    fit_magma(tmp_path / "new", *FLAGS, "--epochs", "1", "--probe-every", "0", size=SIZE)
     old, new = (load_checkpoint(folder / "last.pt") for folder in (old_run, tmp_path / "new"))
     parts = ["identity", "step", "sums", "count", "weights", "optimizer", "scaler"]
     assert list(old) == list(new) == parts
@@ -59,7 +56,7 @@ def test_a_checkpoint_has_the_parts_that_it_always_had(old_run, tmp_path):
 
 def test_an_old_run_goes_on_as_the_code_that_began_it_did(old_run, capsys):
     before = log_of(old_run)
-    fit_magma(old_run, *FLAGS, "--resume")
+    fit_magma(old_run, *FLAGS, "--resume", size=SIZE)
     log = log_of(old_run)
     assert log[:3] == before
     assert len(log) == 5
@@ -72,7 +69,7 @@ def test_an_old_run_goes_on_as_the_code_that_began_it_did(old_run, capsys):
 
 def test_an_old_run_is_refused_with_other_settings_as_before(old_run):
     with pytest.raises(UserError, match=r"was trained otherwise \(lam 1.0 -> 2.0\)"):
-        fit_magma(old_run, *FLAGS, "--resume", "--lam", "2")
+        fit_magma(old_run, *FLAGS, "--resume", "--lam", "2", size=SIZE)
 
 
 def test_the_encoder_of_an_old_run_gives_the_features_it_gave(old_run):

@@ -45,7 +45,9 @@ def test_read_log_gives_the_text_of_the_header_and_the_epochs(tmp_path):
     path = tmp_path / "log.jsonl"
     assert read_log(path) == ("", [])
     header = '{"command":  "python train.py", "config": {}}\n'
-    path.write_text(header + '{"epoch": 0, "knn": 5.0}\n\n{"epoch": 1, "loss": NaN}\n[3]\nnull\n{"epoch": 2, "lo')
+    path.write_text(
+        header + '{"epoch": 0, "knn": 5.0}\n\n{"epoch": 1, "loss": NaN}\n[3]\nnull\n{"loss": 1}\n{"epoch": 2, "lo'
+    )
     first, lines = read_log(path)
     assert first == header  # as it stands there, byte by byte
     assert [line["epoch"] for line in lines] == [0, 1]
