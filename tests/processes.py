@@ -34,6 +34,7 @@ def start(function, *args, ranks=2):
 
 
 def _enter(rank, function, args, ranks, folder):
+    gc.freeze()  # looking for garbage among all that was imported would copy it, page by page
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)  # as in conftest.py
@@ -62,6 +63,7 @@ def ends(function, *args, ranks=1):
 
 
 def _end(rank, function, args, ranks, folder):
+    gc.freeze()
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(folder) / f"{rank}.{ending}", os.O_WRONLY | os.O_CREAT), number)
     torch.set_num_threads(1)
