@@ -204,6 +204,19 @@ def test_unpack_refuses_a_malicious_zip_and_keeps_nothing_of_it(tmp_path, name, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "source"]
 
 
+def test_unpack_takes_no_owner_and_no_rights_from_an_archive(tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as box:
+        member = tarfile.TarInfo("cifar-10-batches-bin/file")
+        member.mode, member.uid, member.size = 0o6777, 12345, 4
+        box.addfile(member, io.BytesIO(b"data"))
+    (tmp_path / "archive").write_bytes(buffer.getvalue())
+    unpack(tmp_path / "archive", tmp_path / "cifar-10-batches-bin", zipped=False)
+    status = (tmp_path / "cifar-10-batches-bin" / "file").stat()
+    assert status.st_mode & 0o6022 == 0  # it takes nobody's place, and only its owner may write it
+    assert status.st_uid == tmp_path.stat().st_uid
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_unpack_refuses_a_damaged_archive(tmp_path, zipped):
     write_cifar(tmp_path / "source", "cifar10")
