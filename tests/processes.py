@@ -155,6 +155,25 @@ def mine(x):
     return x.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def talk():
+    """What the ways in which processes speak to each other give on this rank."""
+    from plumbing.errors import OtherProcessFailed, UserError
+    from plumbing.processes import agree, average, on_rank_zero, rank
+
+    def fail(error):
+        raise error
+
+    calls, errors, x = [], [], torch.tensor([1.0, 3.0]) * (rank() + 1)
+    told = on_rank_zero(lambda: calls.append(1) or {"step": 7})
+    for error in (UserError("a mistake"), KeyError("a fault")):
+        try:
+            on_rank_zero(lambda error=error: fail(error))
+        except (UserError, KeyError, OtherProcessFailed) as found:
+            errors.append(f"{type(found).__name__}: {found}")
+    numbers = [agree(pair[rank()]) for pair in ((0, 0), (0, 15), (2, 0))]
+    return {"told": told, "calls": len(calls), "errors": errors, "mean": average(x), "x": x, "numbers": numbers}
+
+
 def coupled_loss(name, a, b):
     """A loss of two views that couples the images of a batch."""
     import magma

@@ -7,7 +7,16 @@ from make import generator, images_of, log_of, rand, randn, same_weights, tiny_m
 
 from common import random_mask
 from plumbing.errors import UserError
-from plumbing.processes import gather, pick_precision, start_distributed
+from plumbing.processes import (
+    agree,
+    average,
+    distribute,
+    gather,
+    on_rank_zero,
+    pick_precision,
+    start_distributed,
+    synchronize_norms,
+)
 
 
 def test_pick_precision_is_bf16_only_where_the_processor_has_it(monkeypatch):
@@ -43,7 +52,28 @@ def test_several_processes_do_not_share_a_gpu(monkeypatch):
         start_distributed("cuda:1")
 
 
+def test_alone_a_process_talks_to_itself():
+    x, layer = rand(3), torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    assert average(x) is x and agree(5) == 5 and on_rank_zero(lambda: 7) == 7
+    with pytest.raises(KeyError):
+        on_rank_zero(lambda: {}["x"])
+    assert distribute(layer, x.device) is layer
+    assert synchronize_norms(layer, torch.device("cuda")) is layer
+
+
 # --- two processes ---------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_hear_the_same_result_mistake_mean_and_number():
+    first, second = processes.start(processes.talk)
+    assert first["told"] == second["told"] == {"step": 7}
+    assert (first["calls"], second["calls"]) == (1, 0)
+    assert first["errors"] == ["UserError: a mistake", "KeyError: 'a fault'"]
+    assert second["errors"] == ["UserError: a mistake", "OtherProcessFailed: process 0 failed: KeyError('a fault')"]
+    for part, x in ((first, [1.0, 3.0]), (second, [2.0, 6.0])):
+        assert part["mean"].tolist() == [1.5, 4.5]
+        assert part["x"].tolist() == x  # as it was
+        assert part["numbers"] == [0, 15, 2]
 
 
 @pytest.mark.parametrize("name", ["manifold", "uniformity", "contrastive", "vicreg", "sum"])
