@@ -81,7 +81,8 @@ def test_the_house_has_the_rooms_that_the_readme_lists():
         rooms |= set(names.split())
         inside |= {names + file for file in re.findall(r"\w+\.py", what) if names.startswith("tests")}
     files = {f"{name}.py" for name in (*METHODS, "common", "train", "evaluate")}
-    assert rooms == files | {"plumbing/", "protocols/", "tests/", "docs/"} and all((ROOT / x).exists() for x in rooms)
+    folders = {"plumbing/", "protocols/", "tests/", "docs/", "findings/"}
+    assert rooms == files | folders and all((ROOT / x).exists() for x in rooms)
     assert inside and all((ROOT / file).exists() for file in inside)
 
 
