@@ -53,6 +53,8 @@ from protocols.rows import Subject
 from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
 from protocols.training import applies, folder_of, run_protocol, trains_on_images
 
+HELP = ("python evaluate.py RUN [--protocol NAME ...] [--any-field value]",)
+HELP += ("Recipes of the protocols change many of these defaults.",)
 DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy}
 
 
@@ -61,10 +63,9 @@ def evaluate(argv: list):
     if not argv or argv[0].startswith("-"):
         if argv and argv[0] not in ("-h", "--help"):
             raise UserError(f"give the run folder first: python evaluate.py RUN {' '.join(argv)}")
-        usage = "python evaluate.py RUN [--protocol NAME ...] [--any-field value]"
-        flag_parser(Config, usage, "Recipes of the protocols change many of these defaults.").print_help()
+        flag_parser(Config, *HELP).print_help()
         return
-    run_folder, given = Path(argv[0]), given_flags(Config, argv[1:])
+    run_folder, given = Path(argv[0]), given_flags(Config, argv[1:], *HELP)
     if not run_folder.is_dir():
         raise UserError(f"no run folder {run_folder}; give one that train.py wrote, such as runs/magma-shapes")
     if not (run_folder / "encoder.pt").exists():

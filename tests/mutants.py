@@ -638,7 +638,7 @@ class Mutant(NamedTuple):
     def __str__(self):
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
         shown = [text if len(text) <= 46 else text[:43] + "..." for text in (old, new or "nothing")]
-        return f"{self.file:<16}{' -> '.join(shown):<98}"
+        return f"{self.file:<29}{' -> '.join(shown):<98}"
 
     def put_into(self, code: dict) -> dict:
         """The files {path: text} with this bug. Raises ValueError where its text is not there, or not once."""
