@@ -1,6 +1,6 @@
 """What every method shares: patches, vision transformer, Mobile-Former, masked autoencoder, and the training loop.
 
-Axis letters, used in every shape comment of the project:
+Axis letters of shape comments; a file with letters of its own names them:
     B batch   V views   C channels   H W height, width   N patches   M visible ones   D width of a token
     P values of a patch (p p C)   d width of a head, of a decoder, or of Mobile-Former's tokens
 
@@ -610,7 +610,7 @@ class Stepper:
 
 
 class Method(nn.Module):
-    """The whole contract between a paper and the loop. Made as `Method(config, data)`; `data` knows mean, std, classes.
+    """The contract between a paper and the loop. Made as `Method(config, data)`; data has mean, std, classes, labels.
 
     `encoder` is what a run is for: it is saved in encoder.pt and probed. `views` is how many crops of each image
     `forward` is given: (B, 3, H, W) for one, (B, views, 3, H, W) for more. Only process 0 calls `encoder`, `probe` and
@@ -635,7 +635,7 @@ class Method(nn.Module):
         """Called before each epoch, counted from 0, for schedules in epochs."""
 
     def optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
-        """AdamW without decay on biases, norms and tokens."""
+        """AdamW without decay on biases, norms and tokens. A group's `lr_scale` multiplies its rate (1 without one)."""
         learned = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         decay, plain = ([p for name, p in learned if decays(name, p) == wanted] for wanted in (True, False))
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

@@ -12,10 +12,10 @@ Equation                                                        function
 App. A.3         masks                                          gridded_mask, random_patches
 App. A.2         super-resolution, denoising                    super_resolution, noise
 Sec. 3.1, 3.2    colorization; one of four for each image       grayscale, mixed
-Eq. 3, 4         gradient steps, stop-gradient between them     descent, restore
+Eq. 3, 4, Alg. 1 gradient steps, stop-gradient between them     descent, restore
 Eq. 4            error of every step                            restoration_loss
 Eq. 2            corrupted images as negatives (N = 0, Fig. A)  contrast_loss
-Fig. 1, right    longer chains, and their energies              sample
+Fig. 1, right    chains from corrupted images                   sample
 Sec. 2.2         energy of an image                             Energy
 Table B          other backbones                                ConvNeXt, Swin
 

@@ -17,7 +17,7 @@ Eq. 5      two levels instead of three (BLO-MAE)              --objective blo
 Eq. 6, 7   one step of each level                             MultiLevelMAE.update
 Eq. 8, 9   gradient of T through both                         hypergradient
 Eq. 10, 11 second derivatives, times a vector                 mixed_product
-Eq. 12     the same by a difference                           central_difference
+Eq. 12     the same by a difference, of both ends (App. A.2)  central_difference
 Eq. 13     fine-tuning in level II                            proximal_hypergradient (--objective full)
 App. A.4   gradients through the selection                    soft_selection
 
@@ -26,7 +26,7 @@ Train it:  python train.py mlo_mae                                    on built-i
            python train.py mlo_mae --data cifar10 --root DIR          the paper's experiment (Table 12)
 
 Choices that change a number (docs/mlo_mae.md has all of them, and what the authors' code does):
-* Level I's loss is a mean over masked patches, as in the code, not the sum of Eq. 1 (`--normalization sum`).
+* Level I's loss is a mean over masked patches, as in the code, not a sum as in Eq. 1 (`--normalization sum`).
 * The hypergradient is exact, has the learning rates of Eq. 9 to 11 and is taken where the step started; the code takes
   differences, as the paper does, without learning rates (`--no-lr-factors`), where the step ended.
 * It reaches T through the weights of Eq. 1 alone, as in the code, not through the selection (`--mask-gradient`).
@@ -122,14 +122,14 @@ def moved(at: dict, direction: dict, share: float) -> dict:
 
 
 def forward_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
-    """The forward-mode derivative of the gradient by `wanted`: cheap where few layers lie behind `wanted`."""
+    """The forward-mode derivative of the gradient by `wanted`: cheap if little lies between `wanted` and the loss."""
     gradient = torch.func.grad(loss, argnums=1)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
         return torch.func.jvp(lambda at: gradient(at, wanted), (at,), (direction,))[1]
 
 
 def reverse_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
-    """The gradient by `wanted` of the slope along `direction`: cheap where few layers lie behind `at`."""
+    """The gradient by `wanted` of the slope along `direction`: cheap where little lies between `at` and the loss."""
 
     def slope(wanted):
         slopes = torch.func.grad(loss)(at, wanted)
@@ -139,7 +139,7 @@ def reverse_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
 
 
 def central_difference(loss, at: dict, direction: dict, wanted: dict, radius: float = 0.01) -> dict:
-    """Eq. 12: from the gradients by `wanted` at both ends of a step of length 2 `radius`; both see the same noise."""
+    """Eq. 12 with both ends (App. A.2): gradients by `wanted` 2 `radius` apart; both see the same random numbers."""
     gradient = torch.func.grad(loss, argnums=1)
     eps = radius / (float(sum(v.square().sum() for v in direction.values())) ** 0.5 + 1e-15)
     device = next(iter(at.values())).device
@@ -180,12 +180,13 @@ def hypergradient(
     level_1(encoder, masking), level_2(encoder, head) and level_3(encoder, head) are losses of parameters; `encoder` and
     `head` are pairs, before and after their step:
         E' = E - lr_encoder dL1/dE(E, T),   C' = C - lr_head dL2/dC(E', C).
-    `paths` are those that count: encoder is val -> E' -> T, head is val -> C' -> E' -> T. With both learning rates at 1
-    they weigh as in the authors' code. `method` is exact or finite_difference, with its `radius`. `mean` averages over
-    the processes: each sees a part of the batches, and a product of derivatives is not the mean of its parts.
+    The first term of Eq. 9 is 0, as level III does not see T. `paths` are those that count: encoder is val -> E' ->
+    T, head is val -> C' -> E' -> T. With both learning rates at 1 they weigh as in the authors' code. `method` is
+    exact or finite_difference, with its `radius`. `mean` averages over the processes: each sees a part of the
+    batches, and a product of derivatives is not the mean of its parts.
     """
     (encoder_before, encoder_after), (head_before, head_after) = encoder, head
-    # Exactly, reverse costs one pass of the encoder instead of two, and what lies behind T is small.
+    # Little lies between the head and level II's loss (reverse), and between T's weights and level I's (forward).
     through_head, through_encoder = ("reverse", "forward") if method == "exact" else (method, method)
     gradients, loss = torch.func.grad_and_value(level_3, argnums=(0, 1))(encoder_after, head_after)
     by_encoder, by_head = (mean(g) for g in gradients)
@@ -458,7 +459,7 @@ class MultiLevelMAE(Method):
         encoder, head = (encoder_before, self.weights(prefix)), (head_before, self.weights("head."))
         masking = self.weights("masking.")
         options = {"method": config.hypergradient, "radius": config.radius, "mean": mean_over_processes}
-        # A difference of gradients needs every digit. A derivative does not, but fp16 is too narrow for it.
+        # A difference needs every digit; a derivative does not, but fp16 is too narrow. torch.func ignores `no_grad`.
         narrow = stepper.dtype == torch.bfloat16 and config.hypergradient == "exact"
         self.eval()  # no dropout
         with torch.no_grad(), torch.autocast(unlabelled[0].device.type, torch.bfloat16, enabled=narrow):

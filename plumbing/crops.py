@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def mix_seed(*numbers: int) -> int:
-    """One well-mixed 63-bit seed from several small numbers, the same on every machine."""
+    """One well-mixed 63-bit seed from small numbers, the same on every machine. Zeros at the end do not count."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

@@ -219,7 +219,7 @@ class Run:
                     print("the run is finished: nothing is left to do")
                 if not self.log or self.log[-1]["epoch"] < epoch:
                     self.log_epoch(epoch)  # the untrained encoder, or a kill came between a checkpoint and its line
-            if self.step % self.steps == 0:
+            if self.step % self.steps == 0:  # its sums were those of a finished epoch, for the line in the log
                 self.meter = Meter()
             self.started, self.done = time.perf_counter(), 0
             self.closing = stack.pop_all()

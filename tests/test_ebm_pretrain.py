@@ -231,7 +231,7 @@ def test_on_a_quadratic_energy_everything_is_known(batch, side, alpha, seed):
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_steps_are_single_steps_from_detached_images(steps):
-    """Eq. 4: SG stops the gradient between steps, so that of N steps is the mean of N gradients of one step."""
+    """Eq. 4, Algorithm 1: SG stops the gradient between steps, so that of N is the mean of N gradients of one."""
     energy = energy_of(vit()).double()
     x, target, alpha = randn(2, 3, 8, 8), randn(2, 3, 8, 8, seed=1), torch.tensor(3.0, dtype=torch.float64)
     alpha.requires_grad_()

@@ -273,6 +273,30 @@ def test_a_problem_with_a_known_solution_converges_to_it():
     torch.testing.assert_close(masking["t"], torch.linalg.solve(b @ a, goal), rtol=1e-5, atol=1e-6)
 
 
+def test_a_difference_has_the_length_that_is_asked_for():
+    """App. A.2: both ends lie `radius` away, whatever the length of the direction."""
+    seen = []
+
+    def loss(at, wanted):
+        seen.append(at["a"])
+        return (at["a"] * wanted["w"]).sum()
+
+    weights = ({"a": randn(5)}, {"a": 7 * randn(5, seed=1)}, {"w": randn(5)})
+    mlo_mae.central_difference(loss, *weights, 0.3)
+    assert float((seen[0] - seen[1]).norm()) == pytest.approx(0.6)
+
+
+def test_levels_two_and_three_are_cross_entropy_of_the_cls_token():
+    """Eq. 2 and 3."""
+    method = tiny_levels().double()
+    images, labels = batch_of(method, 1, dtype=torch.float64)
+    tokens = method.encoder.encode(method.encoder.embed(images))
+    scores = tokens[:, 0] @ method.head.weight.T + method.head.bias
+    expected = -sum(row.log_softmax(0)[label] for row, label in zip(scores, labels, strict=True)) / len(labels)
+    for level in (2, 3):
+        torch.testing.assert_close(method(images, labels, level), expected)
+
+
 # --- the three levels ------------------------------------------------------------------------------------------------
 
 
