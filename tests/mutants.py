@@ -449,7 +449,11 @@ plumbing/images.py tests/test_images.py::test_each_image_of_a_folder_batch_has_a
 - mix_seed(seed, place, view)
 + mix_seed(seed, view)
 
-protocols/frozen.py tests/test_images.py::test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes
+plumbing/images.py tests/test_images.py::test_batch_plan_splits_the_same_global_batches_over_any_number_of_processes
+- manual_seed(mix_seed(self.config.seed, epoch, 0))
++ manual_seed(mix_seed(self.config.seed, 0))
+
+protocols/frozen.py tests/test_frozen.py::test_cached_linear_probe_equals_one_that_encodes_in_every_epoch
 - manual_seed(mix_seed(config.seed, epoch, 0))
 + manual_seed(mix_seed(config.seed, 0))
 
