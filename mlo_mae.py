@@ -27,9 +27,8 @@ Train it:  python train.py mlo_mae                                    on built-i
 
 Choices that change a number (docs/mlo_mae.md has all of them, and what the authors' code does):
 * Level I's loss is a mean over masked patches, as in the code, not a sum as in Eq. 1 (`--normalization sum`).
-* The hypergradient is exact, has the learning rates of Eq. 9 to 11 and is taken where the step started; the code takes
-  differences, as the paper does, without learning rates (`--no-lr-factors`), where the step ended.
-* It reaches T through the weights of Eq. 1 alone, as in the code, not through the selection (`--mask-gradient`).
+* The hypergradient is exact, has the learning rates of Eq. 9 to 11 (`--no-lr-factors`) and is taken where the step
+  started, in the code where it ended. It reaches T through the weights of Eq. 1 alone (`--mask-gradient`).
 * Level I sees the 80 % of the training images that level II sees, in the code all (`--level1-data all`).
 * Learning rates and unrolling steps are those of Tables 11 and 12; section 3.3 and the code have others.
 """
