@@ -681,15 +681,15 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     device, plan = next(method.parameters()).device, method.plan(len(train), config)
     method = synchronize_norms(method, device)
     stepper = Stepper(method.optimizer(config), config, device, len(plan))
-    with Run(method, stepper, plan, train, test, config) as run:
+    with Run(method, stepper, train, test, config) as run:
         model = distribute(method, device)
         model = torch.compile(model) if config.compile else model
         scale = (config.crop_min, 1.0)
-        batches = train.train_batches(plan.after(run.step), config.image_size, scale, config.flip, method.views)
+        batches = train.train_batches(plan.after(run.first_step), config.image_size, scale, config.flip, method.views)
         method.train()
-        for epoch in range(run.step // len(plan), config.epochs):
+        for epoch in range(run.first_step // len(plan), config.epochs):
             method.start_epoch(epoch)
-            for step in range(max(run.step, epoch * len(plan)), (epoch + 1) * len(plan)):
+            for step in range(max(run.first_step, epoch * len(plan)), (epoch + 1) * len(plan)):
                 images, labels = next(batches)
                 stepper.set_rate(step)
                 torch.manual_seed(mix_seed(config.seed, step, rank(), 2))

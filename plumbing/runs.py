@@ -179,13 +179,13 @@ def run_folder(name: str, config: TrainConfig) -> Path:
 class Run:
     """A run folder while it is written: locked, begun or gone on with, logged, saved, and stopped by a signal.
 
-    To be used as a context. `method` and `stepper` are a `common.Method` and a `common.Stepper`, `plan` says which
-    images each step loads. `step` is the step to go on from, 0 for a new run.
+    To be used as a context. `method` and `stepper` are a `common.Method` and a `common.Stepper`. `first_step` is the
+    step to go on from, 0 for a new run.
     Raises UserError where the folder is taken or holds another run.
     """
 
-    def __init__(self, method, stepper, plan, train, test, config):
-        self.method, self.stepper, self.config, self.steps = method, stepper, config, len(plan)
+    def __init__(self, method, stepper, train, test, config):
+        self.method, self.stepper, self.config, self.steps = method, stepper, config, stepper.steps
         self.train, self.test, self.device = train, test, stepper.device
         self.out = run_folder(method.name, config)
         self.identity = identity_of(method, train, config, stepper)
@@ -200,26 +200,28 @@ class Run:
 
             on_rank_zero(lock)
             self.signals = stack.enter_context(noted_signals())
-            self.step = on_rank_zero(lambda: open_run(out, self.identity, config))
-            self.meter, self.log, epoch = Meter(), [], self.step // self.steps
-            if self.step:
-                self.meter = restore_run(self.method, self.stepper, out, self.step)
+            self.first_step = on_rank_zero(lambda: open_run(out, self.identity, config))
+            self.meter, self.log, epoch = Meter(), [], self.first_step // self.steps
+            if self.first_step:
+                self.meter = restore_run(self.method, self.stepper, out, self.first_step)
                 header = log_header(self.identity, config)
                 self.log = on_rank_zero(lambda: rewind_log(out / "log.jsonl", epoch, header))
             total, batch = config.epochs * self.steps, config.batch_size
             if rank() == 0:
                 print_start(self.method, self.train, config, self.stepper, out, epoch, self.steps)
             watched = None if rank() == 0 else True  # None: only where a person is watching
-            bar = tqdm(total=total * batch, initial=self.step * batch, unit="img", unit_scale=True, disable=watched)
+            bar = tqdm(
+                total=total * batch, initial=self.first_step * batch, unit="img", unit_scale=True, disable=watched
+            )
             self.bar = stack.enter_context(bar)
             if rank() == 0:
-                if self.step:
+                if self.first_step:
                     self.save_weights()  # a kill may have come just before
-                if self.step == total:
+                if self.first_step == total:
                     print("the run is finished: nothing is left to do")
                 if not self.log or self.log[-1]["epoch"] < epoch:
                     self.log_epoch(epoch)  # the untrained encoder, or a kill came between a checkpoint and its line
-            if self.step % self.steps == 0:  # its sums were those of a finished epoch, for the line in the log
+            if self.first_step % self.steps == 0:  # its sums were those of a finished epoch, for the line in the log
                 self.meter = Meter()
             self.started, self.done = time.perf_counter(), 0
             self.closing = stack.pop_all()
