@@ -420,16 +420,19 @@ class EnergyPretraining(Method):
                 logged["alpha"] = self.log_alpha.exp()
         return logged
 
-    def state_dict(self, **options) -> dict:
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
         """With `started`, which is no buffer: each step would have to wait for a GPU to read it."""
-        state = super().state_dict(**options)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.config.objective == "energy":
-            state["started"] = torch.tensor(self.started)
-        return state
+            destination[prefix + "started"] = torch.tensor(self.started)
 
-    def load_state_dict(self, state_dict: dict, **options):
-        self.started = bool(state_dict.get("started"))
-        return super().load_state_dict({name: x for name, x in state_dict.items() if name != "started"}, **options)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self.config.objective == "energy" and (name := prefix + "started") in state_dict:
+            self.started = bool(state_dict[name])
+            unexpected[:] = [other for other in unexpected if other != name]
+        elif self.config.objective == "energy":
+            missing.append(name)
 
     def probe(self, encode, train, test, config: Config) -> dict:
         """kNN and linear accuracy, and what is left of the squared error of at most 2000 test images, task by task."""

@@ -27,6 +27,7 @@ The recipes are the papers' (protocols/settings.py names the tables); docs/evalu
 """
 
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -41,6 +42,7 @@ from common import load_data
 from plumbing.command import run_command
 from plumbing.encoders import load_encoder
 from plumbing.errors import UserError, unknown
+from plumbing.pictures import plain_style
 from plumbing.probes import labelled
 from plumbing.processes import on_rank_zero, rank, start_distributed
 from plumbing.settings import flag_parser, given_flags
@@ -156,7 +158,9 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
     for protocol, config in configs.items():
         started, results = time.perf_counter(), {}
         if protocol in DRAWING:
-            written, found = on_rank_zero(lambda p=protocol, c=config: DRAWING[p](run_folder, known, subjects[0], c))
+            draw = functools.partial(DRAWING[protocol], run_folder, known, subjects[0], config)
+            with plain_style():
+                written, found = on_rank_zero(draw)
             for path in written if rank() == 0 else ():
                 print(f"wrote {path}")
             if not found:

@@ -264,7 +264,7 @@ class Config(TrainConfig):
         if not 0 < self.validation < 1:
             raise UserError(f"--validation {self.validation} is no share of the images; give more than 0, less than 1")
         last, patches = self.mask_ratio_end, (self.image_size // max(1, self.patch)) ** 2
-        if last and not 0 < round(last * patches) < patches:
+        if last and not (0 < last < 1 and 0 < round(last * patches) < patches):
             raise UserError(f"--mask-ratio-end {last} leaves no patch masked or none visible out of {patches}")
         if self.accumulate > 1:
             raise UserError("--accumulate does not work here: a step has a batch for each level; lower --batch-size")

@@ -11,6 +11,7 @@ python train.py magma --help                            all flags of a method
 """
 
 import importlib
+import shlex
 import sys
 
 import torch
@@ -50,7 +51,7 @@ def train(argv: list):
     method = getattr(module, METHODS[name])(config, data).to(device)
     results = fit(method, data, test, config)
     if rank() == 0 and results:
-        out = run_folder(method.name, config)
+        out = shlex.quote(str(run_folder(method.name, config)))
         print(format_table(results, "accuracy (%)"))
         print(f"see {out}/pictures.png; next: python evaluate.py {out} --protocol linear pictures --untrained --pixels")
 

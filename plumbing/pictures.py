@@ -1,22 +1,46 @@
 """Sheets of pictures: rows and columns, with a caption over each column."""
 
+import contextlib
 from pathlib import Path
 
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from plumbing.errors import UserError
 from plumbing.files import write_atomically
 
 DPI, GAP = 100, 4  # pixels an inch, and between two pictures
 
 
+@contextlib.contextmanager
+def plain_style():
+    """matplotlib as it comes: a user's own matplotlibrc would move captions and cut pictures off."""
+    import matplotlib  # here, since importing it takes a while
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
+def check_drawing():
+    """Raise UserError where matplotlib cannot be imported, before anything is written."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"pictures need matplotlib, which cannot be imported ({error}); "
+            f"pip install -r requirements.txt, or give --probe-every 0"
+        ) from None
+
+
+@plain_style()
 def save_pictures(rows: Tensor, path, captions=(), title: str = "", side: int = 128):
     """Write rows of pictures (R, K, 3, H, W), values in [0, 1], as one PNG with a title and a caption over each column.
 
     Pictures smaller than `side` pixels are enlarged in whole steps, so that their pixels stay squares.
     """
-    from matplotlib.figure import Figure  # here, since importing it takes a while
+    from matplotlib.figure import Figure
 
     zoom = max(1, side // rows.shape[-1])
     tiles = F.interpolate(rows.detach().flatten(0, 1).float().cpu().clamp(0, 1), scale_factor=zoom, mode="nearest")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from plumbing.encoders import save_encoder
 from plumbing.errors import NonFiniteLoss, Stopped, UserError, what_is_left
 from plumbing.files import load_checkpoint, write_atomically
-from plumbing.pictures import save_pictures
+from plumbing.pictures import check_drawing, save_pictures
 from plumbing.probes import pooled_features, probe, raw_pixels
 from plumbing.processes import agree, noted_signals, on_rank_zero, rank, world_size
 from plumbing.settings import FREE_FIELDS, TrainConfig
@@ -196,6 +196,8 @@ class Run:
         with contextlib.ExitStack() as stack:
 
             def lock():  # of process 0
+                if config.probe_every:
+                    check_drawing()
                 stack.enter_context(lock_run(out, config.resume))
 
             on_rank_zero(lock)

@@ -14,6 +14,7 @@ from plumbing.files import load_checkpoint
 from plumbing.images import FolderImages, MemoryImages
 from plumbing.probes import features_of, labelled, pooled_features, raw_pixels
 from plumbing.processes import autocast
+from plumbing.settings import TrainConfig
 from protocols.settings import Config
 
 
@@ -65,7 +66,9 @@ class Subject:
 def load_method(run_folder: Path, known: dict, data) -> Method:
     """The whole method of a run, from what its config.json says (`known`) and its last.pt."""
     module = importlib.import_module(known["method"])
-    names = {field.name for field in dataclasses.fields(module.Config)}
+    # The loop's own settings shape no network, and an older or edited file may have some that make no sense here.
+    loop = {field.name for field in dataclasses.fields(TrainConfig)} - {"image_size"}
+    names = {field.name for field in dataclasses.fields(module.Config)} - loop
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items() if name in names}
     if fields.get("start"):  # the file that the run went on from may be gone
         fields["start"] = str(run_folder / "encoder.pt")

@@ -765,8 +765,12 @@ def test_a_checkpoint_says_whether_alpha_is_set():
     again = tiny_energy()
     again.load_state_dict(state)
     assert again.started is True and again.state_dict().keys() == state.keys()
-    with pytest.raises(RuntimeError, match="Missing key"):
-        again.load_state_dict({name: x for name, x in state.items() if name != "log_alpha"})
+    for name in ("log_alpha", "started"):
+        with pytest.raises(RuntimeError, match=f'Missing key.*"{name}"'):
+            again.load_state_dict({other: x for other, x in state.items() if other != name})
+    inside = torch.nn.ModuleDict({"method": tiny_energy()})
+    inside.load_state_dict(torch.nn.ModuleDict({"method": method}).state_dict())
+    assert inside["method"].started is True
     baseline = tiny_energy(objective="mae")
     assert not {"started", "log_alpha"} & baseline.state_dict().keys()
     baseline.load_state_dict(baseline.state_dict())

@@ -1,12 +1,15 @@
 """Sheets of pictures: every pixel in its place, captions over their columns, one PNG."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from make import rand
 from PIL import Image
 
-from plumbing.pictures import GAP, save_pictures
+from plumbing.errors import UserError
+from plumbing.pictures import GAP, check_drawing, save_pictures
 
 
 def sheet_of(path):
@@ -104,3 +107,22 @@ def test_another_sheet_replaces_the_one_that_is_there(tmp_path):
     save_pictures(torch.ones(1, 2, 3, 8, 8), str(tmp_path / "p.png"), side=8)
     assert sheet_of(tmp_path / "p.png").shape == (8 + 2 * GAP, 2 * (8 + GAP) + GAP, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_a_users_own_style_changes_no_sheet(tmp_path):
+    import matplotlib
+
+    rows = rand(2, 3, 3, 8, 8)
+    save_pictures(rows, tmp_path / "plain.png", ("a", "b", "c"), "title")
+    with matplotlib.rc_context({"savefig.bbox": "tight", "savefig.dpi": 300, "text.usetex": True}):
+        save_pictures(rows, tmp_path / "styled.png", ("a", "b", "c"), "title")
+        assert matplotlib.rcParams["savefig.dpi"] == 300
+    assert (tmp_path / "styled.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_a_missing_matplotlib_is_one_clear_line(monkeypatch):
+    check_drawing()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pictures need matplotlib.*--probe-every 0"):
+        check_drawing()

@@ -73,6 +73,9 @@ def test_a_run_that_went_on_from_a_file_is_rebuilt_without_it(tmp_path, monkeypa
     again = load_method(tmp_path, known, shapes(60, 16))
     torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
     assert torch.equal(again.encoder.mean, start.mean) and torch.equal(again.encoder.std, start.std)
+    other = {"amp": "bfloat16", "flip": 5, "epochs": "two", "workers": None}  # of the loop, which shape no network
+    again = load_method(tmp_path, known | other, shapes(60, 16))
+    torch.testing.assert_close(again.state_dict(), method.state_dict(), rtol=0, atol=0)
 
 
 def test_a_protocol_of_one_paper_refuses_other_runs_and_sizes(tmp_path):
