@@ -428,11 +428,10 @@ class EnergyPretraining(Method):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if self.config.objective == "energy" and (name := prefix + "started") in state_dict:
-            self.started = bool(state_dict[name])
+        if self.config.objective == "energy":
+            name, self.started = prefix + "started", bool(state_dict.get(prefix + "started"))
+            missing += [name] * (name not in state_dict)
             unexpected[:] = [other for other in unexpected if other != name]
-        elif self.config.objective == "energy":
-            missing.append(name)
 
     def probe(self, encode, train, test, config: Config) -> dict:
         """kNN and linear accuracy, and what is left of the squared error of at most 2000 test images, task by task."""

@@ -236,8 +236,8 @@ ebm_pretrain.py tests/test_ebm_pretrain.py::test_log_alpha_has_a_group_of_its_ow
 + "weight_decay": config.weight_decay, "lr_scale": config.alpha_lr
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_step_size_is_set_by_the_first_batch_and_learned_from_then_on
-- state["started"] = torch.tensor(self.started)
-+ state["started"] = torch.tensor(False)
+- "started"] = torch.tensor(self.started)
++ "started"] = torch.tensor(False)
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_each_task_does_what_its_name_says
 - (grayscale(images) - self.mean) / self.std
