@@ -15,7 +15,8 @@ DPI, GAP = 100, 4  # pixels an inch, and between two pictures
 
 @contextlib.contextmanager
 def plain_style():
-    """matplotlib as it comes: a user's own matplotlibrc would move captions and cut pictures off."""
+    """matplotlib as it comes: a user's own matplotlibrc would move captions and cut pictures off. Raises UserError."""
+    check_drawing()
     import matplotlib  # here, since importing it takes a while
 
     with matplotlib.rc_context():
@@ -24,13 +25,13 @@ def plain_style():
 
 
 def check_drawing():
-    """Raise UserError where matplotlib cannot be imported, before anything is written."""
+    """Raise UserError where matplotlib cannot be imported."""
     try:
         import matplotlib.figure  # noqa: F401
     except (ImportError, ValueError) as error:
         raise UserError(
             f"pictures need matplotlib, which cannot be imported ({error}); "
-            f"pip install -r requirements.txt, or give --probe-every 0"
+            f"pip install -r requirements.txt, or train without them by --probe-every 0"
         ) from None
 
 

@@ -197,7 +197,7 @@ class Run:
 
             def lock():  # of process 0
                 if config.probe_every:
-                    check_drawing()
+                    check_drawing()  # before there is a folder
                 stack.enter_context(lock_run(out, config.resume))
 
             on_rank_zero(lock)

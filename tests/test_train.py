@@ -96,6 +96,23 @@ def test_train_runs_a_method_by_name_and_prints_the_table(tmp_path, capsys):
         assert row[20:].split() == [f"{line['linear']:.1f}", f"{line['knn']:.1f}"]
 
 
+def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "fit", lambda *_: {"trained": {"linear": 1.0}})
+    monkeypatch.setattr(train, "load_data", lambda *_, **__: shapes())
+    code, output = run_main("magma", "--image-size", "8", "--out", tmp_path / "a $b run", capsys=capsys)
+    assert code == 0
+    assert f"evaluate.py '{tmp_path}/a $b run' --protocol" in output.out
+
+
+def test_a_start_without_matplotlib_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    """The pictures need it: that is told before anything is written."""
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, output = run_main("magma", *SMALL.split(), "--probe-every", "1", "--out", tmp_path / "run", capsys=capsys)
+    assert code == 2 and output.err.startswith("error: pictures need matplotlib")
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_hands_on_seed_and_data_flags(monkeypatch):
     made, asked = [], []
     monkeypatch.setattr(train, "fit", lambda method, *_: made.append(method.state_dict()) or {})
