@@ -123,8 +123,7 @@ def moved(at: dict, direction: dict, share: float) -> dict:
 def forward_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
     """The forward-mode derivative of the gradient by `wanted`: cheap if little lies between `wanted` and the loss."""
     gradient = torch.func.grad(loss, argnums=1)
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
-        return torch.func.jvp(lambda at: gradient(at, wanted), (at,), (direction,))[1]
+    return torch.func.jvp(lambda at: gradient(at, wanted), (at,), (direction,))[1]
 
 
 def reverse_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
@@ -157,7 +156,10 @@ def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "
     if method == "finite_difference":
         return central_difference(loss, at, direction, wanted, radius)
     exact = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
-    return exact[method](loss, at, direction, wanted)
+    # Fused attention has no forward-mode derivative; on a GPU its backward pass fails where only the outer of two
+    # gradients reaches it, as in `reverse` (torch 2.11: nan in bf16, an error in float32).
+    with sdpa_kernel(SDPBackend.MATH):
+        return exact[method](loss, at, direction, wanted)
 
 
 def hypergradient(

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from plumbing.decoding import attempt_all, check_images, keep_good, to_rgb
 from plumbing.download import fetch
 from plumbing.errors import UserError, unknown
-from plumbing.images import FolderImages, MemoryImages, attempt_all, check_images, keep_good, to_rgb
+from plumbing.images import FolderImages, MemoryImages
 from plumbing.processes import on_rank_zero, rank
 from plumbing.shapes import SHAPES, render_shapes
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from make import seeds, shapes, write_folders
 from PIL import Image
 
-import plumbing.images
+import plumbing.decoding
 from plumbing.datasets import load_data
+from plumbing.decoding import decode_image, to_rgb
 from plumbing.errors import UserError
-from plumbing.images import BatchPlan, MemoryImages, decode_image, to_rgb
+from plumbing.images import BatchPlan, MemoryImages
 from plumbing.settings import TrainConfig
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def test_decode_image_lets_jpeg_skip_pixels_but_none_that_the_crop_needs(tmp_pat
     sizes, drafts = [], []
     for crops in ((None,), (1,), (2, 3, 4)):
         with monkeypatch.context() as patched:
-            patched.setattr(plumbing.images, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
+            patched.setattr(plumbing.decoding, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
             fast = decode_image(tmp_path / "a.jpg", 96, (0.3, 1.0), crops).float()
         with monkeypatch.context() as patched:
             patched.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *_: drafts.append(1))
@@ -105,11 +106,11 @@ def test_folders_are_checked_once_and_name_every_bad_image(tmp_path, monkeypatch
     assert data.labels.tolist() == [0, 0, 0, 1]
     assert "note: 2 of 6 images are left out" in capsys.readouterr().out
 
-    opened, really_open = [], plumbing.images.Image.open
-    monkeypatch.setattr(plumbing.images.Image, "open", lambda path: opened.append(path) or really_open(path))
+    opened, really_open = [], plumbing.decoding.Image.open
+    monkeypatch.setattr(plumbing.decoding.Image, "open", lambda path: opened.append(path) or really_open(path))
     assert len(load_data(str(root), skip_bad_images=True)) == 4
     assert sorted(opened) == [str(first), str(second)]  # good ones are remembered, bad ones may have been mended
-    monkeypatch.setattr(plumbing.images.Image, "open", really_open)
+    monkeypatch.setattr(plumbing.decoding.Image, "open", really_open)
     for damage in ("[]", "{", '["x"]', "3"):
         for file in (tmp_path / "cache").rglob("*.json"):
             file.write_text(damage if damage != "[]" else "[0, 99]")
