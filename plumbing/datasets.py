@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from plumbing.decoding import attempt_all, check_images, keep_good, to_rgb
+from plumbing.checking import attempt_all, check_images, keep_good, survey
+from plumbing.decoding import to_rgb
 from plumbing.download import fetch
 from plumbing.errors import UserError, unknown
 from plumbing.images import FolderImages, MemoryImages
-from plumbing.processes import on_rank_zero, rank
+from plumbing.processes import note, on_rank_zero
 from plumbing.shapes import SHAPES, render_shapes
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -48,8 +49,12 @@ CIFAR = {  # files a split, label bytes before the pixels (the last one counts),
     "cifar10": ({"train": "data_batch_*.bin", "test": "test_batch*.bin"}, 1, 10, "batches.meta"),
     "cifar100": ({"train": "train*.bin", "test": "test*.bin"}, 2, 100, "fine_label_names"),
 }
+CLASSES = {"tinyimagenet": 200, "imagenet100": 100, "imagenet": 1000}  # of sets whose classes are folders
 DATASETS = ("shapes", *ARCHIVES, "imagenet100", "imagenet")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+# What macOS, Windows, network drives and Python leave in folders, besides all that begins with a dot.
+LEFTOVERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "@recycle"}
+LEFTOVERS |= {"#snapshot", "~snapshot", "__pycache__", "thumbs.db", "desktop.ini"}
 # The 100 classes that Tian et al. (2020, CMC) chose from ImageNet.
 IMAGENET100 = """
     02869837 01749939 02488291 02107142 13037406 02091831 04517823 04589890 03062245 01773797 01735189 07831146
@@ -98,10 +103,9 @@ def load_data(
             return read_tinyimagenet(home, split, device, skip_bad_images)
         return read_cifar(name, home, split, device)
     if name in ("imagenet100", "imagenet"):
-        keep = IMAGENET100 if name == "imagenet100" else None
-        return read_folders(Path(root), split, keep, skip_bad_images, workers, device)
+        return read_folders(Path(root), split, name, skip_bad_images, workers, device)
     if Path(name).is_dir():
-        return read_folders(Path(name), split, None, skip_bad_images, workers, device)
+        return read_folders(Path(name), split, "", skip_bad_images, workers, device)
     if "/" in name:
         raise UserError(f"no folder {name}; expected one with train/<class>/* and val/<class>/*")
     raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder with train/<class>/* and val/<class>/*")
@@ -140,7 +144,11 @@ def read_cifar(name: str, home: Path, split: str, device="cpu") -> MemoryImages:
     records = torch.from_numpy(np.concatenate(parts)).to(device)
     labels, images = records[:, label_bytes - 1].long(), records[:, label_bytes:].reshape(-1, 3, 32, 32)
     classes = class_names(next(home.glob(names + "*.txt"), None), count)
-    return MemoryImages(images, labels, classes, **STATISTICS[name])
+    return MemoryImages(images, labels, classes, **STATISTICS[name], listing=listing_of(files, home))
+
+
+def listing_of(files: list, home: Path) -> bytes:
+    return b"".join(survey([str(file) for file in files], home)[0])
 
 
 def class_names(listed: Path | None, count: int) -> list:
@@ -181,7 +189,8 @@ def read_stl10(home: Path, split: str, device="cpu") -> MemoryImages:
             images[done : done + len(chunk)] = chunk.transpose(2, 3)
             done += len(chunk)
     classes = class_names(home / "class_names.txt", 10)
-    return MemoryImages(images.to(device), torch.cat(labels).to(device), classes, **STATISTICS["stl10"])
+    listing, numbers = listing_of(files, home), torch.cat(labels).to(device)
+    return MemoryImages(images.to(device), numbers, classes, **STATISTICS["stl10"], listing=listing)
 
 
 def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: bool = False) -> MemoryImages:
@@ -189,7 +198,9 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
     train = home / "train"
     if not train.is_dir():
         raise UserError(f"no folder {train}; remove {home} and add --download, or give --root")
-    wnids = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
+    wnids, leftovers = pick_classes(train, "tinyimagenet", quiet=split == "test")
+    if leftovers and split != "test":
+        note(f"{len(leftovers)} other files or folders in {train} are left out, such as {leftovers[0]}")
     number = {wnid: i for i, wnid in enumerate(wnids)}
     if split == "test":  # the 10,000 official test images have no labels: as in every paper, validation is tested on
         listing = home / "val" / "val_annotations.txt"
@@ -202,7 +213,7 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
         files = [(str(home / "val" / "images" / row[0]), number[row[1]]) for row in rows]
     else:
         folders = [(train / wnid / "images", label) for wnid, label in number.items()]
-        files = [(str(path), label) for folder, label in folders for path in sorted(folder.glob("*.JPEG"))]
+        files = [(str(path), label) for folder, label in folders for path in sorted(folder.glob("[!.]*.JPEG"))]
     if not files:
         raise UserError(f"no image in {home}; remove it and add --download, or give --root")
     images = torch.empty(len(files), 3, 64, 64, dtype=torch.uint8)
@@ -221,48 +232,94 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
     classes = [names.get(wnid, wnid).split(",")[0] for wnid in wnids]
     labels = torch.tensor([files[i][1] for i in good])
     images = images if len(good) == len(images) else images[torch.tensor(good)]
-    return MemoryImages(images.to(device), labels.to(device), classes, **STATISTICS["tinyimagenet"])
+    listing = listing_of([files[i][0] for i in good], home)
+    return MemoryImages(images.to(device), labels.to(device), classes, **STATISTICS["tinyimagenet"], listing=listing)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether notebooks, systems or network drives leave files or folders of this name among pictures."""
+    return name.startswith((".", "~$")) or name.casefold() in LEFTOVERS
+
+
+def pick_classes(folder: Path, name: str, quiet: bool) -> tuple[list, list]:
+    """The class folders in a folder, sorted, as data set `name` has them ("" for any), and the leftovers beside them.
+
+    Raises UserError where these cannot be the classes of that data set.
+    """
+    entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() or is_leftover(entry.name))
+    classes, leftovers = ([x for x in entries if is_leftover(x) == wanted] for wanted in (False, True))
+    if name == "imagenet100":
+        classes = [x for x in classes if x.removeprefix("n") in set(IMAGENET100)]
+    if not (expected := CLASSES.get(name)):
+        return classes, leftovers
+    if not classes:
+        raise UserError(f"{folder} holds none of the {expected} classes of {name} (n02869837, ...)")
+    if len(classes) > expected:
+        raise UserError(
+            f"{folder} holds {len(classes)} class folders, {name} has {expected} classes; "
+            f"remove what is none, or give a folder of your own by --data"
+        )
+    if len(classes) < expected and not quiet:
+        note(f"{folder} holds {len(classes)} of the {expected} classes of {name}")
+    return classes, leftovers
+
+
+def count_images(folder) -> int:
+    """How many pictures lie in a folder, at any depth."""
+    names = (name for _, _, names in os.walk(folder) for name in names)
+    return sum(is_image(name) for name in names)
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_ENDINGS) and not is_leftover(name)
 
 
 def read_folders(
-    root: Path, split: str, keep=None, skip_bad_images: bool = False, workers: int = 0, device="cpu"
+    root: Path, split: str, name: str = "", skip_bad_images: bool = False, workers: int = 0, device="cpu"
 ) -> FolderImages:
-    """A folder with train/<class>/* and val/<class>/*; `keep` lists the class numbers ("01440764") to pick.
+    """A folder with train/<class>/* and val/<class>/*, of a data set `name` or of one's own.
 
     Classes are numbered in the order of the sorted folder names of train, for both splits. Every image is checked once.
     """
     home = root / ("val" if split == "test" else "train")
-    names = {}
     for part in dict.fromkeys((root / "train", home)):
         if not part.is_dir():
             raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*")
-        names[part] = sorted(entry.name for entry in os.scandir(part) if entry.is_dir())
-    classes = names[root / "train"]
-    if keep is not None:
-        chosen = [name for name in classes if name.removeprefix("n") in set(keep)]
-        if not chosen:
-            raise UserError(f"{root / 'train'} holds none of the {len(keep)} classes of ImageNet-100 (n02869837, ...)")
-        if len(chosen) < len(keep) and split != "test" and rank() == 0:
-            print(f"note: {root / 'train'} holds {len(chosen)} of the {len(keep)} classes of ImageNet-100", flush=True)
-        classes = chosen
-    elif strange := sorted(set(names[home]) - set(classes)):
-        raise UserError(
-            f"class {strange[0]!r} of {home} is not in {root / 'train'}; the splits must have the same classes"
-        )
-    paths, labels, others = [], [], []
-    for label, name in enumerate(classes):
-        folder = home / name
-        seen = sorted(entry.path for entry in os.scandir(folder)) if folder.is_dir() else []
-        found = [path for path in seen if path.lower().endswith(IMAGE_ENDINGS)]
-        others += [path for path in seen if not path.lower().endswith(IMAGE_ENDINGS)]
-        if not found and split != "test":
-            raise UserError(f"class folder {folder} holds no image ({' '.join(IMAGE_ENDINGS)})")
+    classes, leftovers = pick_classes(root / "train", name, quiet=split == "test")
+    if split == "test":
+        own, leftovers = pick_classes(home, "", quiet=True)
+        if not name and (strange := sorted(set(own) - set(classes))):
+            raise UserError(
+                f"class {strange[0]!r} of {home} is not in {root / 'train'}; the splits must have the same classes"
+            )
+    paths, labels, others = [], [], [str(home / x) for x in leftovers]
+    for label, class_name in enumerate(classes):
+        folder = home / class_name
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
+        found = [entry.path for entry in entries if is_image(entry.name)]
+        rest = [entry for entry in entries if not is_image(entry.name)]
+        inner = {x.path: count_images(x.path) for x in rest if not is_leftover(x.name) and x.is_dir()}
+        deeper = next((f"{count} in the folder {path}" for path, count in inner.items() if count), "")
+        if not found and (split != "test" or deeper):
+            instead = f", but {deeper}; move them up" if deeper else ""
+            raise UserError(f"class folder {folder} holds no image ({' '.join(IMAGE_ENDINGS)}){instead}")
+        if deeper:
+            note(f"pictures below a class folder are left out, such as {deeper}; move them up to have them")
+        others += [entry.path for entry in rest if entry.path not in inner]
         paths += found
         labels += [label] * len(found)
     if not paths:
         raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) below {home}")
-    if others and rank() == 0:
-        print(f"note: {len(others)} other files below {home} are left out, such as {others[0]}", flush=True)
-    good = keep_good(paths, on_rank_zero(lambda: check_images(paths)), skip_bad_images)
+    if others:
+        note(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
+    lines = []
+
+    def look() -> dict:  # of process 0
+        nonlocal lines
+        lines, digest = survey(paths, root)
+        return check_images(paths, digest)
+
+    good = keep_good(paths, on_rank_zero(look), skip_bad_images)
+    listing = b"".join(lines[i] for i in good if lines)
     paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])
-    return FolderImages(paths, numbers, classes, **IMAGENET, workers=workers, device=device)
+    return FolderImages(paths, numbers, classes, **IMAGENET, listing=listing, workers=workers, device=device)

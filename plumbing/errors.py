@@ -24,6 +24,17 @@ class Stopped(RuntimeError):
         self.number = number
 
 
+def printable(text: str) -> str:
+    """A text as one line that every terminal can show: control characters, and bytes that are no UTF-8, as escapes."""
+
+    def shown(c: str) -> str:
+        if "\udc80" <= c <= "\udcff":  # how Python carries a byte of a file name that it cannot decode
+            return f"\\x{ord(c) - 0xDC00:02x}"
+        return c if c.isprintable() else c.encode("unicode_escape").decode()
+
+    return "".join(map(shown, text))
+
+
 def what_is_left(checkpoint: Path) -> str:
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written"
     return f"{kept}; start anew with a lower --base-lr or --amp off"

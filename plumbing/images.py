@@ -49,7 +49,7 @@ class BatchPlan:
 class MemoryImages:
     """A data set held as one uint8 tensor (N, 3, H, W); batches are made where it lives, all images at once.
 
-    `masks` (N, H, W), True on the object, exists for `shapes` alone.
+    `masks` (N, H, W), True on the object, exists for `shapes` alone. `listing` tells which files it was read from.
     """
 
     images: Tensor
@@ -58,6 +58,7 @@ class MemoryImages:
     mean: tuple
     std: tuple
     masks: Tensor | None = None
+    listing: bytes = b""  # a line a file: its size and its name below the root
 
     def __len__(self):
         return len(self.labels)
@@ -81,7 +82,7 @@ class MemoryImages:
 @dataclass
 class FolderImages:
     """A data set of image files, decoded, cropped and resized by `workers` processes, which `device` gets; with 0 by
-    this one. See `read_folders`.
+    this one. See `read_folders`. `listing` tells which files these are.
     """
 
     paths: list
@@ -89,6 +90,7 @@ class FolderImages:
     classes: list
     mean: tuple
     std: tuple
+    listing: bytes = b""  # a line a file: its size and its name below the root; process 0 alone has it
     workers: int = 0
     device: torch.device | str = "cpu"
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from plumbing.errors import OtherProcessFailed, UserError
+from plumbing.errors import OtherProcessFailed, UserError, printable
 
 
 def rank() -> int:
@@ -23,6 +23,12 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def note(text: str):
+    """Tell the user what happens otherwise than they may expect; process 0 alone does."""
+    if rank() == 0:
+        print(f"note: {printable(text)}", flush=True)
 
 
 def keep_freed_memory():

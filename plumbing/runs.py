@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from plumbing.errors import NonFiniteLoss, Stopped, UserError, what_is_left
 from plumbing.files import load_checkpoint, write_atomically
 from plumbing.pictures import check_drawing, save_pictures
 from plumbing.probes import pooled_features, probe, raw_pixels
-from plumbing.processes import agree, noted_signals, on_rank_zero, rank, world_size
+from plumbing.processes import agree, note, noted_signals, on_rank_zero, rank, world_size
 from plumbing.settings import FREE_FIELDS, TrainConfig
 
 try:
@@ -65,6 +66,8 @@ class Meter:
 def identity_of(method, train, config: TrainConfig, stepper) -> dict:
     """All that must be the same where a run goes on: else it would not end where an uninterrupted one does."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+    if listing := getattr(train, "listing", b""):
+        fields["pictures"] = digest_of(listing)
     return {
         "method": method.name,
         "origin": method.origin,
@@ -74,6 +77,25 @@ def identity_of(method, train, config: TrainConfig, stepper) -> dict:
     } | fields
 
 
+def digest_of(listing: bytes) -> str:
+    return hashlib.sha256(listing).hexdigest()[:32]
+
+
+def refuse_other_pictures(out: Path, listing: bytes):
+    """Say which pictures are not those of the run, by its images.txt. Raises UserError."""
+    before, now = (
+        dict(line.split(b"\t", 1)[::-1] for line in text.splitlines() if b"\t" in line)
+        for text in ((out / "images.txt").read_bytes() if (out / "images.txt").exists() else b"", listing)
+    )
+    others = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    text = f"{out} was trained on other pictures"
+    if before and others:
+        name = min(others)
+        sizes = [f"{files[name].decode()} bytes" if name in files else "none" for files in (before, now)]
+        text += f": {len(others)} differ, first {os.fsdecode(name)} ({sizes[0]} then, {sizes[1]} now)"
+    raise UserError(f"{text}; give the --data of before, or another --out")
+
+
 def lock_run(out: Path, resume: bool):
     """Make a run folder, or with --resume take the one that is there; lock it until the returned file closes.
 
@@ -81,9 +103,10 @@ def lock_run(out: Path, resume: bool):
     exists, or another process is writing it.
     """
     try:
-        if not resume and out.exists():
+        left = [path for path in (out.iterdir() if out.exists() else ()) if path.suffix != ".tmp"]
+        if not resume and {path.name for path in left} - {".lock"}:  # these alone are of a start that was refused
             raise FileExistsError
-        out.mkdir(parents=True, exist_ok=resume)
+        out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a")  # noqa: SIM115 (stays open for as long as the run)
     except FileExistsError:
         raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out") from None
@@ -100,28 +123,37 @@ def lock_run(out: Path, resume: bool):
     return file
 
 
-def open_run(out: Path, identity: dict, config: TrainConfig) -> int:
+def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"") -> int:
     """Begin the run in a locked folder, or with --resume find its checkpoint; returns the step to go on from.
 
-    Raises UserError rather than overwrite a run, or go on with one that is not the same.
+    `listing` tells which files it trains on. Raises UserError rather than overwrite a run, or go on with one that is
+    not the same.
     """
     if config.resume and (out / "last.pt").exists():
         state = load_checkpoint(out / "last.pt")
-        old = state.get("identity") if isinstance(state, dict) and "step" in state else None
-        if old is None:
+        state = state if isinstance(state, dict) else {}
+        old, step = state.get("identity"), state.get("step")
+        if not isinstance(old, dict) or type(step) is not int or step < 0:
             raise UserError(f"{out / 'last.pt'} is not a checkpoint of a run; choose another folder by --out")
-        differing = sorted(name for name in identity.keys() | old.keys() if old.get(name) != identity.get(name))
+        # Where files are listed, which ones they are counts, and not what their folder is called today.
+        names = (identity.keys() | old.keys()) - ({"data", "pictures"} if "pictures" in old else {"pictures"})
+        differing = sorted(name for name in names - {"images"} if old.get(name) != identity.get(name))
+        if not differing and "pictures" in old and old["pictures"] != identity.get("pictures"):
+            refuse_other_pictures(out, listing)
+        differing += ["images"] if old.get("images") != identity["images"] else []
         if differing:
             changes = ", ".join(f"{name} {old.get(name)} -> {identity.get(name)}" for name in differing)
             raise UserError(f"{out} was trained otherwise ({changes}); go on with what it was trained with")
-        return state["step"]
+        return step
     if (out / "encoder.pt").exists():
         raise UserError(f"{out} holds an encoder but no last.pt to go on from; choose another folder by --out")
     if config.resume:
-        print(f"note: no checkpoint in {out} yet, starting from the beginning", flush=True)
+        note(f"no checkpoint in {out} yet, starting from the beginning")
     settings = json.dumps({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
     write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
     write_atomically(out / "log.jsonl", lambda file: file.write(log_header(identity, config).encode()))
+    if listing:
+        write_atomically(out / "images.txt", lambda file: file.write(listing))
     return 0
 
 
@@ -140,7 +172,7 @@ def read_log(path: Path) -> tuple[str, list]:
             line = json.loads(text)
             if isinstance(line, dict) and "command" in line:
                 header = text + "\n"
-            elif isinstance(line, dict) and "epoch" in line:
+            elif isinstance(line, dict) and type(line.get("epoch")) is int:
                 lines.append(line)
     return header, lines
 
@@ -202,7 +234,10 @@ class Run:
 
             on_rank_zero(lock)
             self.signals = stack.enter_context(noted_signals())
-            self.first_step = on_rank_zero(lambda: open_run(out, self.identity, config))
+            listing = getattr(self.train, "listing", b"")
+            self.first_step = on_rank_zero(lambda: open_run(out, self.identity, config, listing))
+            if self.first_step == 0 and rank() == 0:
+                stack.push(self.leave_no_trace)
             self.meter, self.log, epoch = Meter(), [], self.first_step // self.steps
             if self.first_step:
                 self.meter = restore_run(self.method, self.stepper, out, self.first_step)
@@ -230,7 +265,13 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        self.closing.close()
+        self.closing.__exit__(*error)
+
+    def leave_no_trace(self, _, error, __):
+        """A start that is refused, before anything was saved, is not in the way of the next."""
+        if isinstance(error, UserError) and not (self.out / "last.pt").exists():
+            for name in ("config.json", "log.jsonl", "images.txt", "pictures.png"):
+                (self.out / name).unlink(missing_ok=True)
 
     def note(self, step: int, values: dict):
         """What a step made: scalars to log. Raises NonFiniteLoss, and Stopped after a signal, when all is saved."""

@@ -63,7 +63,7 @@ def test_folders_name_the_files_that_are_left_out(tmp_path, capsys):
     (tmp_path / "train" / "ant" / "note.txt").write_text("an ant")
     (tmp_path / "train" / "bee" / "bee.gif").write_bytes(b"GIF89a")
     assert len(load_data(str(tmp_path))) == 6
-    assert re.match(r"note: 2 other files below .*train are left out, such as .*note.txt\n$", capsys.readouterr().out)
+    assert re.match(r"note: 2 other files or folders below .*train are left out, such as .*note.txt\n$", capsys.readouterr().out)
     assert len(load_data(str(tmp_path), split="test")) == 4
     assert capsys.readouterr().out == ""
 

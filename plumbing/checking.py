@@ -1,0 +1,97 @@
+"""Picture files of a data set: which they are, and that each can be read."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import stat
+from pathlib import Path
+
+from tqdm import tqdm
+
+from plumbing.decoding import read_whole
+from plumbing.errors import UserError
+from plumbing.files import write_atomically
+from plumbing.processes import note
+
+
+def survey(paths: list, root) -> tuple[list, str]:
+    """One look at each file -> its size and its name below `root`, a line of bytes each; a digest, with dates too."""
+    lines, digest, start = [], hashlib.sha256(os.fsencode(os.path.abspath(root))), len(str(root)) + 1
+    for path in paths:
+        try:
+            status = os.stat(path)
+            size, date = status.st_size, status.st_mtime_ns
+        except OSError:
+            size, date = -1, 0
+        lines.append(b"%d\t%s\n" % (size, os.fsencode(path[start:]).replace(b"\n", b"\\n")))
+        digest.update(b"%d\t%s" % (date, lines[-1]))
+    return lines, digest.hexdigest()[:32]
+
+
+def attempt_all(read, indices, verb: str) -> dict:
+    """read(i) for some indices, in threads: {i: reason} of those that failed."""
+    bad = {}
+
+    def attempt(i):
+        try:
+            read(i)
+        except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
+            bad[i] = " ".join(str(error).split()) or type(error).__name__
+
+    bar = tqdm(total=len(indices), desc=f"{verb} {len(indices)} images", unit="img", leave=False, disable=None)
+    with concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool, bar:
+        for start in range(0, len(indices), 4096):  # a queue of a million tasks would need a gigabyte
+            some = indices[start : start + 4096]
+            list(pool.map(attempt, some))
+            bar.update(len(some))
+    return dict(sorted(bad.items()))
+
+
+def keep_good(paths: list, bad: dict, skip: bool) -> list:
+    """The indices that remain without the bad images {index: reason}. Raises UserError unless these may be skipped."""
+    if bad:
+        shown = "; ".join(f"{paths[i]} ({reason})" for i, reason in itertools.islice(bad.items(), 5))
+        shown += "; ..." if len(bad) > 5 else ""
+        if not skip or len(bad) == len(paths):
+            advice = "mend or remove them" + ("" if skip else ", or add --skip-bad-images")
+            raise UserError(f"{len(bad)} of {len(paths)} images cannot be read: {shown}; {advice}")
+        note(f"{len(bad)} of {len(paths)} images are left out, they cannot be read: {shown}")
+    return [i for i in range(len(paths)) if i not in bad]
+
+
+def cache_folder() -> Path | None:
+    """The user's folder for what can be found out again; None without a home, as for a user id without an entry."""
+    given, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~")
+    if os.path.isabs(given):  # others are to be ignored, says the standard
+        return Path(given)
+    return Path(home, ".cache") if os.path.isabs(home) else None
+
+
+def check_images(paths: list, digest: str) -> dict:
+    """Decode every image file once: {index: reason} of those that cannot be read.
+
+    Which ones are good is remembered in the user's cache folder under the digest of `survey`, so that a large data set
+    is checked by the first run alone. Bad ones are looked at again: a disk may have failed only once.
+    """
+    folder, indices = cache_folder(), range(len(paths))
+    if folder is None:
+        note("there is no home folder to remember in which pictures are good: each run looks at all of them")
+    cache = folder / "checked-images" / f"{digest}.json" if folder else None
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        known = json.loads(cache.read_text()) if cache else indices
+        indices = [int(i) for i in known if 0 <= int(i) < len(paths)]
+
+    def read(i):
+        if not stat.S_ISREG(os.stat(paths[i]).st_mode):
+            raise OSError("not a plain file")  # a pipe or a device could be read for ever
+        read_whole(paths[i])
+
+    bad = attempt_all(read, indices, "checking")
+    with contextlib.suppress(OSError):
+        if cache:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, lambda file: file.write(json.dumps(list(bad)).encode()))
+    return bad
