@@ -20,7 +20,7 @@ from common import METHODS, fit, load_data
 from plumbing.command import run_command
 from plumbing.errors import UserError, unknown
 from plumbing.processes import rank, start_distributed
-from plumbing.runs import run_folder
+from plumbing.run_files import run_folder
 from plumbing.settings import check_batch, read_flags
 from plumbing.tables import format_table
 

@@ -15,7 +15,7 @@ from plumbing.errors import UserError
 from plumbing.files import write_atomically
 from plumbing.pictures import save_pictures
 from plumbing.processes import autocast
-from plumbing.runs import read_log
+from plumbing.run_files import read_log
 from plumbing.tables import column_of
 from protocols.rows import Subject, method_of
 from protocols.settings import Config

@@ -421,7 +421,7 @@ plumbing/processes.py tests/test_faults.py::test_a_signal_to_one_process_of_two_
 - dist.ReduceOp.MAX
 + dist.ReduceOp.MIN
 
-plumbing/runs.py tests/test_faults.py::test_a_run_folder_has_one_writer
+plumbing/run_files.py tests/test_faults.py::test_a_run_folder_has_one_writer
 - fcntl.LOCK_EX | fcntl.LOCK_NB
 + fcntl.LOCK_UN
 

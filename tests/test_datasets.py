@@ -9,7 +9,8 @@ import torch
 from make import write_cifar, write_folders, write_stl10, write_tinyimagenet
 from PIL import Image
 
-from plumbing.datasets import ARCHIVES, CIFAR, IMAGENET100, load_data, read_cifar
+from plumbing.class_folders import IMAGENET100
+from plumbing.datasets import ARCHIVES, CIFAR, load_data, read_cifar
 from plumbing.errors import UserError
 
 # --- CIFAR -----------------------------------------------------------------------------------------------------------
@@ -63,7 +64,9 @@ def test_folders_name_the_files_that_are_left_out(tmp_path, capsys):
     (tmp_path / "train" / "ant" / "note.txt").write_text("an ant")
     (tmp_path / "train" / "bee" / "bee.gif").write_bytes(b"GIF89a")
     assert len(load_data(str(tmp_path))) == 6
-    assert re.match(r"note: 2 other files or folders below .*train are left out, such as .*note.txt\n$", capsys.readouterr().out)
+    assert re.match(
+        r"note: 2 other files or folders below .*train are left out, such as .*note.txt\n$", capsys.readouterr().out
+    )
     assert len(load_data(str(tmp_path), split="test")) == 4
     assert capsys.readouterr().out == ""
 

@@ -13,7 +13,7 @@ from ebm_pretrain import MIXTURE
 from plumbing.datasets import load_data
 from plumbing.encoders import load_encoder
 from plumbing.probes import labelled
-from plumbing.runs import read_log
+from plumbing.run_files import read_log
 from plumbing.shapes import render_shapes
 from protocols.energy_figures import CHAIN, chain_curves, look_into_energy, share_left
 from protocols.rows import Subject, method_for

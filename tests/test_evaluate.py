@@ -13,7 +13,7 @@ from PIL import Image
 import evaluate
 import train
 from plumbing.encoders import load_encoder
-from plumbing.runs import read_log
+from plumbing.run_files import read_log
 
 
 @pytest.fixture(scope="module")

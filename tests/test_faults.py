@@ -39,7 +39,7 @@ from plumbing.command import run_command
 from plumbing.datasets import load_data
 from plumbing.errors import UserError
 from plumbing.files import load_checkpoint
-from plumbing.runs import lock_run
+from plumbing.run_files import lock_run
 from plumbing.settings import choices_of, field_types
 
 RUN = "--epochs 2 --batch-size 8 --probe-every 0 --workers 0 --warmup-epochs 0 --amp off --device cpu"

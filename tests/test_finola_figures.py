@@ -12,7 +12,7 @@ import evaluate
 import finola
 import train
 from plumbing.images import MemoryImages
-from plumbing.runs import read_log
+from plumbing.run_files import read_log
 from protocols.finola_figures import draw_embeddings, draw_finola, look_into_finola, ranked
 from protocols.rows import Subject
 from protocols.settings import Config

@@ -20,7 +20,7 @@ import plumbing.images
 from mlo_mae import Config, LevelPlan, MaskingNetwork
 from plumbing.encoders import save_encoder
 from plumbing.errors import UserError
-from plumbing.runs import read_log
+from plumbing.run_files import read_log
 from plumbing.settings import choices_of, field_types, read_flags
 
 OBJECTIVES = choices_of(field_types(Config)["objective"])

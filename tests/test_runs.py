@@ -13,7 +13,8 @@ import magma
 from plumbing.encoders import load_encoder
 from plumbing.errors import NonFiniteLoss, UserError
 from plumbing.files import load_checkpoint
-from plumbing.runs import Meter, read_log, rewind_log
+from plumbing.run_files import read_log, rewind_log
+from plumbing.runs import Meter
 from plumbing.tables import format_table
 
 # --- meter and log ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from make import QUICK, MapEncoder, rand, settings_for, subject_of, vit
 from plumbing.encoders import load_encoder
 from plumbing.errors import UserError
 from plumbing.files import load_checkpoint
-from plumbing.runs import read_log
+from plumbing.run_files import read_log
 from protocols import heads, training
 from protocols.heads import LinearHeads, TransformerHead
 from protocols.training import Classifier, applies, run_protocol

@@ -1,0 +1,151 @@
+"""The files of a run folder: whose they are, the lock, the log, which pictures."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing.errors import UserError
+from plumbing.files import load_checkpoint, write_atomically
+from plumbing.processes import note, world_size
+from plumbing.settings import FREE_FIELDS, TrainConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+def run_folder(name: str, config: TrainConfig) -> Path:
+    """Where a method's run is written."""
+    return Path(config.out or f"runs/{name}-{Path(config.data).name}")
+
+
+def identity_of(method, train, config: TrainConfig, stepper) -> dict:
+    """All that must be the same where a run goes on: else it would not end where an uninterrupted one does."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
+    if listing := getattr(train, "listing", b""):
+        fields["pictures"] = digest_of(listing)
+    return {
+        "method": method.name,
+        "origin": method.origin,
+        "images": len(train),
+        "processes": world_size(),
+        "precision": str(stepper.dtype),
+    } | fields
+
+
+def digest_of(listing: bytes) -> str:
+    return hashlib.sha256(listing).hexdigest()[:32]
+
+
+def refuse_other_pictures(out: Path, listing: bytes):
+    """Say which pictures are not those of the run, by its images.txt. Raises UserError."""
+    before, now = (
+        dict(line.split(b"\t", 1)[::-1] for line in text.splitlines() if b"\t" in line)
+        for text in ((out / "images.txt").read_bytes() if (out / "images.txt").exists() else b"", listing)
+    )
+    others = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    text = f"{out} was trained on other pictures"
+    if before and others:
+        name = min(others)
+        sizes = [f"{files[name].decode()} bytes" if name in files else "none" for files in (before, now)]
+        text += f": {len(others)} differ, first {os.fsdecode(name)} ({sizes[0]} then, {sizes[1]} now)"
+    raise UserError(f"{text}; give the --data of before, or another --out")
+
+
+def lock_run(out: Path, resume: bool):
+    """Make a run folder, or with --resume take the one that is there; lock it until the returned file closes.
+
+    The lock is the operating system's: it ends with the process, however that ends. Raises UserError where the run
+    exists, or another process is writing it.
+    """
+    try:
+        left = [path for path in (out.iterdir() if out.exists() else ()) if path.suffix != ".tmp"]
+        if not resume and {path.name for path in left} - {".lock"}:  # these alone are of a start that was refused
+            raise FileExistsError
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")  # noqa: SIM115 (stays open for as long as the run)
+    except FileExistsError:
+        raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out") from None
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {out} ({error.strerror}); choose another by --out") from None
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # either one means that somebody has it
+        file.close()
+        raise UserError(f"another process is writing {out}; wait for it, or choose another folder by --out") from None
+    except OSError:
+        pass  # some network file systems have no locks
+    return file
+
+
+def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"") -> int:
+    """Begin the run in a locked folder, or with --resume find its checkpoint; returns the step to go on from.
+
+    `listing` tells which files it trains on. Raises UserError rather than overwrite a run, or go on with one that is
+    not the same.
+    """
+    if config.resume and (out / "last.pt").exists():
+        state = load_checkpoint(out / "last.pt")
+        state = state if isinstance(state, dict) else {}
+        old, step = state.get("identity"), state.get("step")
+        if not isinstance(old, dict) or type(step) is not int or step < 0:
+            raise UserError(f"{out / 'last.pt'} is not a checkpoint of a run; choose another folder by --out")
+        # Where files are listed, which ones they are counts, and not what their folder is called today.
+        names = (identity.keys() | old.keys()) - ({"data", "pictures"} if "pictures" in old else {"pictures"})
+        differing = sorted(name for name in names - {"images"} if old.get(name) != identity.get(name))
+        if not differing and "pictures" in old and old["pictures"] != identity.get("pictures"):
+            refuse_other_pictures(out, listing)
+        differing += ["images"] if old.get("images") != identity["images"] else []
+        if differing:
+            changes = ", ".join(f"{name} {old.get(name)} -> {identity.get(name)}" for name in differing)
+            raise UserError(f"{out} was trained otherwise ({changes}); go on with what it was trained with")
+        return step
+    if (out / "encoder.pt").exists():
+        raise UserError(f"{out} holds an encoder but no last.pt to go on from; choose another folder by --out")
+    if config.resume:
+        note(f"no checkpoint in {out} yet, starting from the beginning")
+    settings = json.dumps({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
+    write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
+    write_atomically(out / "log.jsonl", lambda file: file.write(log_header(identity, config).encode()))
+    if listing:
+        write_atomically(out / "images.txt", lambda file: file.write(listing))
+    return 0
+
+
+def log_header(identity: dict, config: TrainConfig) -> str:
+    """The first line of a log: how to make the run again."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    header = {"command": " ".join(sys.argv), "method": identity["method"], "config": dataclasses.asdict(config)}
+    return json.dumps(header | {"precision": identity["precision"], "versions": versions}) + "\n"
+
+
+def read_log(path: Path) -> tuple[str, list]:
+    """A log.jsonl: the text of its first line, "" where that is missing, and its epochs as dicts."""
+    header, lines = "", []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+            line = json.loads(text)
+            if isinstance(line, dict) and "command" in line:
+                header = text + "\n"
+            elif isinstance(line, dict) and type(line.get("epoch")) is int:
+                lines.append(line)
+    return header, lines
+
+
+def rewind_log(path: Path, last_epoch: int, header: str) -> list:
+    """Drop the lines of a log after `last_epoch`, whose steps will be done again, and return the lines that stay."""
+    first, lines = read_log(path)
+    kept = [line for line in lines if line["epoch"] <= last_epoch]
+    text = (first or header) + "".join(json.dumps(line) + "\n" for line in kept)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return kept
