@@ -16,6 +16,8 @@ mixed         MixedAE's step against MAE's, and top-k against plain attention
 finola        FINOLA's map in its parallel form against position by position
 energy        an energy step of N = 2 against a plain forward and backward pass of the same transformer: time and memory
 levels        a cycle of MLO-MAE, two steps of level I and one each of II and III, against two steps of MAE
+gpu           on a GPU: the five methods at the papers' sizes, and MAE against a plain loop, in at most --seconds; with
+              --device cpu the same code at small sizes
 """
 
 import argparse
@@ -36,6 +38,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -50,7 +54,7 @@ from plumbing.datasets import STATISTICS
 from plumbing.images import MemoryImages
 from plumbing.probes import knn_accuracy
 from plumbing.processes import pick_precision, start_distributed
-from plumbing.runs import read_log
+from plumbing.run_files import read_log
 from plumbing.settings import read_flags
 from protocols.heads import LinearHeads, one_hot
 from protocols.rows import Subject
@@ -58,19 +62,31 @@ from protocols.settings import settings_of
 from protocols.training import Classifier, run_protocol
 
 
-def seconds(*functions, rounds: int = 7) -> list:
-    """Median seconds of each function; they take turns, so that a busy moment hits all alike."""
+def wait():
+    """Until a GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turn(*functions, rounds: int = 7, times: int = 1) -> list:
+    """Seconds of a call of each function, round by round: a list for each. They take turns, `times` calls each."""
     for function in functions:
         function()
-    times = [[] for _ in functions]
+    wait()
+    found = [[] for _ in functions]
     for _ in range(rounds):
-        for function, kept in zip(functions, times, strict=True):
+        for function, kept in zip(functions, found, strict=True):
             start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            kept.append(time.perf_counter() - start)
-    return [statistics.median(kept) for kept in times]
+            for _ in range(times):
+                function()
+            wait()
+            kept.append((time.perf_counter() - start) / times)
+    return found
+
+
+def seconds(*functions, rounds: int = 7) -> list:
+    """Median seconds of each function; they take turns, so that a busy moment hits all alike."""
+    return [statistics.median(kept) for kept in in_turn(*functions, rounds=rounds)]
 
 
 def most_memory() -> float:
@@ -465,16 +481,237 @@ def three_levels(device):
             row(label, *times, f"{grown:.0f} MB")
 
 
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # products in bf16, dense, a second
+
+DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
+SMALL_VIT = {"model": "vit_micro", "image_size": 32, "patch": 4} | DECODER
+SMALL_FINOLA = {"width": "micro", "image_size": 64, "channels": 64, "upsampler_width": 32}
+PAPERS = {  # name: method, batch, settings besides the papers' (the defaults); settings for a CPU, in batches of 8
+    "MAE, vit_base 224/16": (magma, 256, {"lam": 0.0}, SMALL_VIT),
+    "MAGMA, vit_base 224/16": (magma, 256, {"e_st": 0}, SMALL_VIT),
+    "MixedAE, vit_base 224/16": (mixedae, 256, {}, SMALL_VIT),
+    "energy, N = 2, vit_small 224/16": (ebm_pretrain, 256, {}, SMALL_VIT | {"grid": 4}),
+    "MLO-MAE, cycle E, C, T, vit_base 224/16": (mlo_mae, 128, {}, SMALL_VIT | {"hidden": 32}),
+    "FINOLA, MF-W2880, 3072 channels, 256 pixels": (finola, 32, {}, SMALL_FINOLA),
+}
+
+
+def paper_step(name: str, device, share: int = 1):
+    """A step of a method of PAPERS in bf16 on one batch, a `share`th of the paper's -> method, function, images."""
+    module, batch, fields, smaller = PAPERS[name]
+    batch, fields = (8, fields | smaller) if device.type == "cpu" else (batch // share, fields)
+    config = module.Config(**{"batch_size": batch, "amp": "bf16"} | fields)
+    labels = torch.arange(10 * batch) % 10  # some are kept for level III
+    torch.manual_seed(0)
+    data = MemoryImages(None, labels, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
+    method = getattr(module, common.METHODS[module.__name__])(config, data).to(device).train()
+    count = batch * (getattr(config, "unrolling", -1) + 2)
+    images = torch.rand(count, 3, config.image_size, config.image_size, device=device)
+    stepper, labels = common.Stepper(method.optimizer(config), config, device), labels[:count].to(device)
+    return method, lambda: method.update(method, [(images, labels)], stepper), images
+
+
+class Operations(TorchDispatchMode):
+    """Floating-point operations of the products, convolutions and attention that run while this is on, in `total`.
+
+    By the formulas of torch's FlopCounterMode, whose hooks on modules do not bear gradients taken within `forward`.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops_of(function) -> int:
+    with Operations() as counted:
+        function()
+    return counted.total
+
+
+def peak_memory(function, device, besides: int = 0) -> str:
+    """The most memory of a GPU that is held during a call, without `besides` bytes that others hold."""
+    if device.type != "cuda":
+        return "-"
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    return f"{(torch.cuda.max_memory_allocated(device) - besides) / 1e9:.1f} GB"
+
+
+def utilisation(flops: int, spent: float, device) -> str:
+    """Share of the card's peak in bf16 (MFU); "-" where that is not known."""
+    peak = PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return f"{100 * flops / spent / peak:.1f} %" if peak else "-"
+
+
+class PlainMAE(torch.nn.Module):
+    """MAE as one would write it first, for `gpu`; its parameters come in the order of those of `MaskedAutoencoder`."""
+
+    def __init__(self, size, patch, dim, depth, heads, decoder_dim, decoder_depth, decoder_heads, mean, std):
+        super().__init__()
+        patches, nn = (size // patch) ** 2, torch.nn
+        self.patch, self.visible, self.mean, self.std = patch, patches - round(0.75 * patches), mean, std
+        self.mask_token, self.cls_token = (nn.Parameter(torch.zeros(1, 1, width)) for width in (decoder_dim, dim))
+        self.embed = nn.Linear(3 * patch**2, dim)
+        self.blocks = nn.ModuleList(PlainBlock(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.to_decoder = nn.Linear(dim, decoder_dim)
+        self.decoder = nn.ModuleList(PlainBlock(decoder_dim, decoder_heads) for _ in range(decoder_depth))
+        self.last, self.head = nn.LayerNorm(decoder_dim, eps=1e-6), nn.Linear(decoder_dim, 3 * patch**2)
+        for name, width in (("positions", dim), ("decoder_positions", decoder_dim)):
+            self.register_buffer(name, common.sincos_positions(size // patch, size // patch, width))
+
+    def forward(self, images, noise):
+        batch, _, size, _ = images.shape
+        p, side = self.patch, size // self.patch
+        x = ((images - self.mean) / self.std).reshape(batch, 3, side, p, side, p)
+        x = x.permute(0, 2, 4, 3, 5, 1).reshape(batch, side**2, -1)
+        target = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+        order = noise.argsort(dim=1)
+        back, keep = order.argsort(dim=1), order[:, : self.visible]
+        x = self.embed(x) + self.positions
+        x = torch.gather(x, 1, keep[:, :, None].repeat(1, 1, x.shape[-1]))
+        x = torch.cat([self.cls_token.expand(batch, -1, -1).to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.to_decoder(self.norm(x))
+        hidden = self.mask_token.to(x.dtype).repeat(batch, side**2 - self.visible, 1)
+        full = torch.cat([x[:, 1:], hidden], dim=1)
+        full = torch.gather(full, 1, back[:, :, None].repeat(1, 1, x.shape[-1])) + self.decoder_positions
+        x = torch.cat([x[:, :1], full], dim=1)
+        for block in self.decoder:
+            x = block(x)
+        error = (self.head(self.last(x[:, 1:])).float() - target).square().mean(-1)
+        mask = (back >= self.visible).float()
+        return (error * mask).sum() / mask.sum()
+
+
+class PlainBlock(torch.nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        nn, self.heads = torch.nn, heads
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm2, self.fc1 = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        x = x + self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, dim))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def plain_loop(method, images):
+    """A step of the same MAE with the same weights in a plain loop, after a look that its loss is the same."""
+    config, vit, device = method.config, method.encoder, images.device
+    size = (config.image_size, config.patch, vit.dim, len(vit.blocks), vit.blocks[0].heads)
+    decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
+    model = PlainMAE(*size, *decoder, vit.mean.clone(), vit.std.clone()).to(device)
+    with torch.no_grad():
+        for mine, theirs in zip(model.parameters(), method.autoencoder.parameters(), strict=True):
+            mine.copy_(theirs)
+        some, noise = images[:4], torch.rand(4, len(vit.positions), device=device)
+        ours = method(some, mask=common.mask_from_noise(noise, config.mask_ratio))["mae"]
+        torch.testing.assert_close(model(some, noise), ours, rtol=1e-3, atol=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.base_lr, betas=config.betas, weight_decay=0.05)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(images, torch.rand(len(images), len(vit.positions), device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def against_plain_loop(method, step, images):
+    """MAE and a plain loop take turns: two rows."""
+    device, count = images.device, len(images)
+    held = torch.cuda.memory_allocated(device) - images.nbytes if device.type == "cuda" else 0  # by ours
+    plain = plain_loop(method, images)
+    ours, theirs = in_turn(step, plain, times=2)
+    spent, ratios = statistics.median(theirs), [b / a for a, b in zip(ours, theirs, strict=True)]
+    cells = (count, f"{count / spent:,.0f}", f"{1e3 * spent:.0f}", "-", peak_memory(plain, device, held))
+    row("    a plain loop over the same network", *cells)
+    cells = [f"{x:.2f} x" for x in (statistics.median(ratios), min(ratios), max(ratios))]
+    row("    ours is faster: median, least, most", *cells)
+
+
+def crop_rates(images):
+    """Crops of pictures a seventh larger: ours, all at once, against Pillow, one by one in one process."""
+    count, _, size, _ = images.shape
+    side = size * 8 // 7
+    raw = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
+    pictures, there = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in raw], raw.to(images.device)
+    boxes = crop_boxes(*torch.full((2, count), float(side))).tolist()
+
+    def one_by_one():
+        out = []
+        for picture, (top, left, h, w) in zip(pictures, boxes, strict=True):
+            box = (left, top, min(left + w, side), min(top + h, side))
+            out.append(np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR, box=box)))
+        return torch.from_numpy(np.stack(out)).to(images.device)
+
+    found = in_turn(lambda: random_resized_crop(there, size), one_by_one, rounds=3)
+    rates = [f"{count / statistics.median(spent):,.0f}" for spent in found]
+    row("    crops a second: ours, Pillow one by one", *rates)
+
+
+def measure_paper(name: str, device):
+    """A row of the table for a method of PAPERS, in parts of the batch where the memory does not hold it."""
+    for share in (1, 2, 4):
+        try:
+            method, step, images = paper_step(name, device, share)
+            step()
+            flops, memory = flops_of(step), peak_memory(step, device)
+            (rounds,) = in_turn(step, rounds=3, times=2)
+            spent = statistics.median(rounds)
+            cells = (len(images), f"{len(images) / spent:,.0f}", f"{1e3 * spent:.0f}")
+            row(f"  {name}", *cells, utilisation(flops, spent, device), memory)
+            if name.startswith("MAE"):
+                against_plain_loop(method, step, images)
+                crop_rates(images)
+            return
+        except torch.OutOfMemoryError:
+            row(f"  {name}: out of memory", PAPERS[name][1] // share)
+        except RuntimeError as error:  # the others are measured all the same
+            print(f"  {name}: {str(error).splitlines()[0]}")
+            return
+        method = step = images = None  # what was held goes before the next try
+        torch.cuda.empty_cache()
+
+
+def gpu(device, budget: float = 90.0):
+    """The papers' steps, batches on the device; what no time is left for in `budget` seconds is named."""
+    began, skipped = time.perf_counter(), []
+    print(torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU: small sizes, to try the code")
+    row("a step in bf16", "images", "images/s", "ms", "MFU", "peak memory")
+    for name in PAPERS:
+        if time.perf_counter() - began > 0.75 * budget:
+            skipped.append(name)
+            continue
+        measure_paper(name, device)
+        torch.cuda.empty_cache()
+    print(f"skipped for want of time: {'; '.join(skipped) or 'nothing'} ({time.perf_counter() - began:.0f} s)")
+
+
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
 BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
-BENCHES |= {"levels": three_levels}
+BENCHES |= {"levels": three_levels, "gpu": gpu}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHES) + "; all by default")
+    parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHES) + "; all by default, gpu on a GPU")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's choice")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=90, help="how long gpu may take")
     args = parser.parse_args()
     if unknown := set(args.names) - set(BENCHES):
         parser.error(f"unknown name {min(unknown)!r}; choose from {', '.join(BENCHES)}")
@@ -485,9 +722,9 @@ def main():
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()}/{os.cpu_count()} threads, auto = {precision}"
     )
-    for name in args.names or BENCHES:
+    for name in args.names or [name for name in BENCHES if name != "gpu" or device.type == "cuda"]:
         print()
-        BENCHES[name](device)
+        BENCHES[name](device, **{"budget": args.seconds} if name == "gpu" else {})
 
 
 if __name__ == "__main__":
