@@ -6,12 +6,11 @@ import hashlib
 import itertools
 import json
 import os
-import stat
 from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.decoding import read_whole
+from plumbing.decoding import MAX_PIXELS, read_whole, reason_of
 from plumbing.errors import UserError
 from plumbing.files import write_atomically
 from plumbing.processes import note
@@ -39,7 +38,7 @@ def attempt_all(read, indices, verb: str) -> dict:
         try:
             read(i)
         except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
-            bad[i] = " ".join(str(error).split()) or type(error).__name__
+            bad[i] = reason_of(error)
 
     bar = tqdm(total=len(indices), desc=f"{verb} {len(indices)} images", unit="img", leave=False, disable=None)
     with concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool, bar:
@@ -70,24 +69,20 @@ def cache_folder() -> Path | None:
     return Path(home, ".cache") if os.path.isabs(home) else None
 
 
-def check_images(paths: list, digest: str) -> dict:
+def check_images(paths: list, digest: str, max_pixels: int = MAX_PIXELS) -> dict:
     """Decode every image file once: {index: reason} of those that cannot be read.
 
-    Which ones are good is remembered in the user's cache folder under the digest of `survey`, so that a large data set
-    is checked by the first run alone. Bad ones are looked at again: a disk may have failed only once.
+    Which ones are good is remembered in the user's cache folder under the digest of `survey` and `max_pixels`, so that
+    a large data set is checked by the first run alone. Bad ones are looked at again: a disk may have failed only once.
     """
     folder, indices = cache_folder(), range(len(paths))
-    if folder is None:
-        note("there is no home folder to remember in which pictures are good: each run looks at all of them")
-    cache = folder / "checked-images" / f"{digest}.json" if folder else None
+    cache = folder / "checked-images" / f"{digest}-{max_pixels}.json" if folder else None
     with contextlib.suppress(OSError, ValueError, TypeError):
         known = json.loads(cache.read_text()) if cache else indices
         indices = [int(i) for i in known if 0 <= int(i) < len(paths)]
 
     def read(i):
-        if not stat.S_ISREG(os.stat(paths[i]).st_mode):
-            raise OSError("not a plain file")  # a pipe or a device could be read for ever
-        read_whole(paths[i])
+        read_whole(paths[i], max_pixels)
 
     bad = attempt_all(read, indices, "checking")
     with contextlib.suppress(OSError):

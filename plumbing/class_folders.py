@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from plumbing.checking import check_images, keep_good, survey
+from plumbing.checking import cache_folder, check_images, keep_good, survey
+from plumbing.decoding import MAX_PIXELS
 from plumbing.errors import UserError
 from plumbing.images import FolderImages
 from plumbing.processes import note, on_rank_zero
@@ -69,7 +70,13 @@ def is_image(name: str) -> bool:
 
 
 def read_folders(
-    root: Path, split: str, name: str = "", skip_bad_images: bool = False, workers: int = 0, device="cpu"
+    root: Path,
+    split: str,
+    name: str = "",
+    skip_bad_images: bool = False,
+    workers: int = 0,
+    device="cpu",
+    max_pixels: int = MAX_PIXELS,
 ) -> FolderImages:
     """A folder with train/<class>/* and val/<class>/*, of a data set `name` or of one's own.
 
@@ -106,14 +113,17 @@ def read_folders(
         raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) below {home}")
     if others:
         note(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
+    if split != "test" and cache_folder() is None:
+        note("there is no home folder to remember in which pictures are good: each run looks at all of them")
     lines = []
 
     def look() -> dict:  # of process 0
         nonlocal lines
         lines, digest = survey(paths, root)
-        return check_images(paths, digest)
+        return check_images(paths, digest, max_pixels)
 
     good = keep_good(paths, on_rank_zero(look), skip_bad_images)
     listing = b"".join(lines[i] for i in good if lines)
     paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])
-    return FolderImages(paths, numbers, classes, **IMAGENET, listing=listing, workers=workers, device=device)
+    options = {"workers": workers, "device": device, "max_pixels": max_pixels}
+    return FolderImages(paths, numbers, classes, **IMAGENET, listing=listing, **options)

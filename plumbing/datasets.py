@@ -4,11 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from plumbing.checking import attempt_all, keep_good, survey
 from plumbing.class_folders import pick_classes, read_folders
-from plumbing.decoding import to_rgb
+from plumbing.decoding import MAX_PIXELS, open_picture, to_rgb
 from plumbing.download import fetch
 from plumbing.errors import UserError, unknown
 from plumbing.images import MemoryImages
@@ -61,6 +60,7 @@ def load_data(
     download: bool = False,
     skip_bad_images: bool = False,
     workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ):
     """One split of a data set -> MemoryImages or FolderImages.
 
@@ -70,7 +70,7 @@ def load_data(
     come on `device`: small sets lie there as one uint8 tensor, files are decoded by `workers` processes. Only `shapes`
     needs `image_size` and `seed`.
     Raises UserError where the name is unknown, or a file is missing or not what it should be. Images that cannot be
-    read are left out with `skip_bad_images`.
+    read are left out with `skip_bad_images`; one of more than `max_pixels` pixels is not read.
     """
     if name == "shapes":
         count = 1024 if split == "test" else 4096
@@ -85,9 +85,9 @@ def load_data(
             return read_tinyimagenet(home, split, device, skip_bad_images)
         return read_cifar(name, home, split, device)
     if name in ("imagenet100", "imagenet"):
-        return read_folders(Path(root), split, name, skip_bad_images, workers, device)
+        return read_folders(Path(root), split, name, skip_bad_images, workers, device, max_pixels)
     if Path(name).is_dir():
-        return read_folders(Path(name), split, "", skip_bad_images, workers, device)
+        return read_folders(Path(name), split, "", skip_bad_images, workers, device, max_pixels)
     if "/" in name:
         raise UserError(f"no folder {name}; expected one with train/<class>/* and val/<class>/*")
     raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder with train/<class>/* and val/<class>/*")
@@ -201,7 +201,7 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
     images = torch.empty(len(files), 3, 64, 64, dtype=torch.uint8)
 
     def read(i):
-        with Image.open(files[i][0]) as image:
+        with open_picture(files[i][0]) as image:
             if image.size != (64, 64):
                 raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, expected 64 x 64")
             images[i] = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)

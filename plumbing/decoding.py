@@ -1,22 +1,70 @@
 """Picture files: open, decode, turn upright."""
 
+import io
+import os
+import re
+import stat
+import struct
+
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from plumbing.crops import crop_boxes
 
+MAX_PIXELS = 178_956_970  # the default of --max-pixels, and what Pillow refuses as an attack by its own settings
+Image.MAX_IMAGE_PIXELS = None  # the limit is ours: `open_picture` holds it, and says how to raise it
 
-def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,)) -> Tensor:
+FORMATS = {  # the decoders of Pillow that may read a file, by its first bytes; JPEG is that of MPO too
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n\x1a\n",
+    "WEBP": rb"RIFF....WEBP",
+}
+OTHERS = {  # what else may carry the name of a picture, to be named where it is refused
+    "empty": rb"\Z",
+    "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
+    "PDF": rb"%PDF",
+    "GIF": rb"GIF8",
+    "BMP": rb"BM....\0\0\0\0",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "AVIF": rb"....ftypavi[fs]",
+    "HEIC": rb"....ftyp(?:he|mif1|msf1)",
+    "a video": rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "JPEG XL": rb"\0\0\0\x0cJXL |\xff\x0a",
+    "Photoshop": rb"8BPS",
+    "an icon": rb"\0\0[\x01\x02]\0",
+    "an archive": rb"PK\x03\x04|\x1f\x8b|Rar!|7z\xbc\xaf",
+    "a note of macOS about another file": rb"\0\x05\x16[\0\x07]",
+    "a pointer of Git LFS (git lfs pull gets the picture)": rb"version https://git-lfs",
+    "SVG or XML": rb"(?i:(?:\xef\xbb\xbf)?\s*<(?:\?xml|svg))",
+    "an HTML page": rb"(?i:(?:\xef\xbb\xbf)?\s*<(?:!doctype|!--|html|head|body))",
+    "a text": rb"[\t-\r -~\x80-\xff]*\Z",
+}
+TURNS = {  # EXIF orientation: what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# --- from a file to pixels -------------------------------------------------------------------------------------------
+
+
+def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,), max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read one image file -> uint8 (V, 3, size, size): a random resized crop a seed, the centre square for None.
 
     JPEG, PNG and WebP; grey, palette, CMYK, 16-bit and turned (EXIF) files come out as upright RGB. Bicubic.
-    Raises OSError, SyntaxError, ValueError or struct.error where the file is damaged.
+    Raises what `open_picture` does.
     """
-    with Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # EXIF orientation: on its side
-        width, height = image.size[::-1] if turned else image.size
+    with open_picture(path, max_pixels) as image:
+        turn = image.info["orientation"]
+        width, height = image.size[::-1] if turn >= 5 else image.size  # from 5 on it lies on its side
         boxes = []
         for seed in seeds:
             if seed is None:
@@ -26,9 +74,11 @@ def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,)) -> Tensor:
                 sides, generator = torch.tensor([[height], [width]]).float(), torch.Generator().manual_seed(seed)
                 boxes.append(crop_boxes(*sides, scale, generator=generator)[0].tolist())
         shrink = min(min(h, w) for _, _, h, w in boxes) / size
-        if image.format == "JPEG" and shrink >= 2:  # let the decoder skip what the crops would throw away
+        if shrink >= 2:  # let the decoder of JPEG skip what the crops would throw away; others have no draft
             image.draft("RGB", (int(image.size[0] / shrink), int(image.size[1] / shrink)))
-        upright = to_rgb(ImageOps.exif_transpose(image))
+        upright = to_rgb(image)
+    if turn in TURNS:
+        upright = upright.transpose(TURNS[turn])
     sx, sy = upright.width / width, upright.height / height  # less than 1 after draft
     crops = []
     for top, left, h, w in boxes:
@@ -37,19 +87,143 @@ def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,)) -> Tensor:
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
 
 
+def read_whole(path, max_pixels: int = MAX_PIXELS):
+    """Decode a picture and throw it away. Raises what `open_picture` does."""
+    with open_picture(path, max_pixels) as image:
+        image.draft("RGB", (1, 1))  # a JPEG at an eighth of its resolution: faster, and shows the same damage
+        to_rgb(image)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB; 16-bit grey is scaled rather than cut off, transparency is dropped."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float32)
-        values = values / 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else values
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
+    """An opened picture as 8-bit RGB; 16-bit grey is scaled rather than cut off, transparency is dropped."""
+    if image.mode.startswith("I"):  # not by the largest value: brightness would depend on what else is in the picture
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
-def read_whole(path):
-    """Decode a picture and throw it away. Raises what `decode_image` does."""
-    with Image.open(path) as image:
-        image.draft("RGB", (1, 1))  # a JPEG at an eighth of its resolution: faster, and shows the same damage
-        to_rgb(ImageOps.exif_transpose(image))
+def open_picture(path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open a JPEG, PNG or WebP file -> the Pillow image, to be loaded; its info has the EXIF "orientation", 1 to 8.
+
+    Pillow sees the pixels alone, no metadata: these can neither refuse a picture nor change or delay it. Of several
+    frames there is the first.
+    Raises OSError or ValueError for another kind of file, for more than `max_pixels` pixels and for a damaged header;
+    loading it raises OSError, SyntaxError, ValueError or EOFError where its pixels are damaged.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a plain file")  # a pipe or a device could be read for ever
+    with open(path, "rb") as file:
+        head = file.read(256)
+        kind = kind_of(head)
+        if kind not in FORMATS:
+            raise ValueError(f"{kind}, expected JPEG, PNG or WebP")
+        if status.st_size > 8 * max_pixels + 2**26:  # PNG has 8 bytes a pixel at most; and some for the rest
+            raise ValueError(f"{status.st_size} bytes, more than a picture can need: raise --max-pixels {max_pixels}")
+        pixels, exif = {"JPEG": split_jpeg, "PNG": split_png, "WEBP": split_webp}[kind](head + file.read())
+    try:
+        image = Image.open(io.BytesIO(pixels), formats=[kind])
+    except UnidentifiedImageError:
+        raise ValueError(f"its {kind} header is damaged, or of a rare kind that Pillow cannot read") from None
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("its palette is missing")  # Pillow would give a black picture
+    width, height = image.size
+    if width * height > max_pixels:
+        shown = f"{width} x {height} pixels, {width * height / 1e6:.0f} megapixels"
+        raise ValueError(f"{shown}, more than {max_pixels / 1e6:.0f}: raise --max-pixels {max_pixels}")
+    image.info["orientation"] = orientation_of(exif)
+    return image
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def kind_of(head: bytes) -> str:
+    """What a file is, by its first bytes: a key of FORMATS, or words to refuse it with."""
+    kinds = (kind for kind, start in (FORMATS | OTHERS).items() if re.match(start, head, flags=re.DOTALL))
+    return next(kinds, "of an unknown kind")
+
+
+# --- pixels and metadata apart ---------------------------------------------------------------------------------------
+# Each of these takes a whole file and gives a file of the same format without metadata, byte by byte the same where the
+# pixels are, and its EXIF block. What is damaged stays so: Pillow judges it.
+
+
+def split_jpeg(data: bytes) -> tuple[bytes, bytes]:
+    """Headers stay but for comments and application segments; of these, two say how colours are stored."""
+    header, exif, scans, start, at = [data[:2]], b"", 0, len(data), 2
+    while (found := MARKER.search(data, at)) and (code := data[found.end() - 1]) != 0xD9:  # until the end of the image
+        begin, at = found.end() - 2, found.end()
+        if code in (0x01, 0xD8):
+            continue  # has no content
+        at += max(2, int.from_bytes(data[at : at + 2]))
+        content = data[begin + 4 : at]
+        colours = code == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14
+        colours = colours or (code == 0xEE and content.startswith(b"Adobe") and len(content) >= 12)
+        if code == 0xDA:
+            scans, start = scans + 1, min(start, begin)
+            if scans > 100:  # real files have a dozen; each takes time for the whole picture, and needs 20 bytes
+                raise ValueError("a progressive JPEG of more than 100 scans")
+        elif scans:
+            continue
+        elif code == 0xE1 and content.startswith(b"Exif\0\0"):
+            exif += content[6:]  # a long one goes on in the next segment
+        elif colours or not (0xE0 <= code <= 0xEF or code == 0xFE):
+            header.append(data[begin:at])
+    return b"".join([*header, data[start:]]), exif
+
+
+MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", flags=re.DOTALL)  # of JPEG, but those that stand among the pixels
+
+
+def split_png(data: bytes) -> tuple[bytes, bytes]:
+    """Chunks of header, palette and pixels stay; transparency is no pixel here."""
+    kept, exif, at, kind = [data[:8]], b"", 8, b""
+    while at < len(data) and kind != b"IEND":
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            kept.append(data[at:end])
+        elif kind == b"eXIf":
+            exif = data[at + 8 : end - 4]
+        at = end
+    return b"".join(kept), exif
+
+
+def split_webp(data: bytes) -> tuple[bytes, bytes]:
+    """The chunk of colours stays; of an animation its canvas and its first frame."""
+    chunks, at = {}, 12
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        chunks.setdefault(data[at : at + 4], data[at:end])  # the first of a kind counts
+        at = end + end % 2
+    exif = chunks.get(b"EXIF", b"")[8:]
+    body = chunks.get(b"VP8 ") or chunks.get(b"VP8L")
+    if body is None:
+        canvas = bytearray(chunks.get(b"VP8X", b""))
+        canvas[8:9] = b"\x12"  # there is animation and transparency, but no metadata
+        body = bytes(canvas) + chunks.get(b"ANIM", b"") + chunks.get(b"ANMF", b"")
+    body += b"\0" * (len(body) % 2)
+    return b"RIFF" + (4 + len(body)).to_bytes(4, "little") + b"WEBP" + body, exif
+
+
+def orientation_of(exif: bytes) -> int:
+    """EXIF block -> orientation, 1 to 8; 1, upright, where there is none or it cannot be read.
+
+    The block alone says it, as in browsers: a copy in XMP often is left from before somebody turned the picture.
+    """
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return 1
+    try:
+        (first,) = struct.unpack_from(f"{order}L", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, first)
+        for at in range(first + 2, first + 2 + 12 * count, 12):
+            tag, kind, length = struct.unpack_from(f"{order}HHL", tiff, at)
+            if tag == 0x0112 and kind in (3, 4) and length == 1:  # one 16-bit or 32-bit number
+                (value,) = struct.unpack_from(order + ("H" if kind == 3 else "L"), tiff, at + 8)
+                return value if 1 <= value <= 8 else 1
+    except struct.error:
+        pass  # cut off
+    return 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from plumbing.crops import mix_seed, random_resized_crop, resize
-from plumbing.decoding import decode_image
+from plumbing.decoding import MAX_PIXELS, decode_image, reason_of
 from plumbing.errors import UserError
 from plumbing.processes import STOP_SIGNALS, rank, world_size
 
@@ -93,6 +93,7 @@ class FolderImages:
     listing: bytes = b""  # a line a file: its size and its name below the root; process 0 alone has it
     workers: int = 0
     device: torch.device | str = "cpu"
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self):
         return len(self.labels)
@@ -101,7 +102,7 @@ class FolderImages:
         """As MemoryImages.train_batches. Each crop depends on the seed of its step and its place in the batch alone."""
         ahead, behind = itertools.tee(plan)  # the workers run ahead of the batches that come out
         keys = ([(i, seed, place) for place, i in enumerate(torch.as_tensor(part).tolist())] for seed, part in ahead)
-        loaded = self._load(keys, _Decoder(self.paths, self.labels, size, scale, views))
+        loaded = self._load(keys, _Decoder(self.paths, self.labels, size, scale, views, self.max_pixels))
         generator = torch.Generator(self.device)
         for (seed, _), (images, labels) in zip(behind, loaded, strict=True):
             images = images.flatten(0, 1).float() / 255  # (B * V, 3, size, size)
@@ -112,7 +113,7 @@ class FolderImages:
     def plain_batches(self, indices, size, batch=100):
         """Images without augmentation: the shorter side resized to size * 256 / 224, then the centre square."""
         parts = [[(i, None, 0) for i in part.tolist()] for part in torch.as_tensor(indices).split(batch)]
-        for images, labels in self._load(parts, _Decoder(self.paths, self.labels, size)):
+        for images, labels in self._load(parts, _Decoder(self.paths, self.labels, size, max_pixels=self.max_pixels)):
             yield images[:, 0].float() / 255, labels
 
     def _load(self, keys, decoder):
@@ -152,6 +153,7 @@ class _Decoder(torch.utils.data.Dataset):
     size: int
     scale: tuple = (0.08, 1.0)
     views: int = 1
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self):
         return len(self.paths)
@@ -160,9 +162,9 @@ class _Decoder(torch.utils.data.Dataset):
         index, seed, place = key
         seeds = [None if seed is None else mix_seed(seed, place, view) for view in range(self.views)]
         try:
-            return decode_image(self.paths[index], self.size, self.scale, seeds), self.labels[index]
+            return decode_image(self.paths[index], self.size, self.scale, seeds, self.max_pixels), self.labels[index]
         except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
-            return f"{self.paths[index]} cannot be read as an image ({error}); mend or remove it"
+            return f"{self.paths[index]} cannot be read as an image ({reason_of(error)}); mend or remove it"
 
 
 def _stack(items):

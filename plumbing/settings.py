@@ -15,6 +15,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from plumbing.decoding import MAX_PIXELS
 from plumbing.errors import UserError, unknown
 from plumbing.processes import world_size
 
@@ -28,6 +29,7 @@ class TrainConfig:
     root: str = "data"  # folder that holds the files of a named data set
     download: bool = False  # fetch the files of a named data set where they are missing
     skip_bad_images: bool = False  # leave out images that cannot be read instead of stopping
+    max_pixels: int = MAX_PIXELS  # largest picture that is read; more memory is needed for larger ones
     image_size: int = 224  # side of the crops, in pixels
     crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
     flip: float = 0.5  # probability of a mirror image
@@ -58,7 +60,7 @@ class TrainConfig:
     def check(self):
         """Raise UserError where a setting makes no sense, whatever the data; a method's Config adds its own rules."""
         check_choices(self)
-        check_least(self, image_size=1, epochs=1, batch_size=1, accumulate=1, save_every=1)
+        check_least(self, image_size=1, epochs=1, batch_size=1, accumulate=1, save_every=1, max_pixels=1)
         check_least(self, warmup_epochs=0, probe_every=0, probe_images=0, workers=0, seed=0)
         check_least(self, base_lr=0, warmup_lr=0, weight_decay=0, clip=0)
         if not 0 < self.crop_min <= 1:
@@ -69,7 +71,7 @@ class TrainConfig:
             raise UserError(f"--betas {self.betas} must both be at least 0 and less than 1")
 
 
-FREE_FIELDS = {"recipe", "root", "download", "skip_bad_images", "device", "workers", "amp"}
+FREE_FIELDS = {"recipe", "root", "download", "skip_bad_images", "max_pixels", "device", "workers", "amp"}
 FREE_FIELDS |= {"probe_every", "probe_images", "save_every", "out", "resume"}
 """Fields that may differ between a run and its continuation; of `amp`, the precision that it stands for must not."""
 

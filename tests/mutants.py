@@ -620,8 +620,8 @@ train.py tests/test_train.py::test_train_hands_on_seed_and_data_flags
 + torch.manual_seed(0)
 
 train.py tests/test_train.py::test_train_hands_on_seed_and_data_flags
-- "download", "skip_bad_images", "workers")}
-+ "download", "workers")}
+- "download", "skip_bad_images", "max_pixels", "workers")
++ "download", "max_pixels", "workers")
 
 train.py tests/test_train.py::test_torchrun_trains_on_two_processes
 - if rank() == 0 and results:

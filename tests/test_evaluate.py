@@ -258,7 +258,7 @@ def test_evaluate_draws_every_picture(run_folder, capsys):
     for name, count in columns.items():
         path = run_folder / "pictures" / f"{name}.png"
         assert f"wrote {path}" in out
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             assert min(image.size) > 250
             assert len(image.getcolors(image.size[0] * image.size[1])) > 20  # something is on it
             assert count is None or image.width == 4 + count * 132

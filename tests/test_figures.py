@@ -218,7 +218,7 @@ def test_a_sheet_puts_pictures_in_rows_and_columns_under_a_title(tmp_path):
     album = Album(tmp_path / "album", "a title")
     album.sheet("sheet", "heading", ("one", "two"), rows)
     assert album.written == [tmp_path / "album" / "sheet.png"]
-    with Image.open(album.written[0]) as image:
+    with Image.open(album.written[0], formats=["PNG"]) as image:
         image = image.convert("RGB")
         for r in range(2):
             for k in range(3):
@@ -233,7 +233,7 @@ def test_a_sheet_reduces_large_pictures(tmp_path):
     rows = torch.ones(1, 2, 3, 256, 256)
     rows[:, :, :, :128] = 0.5
     Album(tmp_path, "title").sheet("sheet", "heading", ("one", "two"), rows)
-    with Image.open(tmp_path / "sheet.png") as image:
+    with Image.open(tmp_path / "sheet.png", formats=["PNG"]) as image:
         assert image.width == 4 + 2 * 132
         bottom = image.height - 4 - 128
         for y, value in ((bottom + 20, 127.5), (bottom + 108, 255)):

@@ -13,7 +13,7 @@ from plumbing.pictures import GAP, check_drawing, save_pictures
 
 
 def sheet_of(path):
-    with Image.open(path) as file:
+    with Image.open(path, formats=["PNG"]) as file:
         assert file.format == "PNG"
         return np.array(file.convert("RGB"))
 

@@ -94,7 +94,7 @@ def test_fit_writes_a_run_folder(tmp_path):
     assert results["pixels"] == log[1]["pixels"]
     images = shapes().images[:3].float() / 255
     torch.testing.assert_close(load_encoder(out / "encoder.pt")(images), method.encoder.eval()(images))
-    with Image.open(out / "pictures.png") as picture:
+    with Image.open(out / "pictures.png", formats=["PNG"]) as picture:
         assert picture.size == (3 * (128 + 4) + 4, 20 + 8 * (128 + 4) + 4)  # captions above, and white between
 
 

@@ -119,11 +119,11 @@ def test_train_hands_on_seed_and_data_flags(monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda name, **options: asked.append((name, options)) or shapes())
     for seed in (0, 1, 1):
         flags = ["--seed", str(seed), "--skip-bad-images", "--download", "--root", "there", "--image-size", "8"]
-        assert train.main(["magma", *flags, "--workers", "5", "--device", "cpu"]) == 0
+        assert train.main(["magma", *flags, "--max-pixels", "9", "--workers", "5", "--device", "cpu"]) == 0
     assert (len(made), len(asked)) == (3, 6)
     assert same_weights(made[1], made[2])
     assert not same_weights(made[0], made[1])
-    wanted = {"root": "there", "image_size": 8, "download": True, "skip_bad_images": True}
+    wanted = {"root": "there", "image_size": 8, "download": True, "skip_bad_images": True, "max_pixels": 9}
     wanted |= {"workers": 5, "device": torch.device("cpu")}
     assert [options["split"] for _, options in asked[:2]] == ["train", "test"]
     assert all(name == "shapes" and wanted.items() <= options.items() for name, options in asked)
