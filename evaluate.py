@@ -85,7 +85,8 @@ def evaluate(argv: list):
     if not isinstance(size, int):
         raise UserError(f"{run_folder} has an encoder of {size[0]} x {size[1]} images; give a square --image-size")
     given = {"out": str(run_folder)} | given | {"image_size": size}
-    options = {name: given[name] for name in ("root", "image_size", "download", "skip_bad_images") if name in given}
+    names = ("root", "image_size", "download", "skip_bad_images", "max_pixels")
+    options = {name: given[name] for name in names if name in given}
     options |= {"device": device, "workers": given.get("workers", Config.workers)}
     train, test = (load_data(given["data"], split=split, **options) for split in ("labelled", "test"))
     method, width = known.get("method", ""), width_of(encoder)

@@ -45,7 +45,8 @@ def train(argv: list):
     config = read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
     device = start_distributed(config.device)
     check_batch(config)  # before any data is read
-    options = {name: getattr(config, name) for name in ("root", "image_size", "download", "skip_bad_images", "workers")}
+    names = ("root", "image_size", "download", "skip_bad_images", "max_pixels", "workers")
+    options = {name: getattr(config, name) for name in names}
     data, test = (load_data(config.data, split=split, device=device, **options) for split in ("train", "test"))
     torch.manual_seed(config.seed)  # of the initial weights, the same on every process
     method = getattr(module, METHODS[name])(config, data).to(device)
