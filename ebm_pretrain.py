@@ -523,6 +523,7 @@ class ConvNeXt(Encoder):
     def __init__(self, dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), stem=4, mean=(0.0,) * 3, std=(1.0,) * 3):
         super().__init__(mean, std, dims=tuple(dims), depths=tuple(depths), stem=stem)
         self.dim, self.stride = dims[-1], stem * 2 ** (len(dims) - 1)
+        self.smallest_side = self.stride
         self.stem = nn.Sequential(nn.Conv2d(3, dims[0], stem, stem), ChannelNorm(dims[0], eps=1e-6))
         blocks = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
@@ -599,11 +600,13 @@ class Swin(Encoder):
     A cell is stem * 2^(stages - 1) pixels wide. The defaults are Swin-T. 28.3 M parameters with 1000 classes.
     """
 
+    whole_cells = True
+
     def __init__(
         self, dim=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), window=7, stem=4, mean=(0.0,) * 3, std=(1.0,) * 3
     ):
         super().__init__(mean, std, dim=dim, depths=tuple(depths), heads=tuple(heads), window=window, stem=stem)
-        self.stride = stem * 2 ** (len(depths) - 1)
+        self.stride = self.smallest_side = stem * 2 ** (len(depths) - 1)
         self.stem = nn.Sequential(nn.Conv2d(3, dim, stem, stem), ChannelNorm(dim))
         blocks = []
         for i, (depth, count) in enumerate(zip(depths, heads, strict=True)):

@@ -1,9 +1,13 @@
 """Files that are whole or not there, and none that runs code."""
 
 import contextlib
+import json
+import math
+import numbers
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from plumbing.errors import UserError
@@ -29,6 +33,49 @@ def write_atomically(path: Path, write):
             temporary.unlink(missing_ok=True)
         kept = "the file of before is intact" if path.exists() else "nothing was written"
         raise OSError(f"cannot write {path} ({getattr(cause, 'strerror', None) or cause}); {kept}") from error
+
+
+def plain(value, name: str = "a value"):
+    """A value as files hold it: Python's own numbers, texts and None, and dicts, lists and tuples of these.
+
+    Numbers of numpy and torch, however they are nested, keep their exact values; arrays become tuples, paths texts.
+    Raises UserError, with the name, for anything else: `load_checkpoint` would not read it back.
+    """
+    if isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 0:
+        value = value.item()
+    if value is None:
+        return None
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)  # without what a subclass, such as an Enum, makes of it
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict):
+        return {plain(key, name): plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item, name) for item in value]
+    if isinstance(value, tuple | np.ndarray | torch.Tensor):
+        return tuple(plain(item, name) for item in value)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    raise UserError(f"{name} is a {kind}, which a file of weights cannot hold; give numbers, texts, or tuples of them")
+
+
+def json_text(value, indent: int | None = None) -> str:
+    """A value as JSON, which knows neither nan nor infinity: null stands for them. Raises UserError as `plain`."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(plain(value)), indent=indent)
 
 
 def load_checkpoint(path: Path) -> dict:
