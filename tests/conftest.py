@@ -8,7 +8,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors are slower with more, much so on a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and so does a thread that spins while it waits for another
 cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-os.environ.setdefault("MPLCONFIGDIR", f"{cache}/matplotlib")  # its list of fonts can take long to make
+if os.path.isabs(cache):  # not where there is no home
+    os.environ.setdefault("MPLCONFIGDIR", f"{cache}/matplotlib")  # its list of fonts can take long to make
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # what is remembered between runs must not reach into the tests
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 

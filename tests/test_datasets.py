@@ -1,15 +1,11 @@
 """Every data set in its official layout, class folders, and what the readers refuse."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from make import write_cifar, write_folders, write_stl10, write_tinyimagenet
 from PIL import Image
 
-from plumbing.class_folders import IMAGENET100
 from plumbing.datasets import ARCHIVES, CIFAR, load_data, read_cifar
 from plumbing.errors import UserError
 
@@ -54,62 +50,6 @@ def test_cifar_refuses_bad_files_by_name(tmp_path):
     file.write_bytes(b"\x0b" + good[1:])
     with pytest.raises(UserError, match=r"data_batch_2\.bin holds the label 11, cifar10 ends at 9"):
         load_data("cifar10", tmp_path)
-
-
-# --- class folders ---------------------------------------------------------------------------------------------------
-
-
-def test_folders_name_the_files_that_are_left_out(tmp_path, capsys):
-    write_folders(tmp_path)
-    (tmp_path / "train" / "ant" / "note.txt").write_text("an ant")
-    (tmp_path / "train" / "bee" / "bee.gif").write_bytes(b"GIF89a")
-    assert len(load_data(str(tmp_path))) == 6
-    assert re.match(
-        r"note: 2 other files or folders below .*train are left out, such as .*note.txt\n$", capsys.readouterr().out
-    )
-    assert len(load_data(str(tmp_path), split="test")) == 4
-    assert capsys.readouterr().out == ""
-
-
-def test_folders_list_classes_and_files_in_order(tmp_path):
-    write_folders(tmp_path)
-    train, test = (load_data(str(tmp_path), split=split) for split in ("train", "test"))
-    assert train.classes == test.classes == ["ant", "bee"]
-    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert len(test) == 4
-    images, labels = next(train.plain_batches(range(6), 8))
-    assert images.shape == (6, 3, 8, 8)
-    assert torch.equal(labels, train.labels)
-    torch.testing.assert_close(images[:, 0, 4, 4] * 255, 40.0 + 60 * labels)
-
-
-def test_folders_refuse_what_is_not_a_data_set(tmp_path):
-    with pytest.raises(UserError, match="unknown dataset 'cifar11'; did you mean 'cifar10'"):
-        load_data("cifar11")
-    with pytest.raises(UserError, match="no folder .*train; expected"):
-        load_data(str(tmp_path))
-    write_folders(tmp_path)
-    (tmp_path / "val" / "wasp").mkdir()
-    with pytest.raises(UserError, match="class 'wasp' of .*val is not in .*train"):
-        load_data(str(tmp_path), split="test")
-    (tmp_path / "train" / "empty").mkdir()
-    with pytest.raises(UserError, match=r"class folder .*empty holds no image \(.jpg .jpeg .png .webp\)"):
-        load_data(str(tmp_path))
-
-
-def test_imagenet100_picks_its_classes_from_a_larger_set(tmp_path, capsys):
-    assert len(set(IMAGENET100)) == 100
-    write_folders(tmp_path, ("n01440764", "n02869837", "n01749939"))
-    data = load_data("imagenet100", tmp_path)
-    assert data.classes == ["n01749939", "n02869837"]
-    assert "holds 2 of the 100 classes" in capsys.readouterr().out
-    assert {Path(path).parent.name for path in data.paths} == set(data.classes)
-    assert len(load_data("imagenet", tmp_path).classes) == 3
-
-
-def test_imagenet100_needs_one_of_its_classes(tmp_path):
-    with pytest.raises(UserError, match="holds none of the 100 classes"):
-        load_data("imagenet100", write_folders(tmp_path))
 
 
 # --- STL-10 ----------------------------------------------------------------------------------------------------------
