@@ -36,6 +36,9 @@ from plumbing.probes import knn_accuracy, ridge_accuracy
 from plumbing.processes import agree, average, gather, on_rank_zero, start_distributed, synchronize_norms
 from plumbing.settings import read_flags
 from protocols.frozen import class_cosines, davies_bouldin
+from protocols.heads import LinearHeads
+from protocols.settings import settings_of
+from protocols.training import Classifier
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: products that are the same each time
 ON = os.environ.get("GPU_TESTS_ON", "cuda")
@@ -555,6 +558,24 @@ def test_images_of_files_arrive_as_they_are(device, tmp_path):
     for (wanted, labels), (found, others) in zip(*batches, strict=True):
         assert found.device.type == others.device.type == device.type
         assert torch.equal(found.cpu(), wanted) and torch.equal(others.cpu(), labels)
+
+
+def test_a_finetuning_step_moves_encoder_and_head(device):
+    """With RandAugment, erasing, mixup and cutmix, whose draws partly come from the CPU."""
+    given = {"data": "x", "image_size": 32, "erase": 0.25, "drop_path": 0.1}
+    encoder = vit(image_size=32, patch=8)
+    config = settings_of("finetune", given, "magma", encoder.dim, 10**6)
+    method = Classifier("finetune", encoder, LinearHeads(encoder.dim, 10), 10, config).to(device).train()
+    stepper, before = common.Stepper(method.optimizer(config), config, device), state_of(method)
+    images, labels = shapes(64, 32).images / 255, torch.arange(64) % 10
+    torch.manual_seed(0)
+    loss = method.update(method, [(images.to(device), labels.to(device))], stepper)["loss"]
+    assert loss.isfinite()
+    assert all(x.isfinite().all() for x in state_of(method).values())
+    moved = {name.split(".")[0] for name, x in state_of(method).items() if not torch.equal(x, before[name])}
+    assert moved == {"encoder", "head"}
+    pictures = method.pictures(images[:8].to(device))
+    assert pictures.shape == (8, 5, 3, 32, 32) and pictures.isfinite().all()
 
 
 def test_a_masked_autoencoder_takes_a_mask_of_its_device(device):
