@@ -40,6 +40,7 @@ import torch
 
 from common import load_data
 from plumbing.command import run_command
+from plumbing.datasets import DATASETS
 from plumbing.encoders import load_encoder
 from plumbing.errors import UserError, unknown
 from plumbing.pictures import plain_style
@@ -76,6 +77,8 @@ def evaluate(argv: list):
     if "data" not in given:
         if "data" not in known:
             raise UserError(f"{run_folder} has no config.json to tell the data set; give --data")
+        if known["data"] not in DATASETS and not Path(known["data"]).is_dir():
+            raise UserError(f"{run_folder} was trained on the folder {known['data']}, which is not here; give --data")
         given = {"data": known["data"], "root": given.get("root", known.get("root", "data"))} | given
     device = start_distributed(given.get("device", Config.device))
     encoder = load_encoder(run_folder / "encoder.pt", image_size=given.get("image_size", 0)).to(device)

@@ -1,5 +1,6 @@
 """A command line whose failures are one line."""
 
+import errno
 import gc
 import os
 import sys
@@ -7,7 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from plumbing.errors import NonFiniteLoss, OtherProcessFailed, Stopped, UserError
+from plumbing.errors import NonFiniteLoss, OtherProcessFailed, Stopped, UserError, printable
 from plumbing.processes import rank, world_size
 
 
@@ -16,6 +17,9 @@ def run_command(command, argv: list) -> int:
 
     0, 1 for a run that had to stop, 2 for a user's mistake, 128 + its number for a signal (130 for Ctrl-C).
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is escaped, and stops nothing
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command(argv)
     except KeyboardInterrupt:
@@ -23,12 +27,12 @@ def run_command(command, argv: list) -> int:
     except Stopped as stopped:
         message, code = str(stopped) if rank() == 0 else "", 128 + stopped.number
     except Exception as error:
-        known = (UserError, NonFiniteLoss, OtherProcessFailed, OSError, MemoryError)
-        if not isinstance(error, known) and not (found := foreign_failure(error)):
+        found = "" if isinstance(error, UserError | NonFiniteLoss | OtherProcessFailed) else foreign_failure(error)
+        if not found and not isinstance(error, UserError | NonFiniteLoss | OtherProcessFailed | OSError | MemoryError):
             raise
         number = os.environ.get("RANK", "0")
-        text = str(error) if isinstance(error, known) else found
-        message = f"error{f' of process {number}' if number != '0' else ''}: {text or 'not enough memory'}"
+        text = found or str(error)
+        message = f"error{f' of process {number}' if number != '0' else ''}: {printable(text or 'not enough memory')}"
         code = 2 if isinstance(error, UserError) else 1
     else:
         if dist.is_initialized():
@@ -42,12 +46,24 @@ def run_command(command, argv: list) -> int:
 
 
 def foreign_failure(error: Exception) -> str:
-    """What to say of an error of torch's that is no bug: too little memory, or a process that is gone; else nothing."""
-    text = str(error).splitlines()[0] if str(error) else ""
+    """What to say of an error of torch's or the system's that is no bug: too little of something, or a process that is
+    gone; else nothing."""
+    text = str(error).splitlines()[0].strip() if str(error) else ""
+    if not isinstance(error, RuntimeError | OSError):
+        return ""
+    if (
+        "Too many open files" in text or "items of ancdata" in text
+    ):  # the second is how a full table looks to a receiver
+        return f"too many open files ({text[:100]}); raise the limit (ulimit -n 8192) or give fewer --workers"
+    if "</torch_" in text or "shared memory" in text:  # the file of a tensor in /dev/shm, or of a worker killed at it
+        small = "shared memory (/dev/shm) is too small for the pictures that the workers hand over"
+        return f"{small} ({text[:100]}); raise it (docker run --shm-size=1g) or give --workers 0"
+    if getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN):  # at a fork
+        return f"no memory or no place for another process ({text}); give fewer --workers"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"not enough memory ({text}); lower --batch-size, or raise --accumulate"
     if text.startswith("DataLoader worker"):  # torch raises this at whatever place the parent is
-        return f"a process that decodes images died ({text.strip()}); try fewer --workers"
+        return f"a process that decodes images died ({text}); try fewer --workers"
     if isinstance(error, RuntimeError) and world_size() > 1 and ("gloo" in text or isinstance(error, dist.DistError)):
         return f"another process is gone ({text})"
     return ""

@@ -19,7 +19,7 @@ from plumbing.errors import NonFiniteLoss, Stopped, UserError, what_is_left
 from plumbing.files import load_checkpoint, write_atomically
 from plumbing.pictures import check_drawing, save_pictures
 from plumbing.probes import pooled_features, probe, raw_pixels
-from plumbing.processes import agree, noted_signals, on_rank_zero, rank, world_size
+from plumbing.processes import agree, note, noted_signals, on_rank_zero, rank, world_size
 from plumbing.run_files import identity_of, lock_run, log_header, open_run, rewind_log, run_folder
 from plumbing.settings import TrainConfig
 
@@ -58,14 +58,17 @@ class Meter:
 def restore_run(method, stepper, out: Path, first_step: int) -> Meter:
     """Put back weights, optimiser and loss scaler of a checkpoint; returns the sums of its unfinished epoch."""
     state = load_checkpoint(out / "last.pt")
+    total = stepper.config.epochs * stepper.steps
+    if first_step > total:
+        raise UserError(f"{out / 'last.pt'} is at step {first_step} of {total}; choose another folder by --out")
     if state["step"] != first_step:
         raise UserError(f"{out / 'last.pt'} is at step {state['step']} here, at step {first_step} on process 0")
     try:
         method.load_state_dict(state["weights"])
         stepper.optimizer.load_state_dict(state["optimizer"])
         stepper.scaler.load_state_dict(state["scaler"])
-        return Meter(state["sums"], state["count"])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        return Meter({name: float(total) for name, total in state["sums"].items()}, int(state["count"]))
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{out / 'last.pt'} does not fit this version ({reason}); choose another folder by --out"
@@ -230,7 +233,7 @@ def print_start(method, train, config: TrainConfig, stepper, out: Path, epoch: i
     millions = [sum(p.numel() for p in module.parameters()) / 1e6 for module in (method, method.encoder)]
     device, precision = stepper.device, str(stepper.dtype or torch.float32).removeprefix("torch.")
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
-    peak = config.base_lr * config.batch_size / 256
+    peak = max(stepper.rate(step) for step in (0, min(config.warmup_epochs * steps, config.epochs * steps - 1)))
     print(f"method      {method.name}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M")
     print(f"data        {config.data}: {len(train)} images, {len(train.classes)} classes, size {config.image_size}")
     print(f"device      {device} ({place}), {precision}, {world_size()} process(es)")
@@ -239,3 +242,8 @@ def print_start(method, train, config: TrainConfig, stepper, out: Path, epoch: i
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     shown = "  ".join(f"{name}={value}" for name, value in own.items() if name not in TrainConfig.__dataclass_fields__)
     print(f"settings    {shown}", flush=True)
+    for text in config.notes():
+        note(text)
+    taken = len(train) // config.batch_size * config.batch_size
+    if taken == steps * config.batch_size and taken < 0.9 * len(train):  # a method may count its epochs otherwise
+        note(f"an epoch takes {taken} of {len(train)} images, each time others; a smaller --batch-size can take more")

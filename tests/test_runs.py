@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ import magma
 from plumbing.encoders import load_encoder
 from plumbing.errors import NonFiniteLoss, UserError
 from plumbing.files import load_checkpoint
-from plumbing.run_files import read_log, rewind_log
 from plumbing.runs import Meter
 from plumbing.tables import format_table
 
@@ -40,34 +38,6 @@ def test_meter_goes_on_with_the_sums_of_an_unfinished_epoch(tmp_path):
     meter.flush(tmp_path / "last.pt")
     assert meter.count == 3
     assert Meter().means() == {}
-
-
-def test_read_log_gives_the_text_of_the_header_and_the_epochs(tmp_path):
-    path = tmp_path / "log.jsonl"
-    assert read_log(path) == ("", [])
-    header = '{"command":  "python train.py", "config": {}}\n'
-    path.write_text(
-        header + '{"epoch": 0, "knn": 5.0}\n\n{"epoch": 1, "loss": NaN}\n[3]\nnull\n{"loss": 1}\n{"epoch": 2, "lo'
-    )
-    first, lines = read_log(path)
-    assert first == header  # as it stands there, byte by byte
-    assert [line["epoch"] for line in lines] == [0, 1]
-    assert lines[0] == {"epoch": 0, "knn": 5.0} and math.isnan(lines[1]["loss"])
-    path.write_text('{"epoch": 3}\n')
-    assert read_log(path) == ("", [{"epoch": 3}])
-
-
-def test_read_log_drops_what_a_resumed_run_does_again(tmp_path):
-    path = tmp_path / "log.jsonl"
-    lines = [{"command": "x"}, *({"epoch": epoch, "loss": 1.0} for epoch in range(4))]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 4, "lo')
-    assert rewind_log(path, 2, "header") == lines[1:4]
-    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:4]
-    path.write_bytes(b'\xff\xfe[1]\n[2]\n{"epoch": 1}\n')
-    assert rewind_log(path, 2, '{"command": "again"}\n') == [{"epoch": 1}]
-    assert path.read_text() == '{"command": "again"}\n{"epoch": 1}\n'
-    path.unlink()
-    assert rewind_log(path, 2, "header\n") == []
 
 
 # --- run folders -----------------------------------------------------------------------------------------------------
