@@ -236,6 +236,8 @@ class Config(TrainConfig):
     colour: float = 1.0  # strength of the colour jitter of SimCLR and VICReg
     blur: float = 0.5  # probability of blurring a view of SimCLR and VICReg
 
+    in_epochs = (*TrainConfig.in_epochs, ("e_st", 0), ("e_dur", 1))
+
     def check(self):
         super().check()
         check_least(self, lam=0, uniformity=0, inverse=0, e_st=0, e_dur=0, colour=0, projector_dim=1)
@@ -247,6 +249,10 @@ class Config(TrainConfig):
         different = len({layer % depth for layer in self.layers}) == len(self.layers)
         if not exist or not different or len(self.layers) < 2:
             raise UserError(f"--layers {self.layers}: give two or more different blocks from {-depth} to {depth - 1}")
+
+    def notes(self) -> list:
+        never = f"--e-st {self.e_st} is not before the end of --epochs {self.epochs}: the regulariser never acts"
+        return super().notes() + ([never] if self.e_st >= self.epochs and (self.lam or self.inverse) else [])
 
 
 TABLE_4, TABLE_5 = {"model": "vit_tiny", "heads": 12}, {"model": "vit_tiny", "heads": 3}
@@ -412,11 +418,12 @@ def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
     def factor(name):
         return draw(max(0.0, 1 - strength[name]), 1 + strength[name])
 
-    identity, luma = torch.eye(3, **like), torch.tensor([0.299, 0.587, 0.114], **like).expand(3, 3)
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype).to(**like, non_blocking=True).expand(3, 3)
+    identity = torch.eye(3, **like)
     brightness, contrast, saturation = factor("brightness"), factor("contrast"), factor("saturation")
     angle = 2 * math.pi * draw(-strength["hue"], strength["hue"])
     third = torch.full((3, 3), 1 / 3, **like)
-    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], **like) / math.sqrt(3)
+    axis = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]).to(**like, non_blocking=True) / math.sqrt(3)
     hue = angle.cos() * identity + (1 - angle.cos()) * third + angle.sin() * axis  # rotation about the grey axis
     colour = hue @ (saturation * identity + (1 - saturation) * luma) * contrast * brightness  # (B, 3, 3)
     mean_luma = (luma[0] @ images.mean(dim=(2, 3)).T)[:, None, None]

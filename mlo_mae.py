@@ -273,6 +273,10 @@ class Config(TrainConfig):
         if self.compile:
             raise UserError("--compile does not work here: torch.compile has no forward-mode derivatives")
 
+    def notes(self) -> list:
+        never = f"--mask-ratio-end {self.mask_ratio_end} is never reached in a single epoch"
+        return super().notes() + ([never] if self.mask_ratio_end and self.epochs == 1 else [])
+
 
 CIFAR = {"image_size": 32, "patch": 2, "epochs": 200, "batch_size": 128, "unrolling": 2}  # Table 12
 CIFAR |= {"base_lr": 1e-3, "head_lr": 2e-3, "mask_lr": 2e-3}  # the latter two are 1e-3 at its batch of 128

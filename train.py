@@ -24,6 +24,18 @@ from plumbing.run_files import run_folder
 from plumbing.settings import check_batch, read_flags
 from plumbing.tables import format_table
 
+ELSEWHERE = {  # methods that a flag makes of another: {name without - and _: method and flags}
+    "mae": "magma --lam 0",
+    "umae": "magma --lam 0 --uniformity 0.01",
+    "mumae": "magma --uniformity 0.01",
+    "simclr": "magma --ssl simclr --lam 0",
+    "vicreg": "magma --ssl vicreg --lam 0",
+    "blomae": "mlo_mae --objective blo",
+    "maskedfinola": "finola --variant masked_b",
+    "mobileformer": "finola",
+    "energy": "ebm_pretrain",
+}
+
 
 def method_lines() -> str:
     """Each method with the first line of its file."""
@@ -39,6 +51,8 @@ def train(argv: list):
     if name not in METHODS:
         if name.startswith("-"):
             raise UserError(f"give the method first: python train.py METHOD {' '.join(argv)}")
+        if flags := ELSEWHERE.get(key := name.lower().replace("-", "").replace("_", "")):
+            raise UserError(f"unknown method {name!r}; try: python train.py {flags} --out runs/{key}")
         raise UserError(unknown("method", name, METHODS))
     module = importlib.import_module(name)
     usage = f"python train.py {name} [--any-field value]"

@@ -1,6 +1,7 @@
 """What can go wrong, by who can mend it. Every message is one line: what was given, what was expected, what to do."""
 
 import difflib
+import re
 from pathlib import Path
 
 
@@ -40,8 +41,14 @@ def what_is_left(checkpoint: Path) -> str:
     return f"{kept}; start anew with a lower --base-lr or --amp off"
 
 
+def nearest(given: str, choices) -> str:
+    """The choice that is meant by a word: one that begins with it or has it as a part, or is spelt like it; else ""."""
+    word, names = given.lower(), list(choices)
+    close = [name for name in names if word and (name.startswith(word) or word in re.split("[_-]", name))]
+    return next(iter(close + difflib.get_close_matches(word, names, n=1)), "")
+
+
 def unknown(kind: str, given: str, choices) -> str:
     """The message for a name that does not exist, with the nearest one that does."""
-    close = difflib.get_close_matches(given.lower(), list(choices), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"did you mean {close!r}? " if (close := nearest(given, choices)) else ""
     return f"unknown {kind} {given!r}; {hint}choose from {', '.join(choices)}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import threading
@@ -39,18 +40,62 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""Programs that start several processes without torchrun's variables, by what they say of the number:
+{variable: program}. SLURM_NTASKS would not do: it is that of an allocation, in which a command may run once."""
+
+
+def torchrun_number(variable: str, default: str, least: int, most: float = math.inf) -> int:
+    """The value of one of torchrun's environment variables. Raises UserError where it is none of `least` to `most`."""
+    text = os.environ.get(variable, default)
+    try:
+        if least <= (number := int(text)) <= most:
+            return number
+    except ValueError:
+        pass
+    limits = f"{least} or more" if most == math.inf else f"{least} to {most}"
+    raise UserError(f"{variable} is {text!r} in the environment, not {limits}; mend or unset it, or start by torchrun")
+
+
+def number_of_processes() -> int:
+    """How many processes run this command, by torchrun's variables. Raises UserError where one lacks or is wrong."""
+    if "WORLD_SIZE" not in os.environ:
+        for variable, program in LAUNCHERS.items():
+            if (count := os.environ.get(variable, "")).isdecimal() and int(count) > 1:
+                raise UserError(
+                    f"{program} started {count} processes, but torchrun's variables are missing: start by torchrun, or "
+                    f"set them from {program}'s (docs/runs.md); WORLD_SIZE=1 makes each a run of its own"
+                )
+    count = torchrun_number("WORLD_SIZE", "1", least=1)
+    if count > 1 and not dist.is_initialized():
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise UserError(f"WORLD_SIZE is {count}, but there is no {' and no '.join(missing)}; start by torchrun")
+        torchrun_number("RANK", "", 0, count - 1)
+        torchrun_number("MASTER_PORT", "", 0, 65535)
+    return count
+
+
 def start_distributed(device: str = "auto") -> torch.device:
-    """Join the other processes where torchrun started several (NCCL on GPUs, gloo on CPUs) and return the device."""
+    """Join the other processes where torchrun started several (NCCL on GPUs, gloo on CPUs) and return the device.
+
+    Raises UserError for a device that cannot be used here, and for processes that cannot find each other.
+    """
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    local, several = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    local, several = torchrun_number("LOCAL_RANK", "0", least=0), number_of_processes() > 1
     if several and name.startswith("cuda:"):
         raise UserError(f"device {device!r} would be shared by all processes; give --device cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device {device!r}: this torch sees no GPU; try --device cpu")
+    if name == "cuda" and local >= (seen := torch.cuda.device_count()):
+        raise UserError(
+            f"LOCAL_RANK is {local}, but this process sees {seen} GPU(s): start one process for each GPU of a machine, "
+            f"or set LOCAL_RANK=0 where each process sees one of its own"
+        )
     try:
         chosen = torch.device("cuda", local) if name == "cuda" else torch.device(name)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+            torch.backends.cudnn.allow_tf32 = False  # see pick_precision; convolutions are in TF32 by default
         else:
             torch.empty(0, device=chosen)
             keep_freed_memory()
@@ -59,7 +104,13 @@ def start_distributed(device: str = "auto") -> torch.device:
         raise UserError(f"device {device!r} cannot be used here ({reason}); try --device cpu") from None
     if several and not dist.is_initialized():
         # One day, since the others wait while rank 0 downloads, checks images or probes.
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        try:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        except dist.DistNetworkError as error:
+            place, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+            raise UserError(
+                f"the processes cannot meet at {place} ({reason}); give another MASTER_ADDR or MASTER_PORT"
+            ) from None
     return chosen
 
 

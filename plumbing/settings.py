@@ -6,17 +6,17 @@ values of a Literal are its choices.
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
 import re
 import typing
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from plumbing.decoding import MAX_PIXELS
-from plumbing.errors import UserError, unknown
+from plumbing.errors import UserError, nearest, unknown
 from plumbing.processes import world_size
 
 
@@ -54,6 +54,10 @@ class TrainConfig:
     out: str = ""  # run folder; the default is runs/<method>-<data>
     resume: bool = False  # go on with the run in the run folder
 
+    # Of the class, not fields: those that count epochs of the run, each with its least value in a short one.
+    in_epochs = (("warmup_epochs", 0), ("milestones", 1))
+    moved = ()  # what `in_proportion` changed
+
     def __post_init__(self):
         self.check()
 
@@ -70,10 +74,33 @@ class TrainConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} must both be at least 0 and less than 1")
 
+    def notes(self) -> list:
+        """What to know of the settings that count epochs: those that were moved, and those that cannot take effect."""
+        lines, epochs = [], f"--epochs {self.epochs}"
+        if self.moved:
+            (_, before, after), *others = self.moved
+            changes = ", ".join(f"{flag(field)} {words(a)} -> {words(b)}" for field, a, b in others)
+            lines.append(f"{epochs} {'shortens' if after < before else 'lengthens'} the recipe of {before}: {changes}")
+        if self.warmup_epochs >= self.epochs:
+            warmup = f"--warmup-epochs {self.warmup_epochs}"
+            lines.append(f"{warmup} takes all of {epochs}: the learning rate does not reach its peak")
+        if any(epoch >= self.epochs for epoch in self.milestones) and "milestones" not in [x[0] for x in self.moved]:
+            lines.append(f"--milestones {words(self.milestones)}: {epochs} ends before the last one")
+        return lines
+
 
 FREE_FIELDS = {"recipe", "root", "download", "skip_bad_images", "max_pixels", "device", "workers", "amp"}
 FREE_FIELDS |= {"probe_every", "probe_images", "save_every", "out", "resume"}
 """Fields that may differ between a run and its continuation; of `amp`, the precision that it stands for must not."""
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def words(value) -> str:
+    """A value as one would type it behind its flag."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @functools.cache
@@ -103,21 +130,39 @@ def check_choices(config):
     """Raise UserError where a setting is not one of the choices of its type."""
     for field, kind in field_types(type(config)).items():
         if choices_of(kind) and getattr(config, field) not in typing.get_args(kind):
-            raise UserError(unknown("--" + field.replace("_", "-"), str(getattr(config, field)), choices_of(kind)))
+            raise UserError(unknown(flag(field), str(getattr(config, field)), choices_of(kind)))
 
 
 def check_least(config, **least):
     """Raise UserError where a setting is below its least value, infinite or nan: check_least(config, steps=0)."""
     for field, bound in least.items():
         if not bound <= (value := getattr(config, field)) < math.inf:  # false for nan too
-            raise UserError(f"--{field.replace('_', '-')} {value} makes no sense; give {bound} or more")
+            raise UserError(f"{flag(field)} {value} makes no sense; give {bound} or more")
 
 
 def check_positive(config, *fields):
     """Raise UserError where a setting is not more than 0, infinite or nan."""
     for field in fields:
         if not 0 < (value := getattr(config, field)) < math.inf:
-            raise UserError(f"--{field.replace('_', '-')} {value} makes no sense; give more than 0")
+            raise UserError(f"{flag(field)} {value} makes no sense; give more than 0")
+
+
+def in_proportion(config_class, recipe: dict, given: dict) -> list:
+    """What of a recipe moves where the given epochs are not its own: (field, before, after), `epochs` first.
+
+    Each field of the class's `in_epochs` that is not given keeps its share of the run, to the nearest epoch; what was
+    one epoch or more stays at its least. [] where nothing moves. Both dicts are {field: value}.
+    """
+    full = {field: recipe.get(field, getattr(config_class, field)) for field, _ in config_class.in_epochs}
+    old = recipe.get("epochs", config_class.epochs)
+    new, moved = given.get("epochs", old), []
+    for field, least in config_class.in_epochs:
+        values = full[field] if isinstance(full[field], tuple) else (full[field],)
+        values = tuple(max(min(x, least), round(Fraction(x * new, old))) for x in values)
+        after = values if isinstance(full[field], tuple) else values[0]
+        if field not in given and after != full[field]:
+            moved.append((field, full[field], after))
+    return [("epochs", old, new), *moved] if moved else []
 
 
 class Parser(argparse.ArgumentParser):
@@ -146,7 +191,7 @@ def flag_parser(config, usage: str, description: str) -> Parser:
             options = {"type": inner[0], "nargs": "+" if inner[-1] is ... else len(inner)}
             shown = " ".join(map(str, shown))
         text = f"{comments[name]} (default: {shown})".replace("%", "%%").strip()
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **options)
+        parser.add_argument(flag(name), help=text, **options)
     return parser
 
 
@@ -157,11 +202,9 @@ def given_flags(config_class, argv: list, usage: str = "", description: str = ""
     if rest:
         if not rest[0].startswith("-"):
             raise UserError(f"{rest[0]!r} stands alone; a value needs its flag: --any-field value")
-        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        flag = rest[0].split("=")[0].lower()
-        close = [option for option in known if flag.strip("-") in option.split("-")]  # --lr: --base-lr
-        close = close or difflib.get_close_matches(flag, known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        known = [option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"]
+        close = nearest(rest[0].split("=")[0].strip("-"), known)
+        hint = f"did you mean --{close}? " if close else ""
         raise UserError(f"unknown flag {rest[0]!r}; {hint}--help lists the flags")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
@@ -169,6 +212,7 @@ def given_flags(config_class, argv: list, usage: str = "", description: str = ""
 def read_flags(config_class, recipes: dict, argv: list, usage: str = "", description: str = ""):
     """Command line -> config: the defaults, then every recipe that fits, then the flags themselves.
 
+    Where --epochs shortens the recipe, what counts epochs shrinks in proportion; `config.notes` tells it.
     A recipe's key is what one would type: "cifar100" fits --data cifar100, "cifar100 --ssl simclr" needs that flag too.
     --help prints the flags with the defaults that hold beside those given, and ends the program.
     Raises UserError for a flag or a value that does not exist.
@@ -182,11 +226,16 @@ def read_flags(config_class, recipes: dict, argv: list, usage: str = "", descrip
         name, *flags = key.split()
         if name == source and given_flags(config_class, flags).items() <= given.items():
             values |= recipe
+    shorter = given.get("epochs", math.inf) < values.get("epochs", config_class.epochs)
+    moved = in_proportion(config_class, values, given) if shorter else []
+    values |= {field: after for field, _, after in moved if field != "epochs"}
     if len(asked) < len(argv):
         note = f"{description}\nDefaults are those for {' '.join(asked) or '--data ' + config_class.data}."
         flag_parser(config_class(**values), usage, note).print_help()
         raise SystemExit(0)
-    return config_class(**values | given)
+    config = config_class(**values | given)
+    config.moved = moved
+    return config
 
 
 def check_batch(config: TrainConfig, images: int | None = None):

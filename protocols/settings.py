@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from plumbing.errors import UserError
-from plumbing.processes import rank, world_size
-from plumbing.settings import TrainConfig, check_batch, check_positive
+from plumbing.processes import note, world_size
+from plumbing.settings import TrainConfig, check_batch, check_positive, in_proportion
 
 PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "tran1", "tran4", "finetune")
 
@@ -126,7 +126,7 @@ OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common
 def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
     """The recipe of a protocol, with its name: the one that is given, or else the method's own, or MAE's.
 
-    `dim` as in `settings_of`. With fewer or more epochs than its own, its warm-up and milestones move in proportion.
+    `dim` as in `settings_of`.
     """
     if protocol not in RECIPES:
         return {"recipe": ""}
@@ -134,33 +134,34 @@ def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
     name = next(name for name in (given.get("recipe"), own, *recipes) if name in recipes)
     width = decoder_width(dim)
     values = {field: v.at(width) if isinstance(v, ByWidth) else v for field, v in recipes[name].items()}
-    if "epochs" in given:
-        share = given["epochs"] / values["epochs"]
-        values["warmup_epochs"] = round(share * values["warmup_epochs"])
-        values["milestones"] = tuple(round(share * epoch) for epoch in values.get("milestones", ()))
     return values | {"recipe": name}
 
 
 def settings_of(protocol: str, given: dict, method: str, dim: int, images: int) -> Config:
     """Defaults, the protocol's recipe, the given flags. `dim` is the encoder's width, `images` how many train.
 
-    A batch that is larger than the data set becomes all of it. Raises UserError for what makes no sense.
+    With fewer or more epochs than the recipe's own, its warm-up and milestones move in proportion. A batch that is
+    larger than the data set becomes all of it. Raises UserError for what makes no sense.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     recipe = recipe_of(protocol, given, method, dim)
+    moved = in_proportion(Config, recipe, given) if protocol in RECIPES else []
+    recipe |= {field: after for field, _, after in moved}
     values = defaults | recipe | given | {"recipe": recipe["recipe"]}
     trained = protocol in RECIPES and not (protocol == "linear" and values["cache"])  # by `common.fit`
     parts = world_size() * values["accumulate"] if trained else 1
     if (batch := values["batch_size"]) > images:
         values["batch_size"] = images - images % max(1, parts)
-        if protocol in RECIPES and rank() == 0:
-            size = values["batch_size"]
-            print(f"note: {protocol}: a batch of {batch} exceeds the {images} images, one of {size} it is")
+        if protocol in RECIPES:
+            note(f"{protocol}: a batch of {batch} exceeds the {images} images, one of {values['batch_size']} it is")
     if protocol != "linear":
         values["base_lrs"] = ()
     config = Config(**values)
+    config.moved = moved
     if trained:
-        check_batch(config)
+        check_batch(config)  # `fit` prints the notes of the settings
+    for text in config.notes() if protocol in RECIPES and not trained else ():
+        note(f"{protocol}: {text}")
     if config.batchnorm and config.batch_size < 2 * parts:
         raise UserError(f"--batchnorm needs two images in each part of a batch, {config.batch_size} are too few")
     return config
