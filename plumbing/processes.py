@@ -59,6 +59,8 @@ def torchrun_number(variable: str, default: str, least: int, most: float = math.
 
 def number_of_processes() -> int:
     """How many processes run this command, by torchrun's variables. Raises UserError where one lacks or is wrong."""
+    if dist.is_initialized():
+        return world_size()
     if "WORLD_SIZE" not in os.environ:
         for variable, program in LAUNCHERS.items():
             if (count := os.environ.get(variable, "")).isdecimal() and int(count) > 1:
@@ -67,7 +69,7 @@ def number_of_processes() -> int:
                     f"set them from {program}'s (docs/runs.md); WORLD_SIZE=1 makes each a run of its own"
                 )
     count = torchrun_number("WORLD_SIZE", "1", least=1)
-    if count > 1 and not dist.is_initialized():
+    if count > 1:
         if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
             raise UserError(f"WORLD_SIZE is {count}, but there is no {' and no '.join(missing)}; start by torchrun")
         torchrun_number("RANK", "", 0, count - 1)

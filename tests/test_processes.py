@@ -1,5 +1,7 @@
 """Devices, precision, and several processes: the gradient of one process, equal weights, one run folder."""
 
+import socket
+
 import processes
 import pytest
 import torch
@@ -8,6 +10,7 @@ from make import generator, images_of, log_of, rand, randn, same_weights, tiny_m
 from common import random_mask
 from plumbing.errors import UserError
 from plumbing.processes import (
+    LAUNCHERS,
     agree,
     average,
     distribute,
@@ -16,6 +19,7 @@ from plumbing.processes import (
     pick_precision,
     start_distributed,
     synchronize_norms,
+    world_size,
 )
 
 
@@ -27,6 +31,96 @@ def test_pick_precision_is_bf16_only_where_the_processor_has_it(monkeypatch):
     assert pick_precision("auto", cpu) is None
     assert pick_precision("fp16", cpu) == torch.float16
     assert pick_precision("off", cpu) is None
+
+
+# --- how processes are started ---------------------------------------------------------------------------------------
+
+
+def set_environment(monkeypatch, **given):
+    """The variables that programs which start processes set, these and no others."""
+    for name in [*LAUNCHERS, "SLURM_NTASKS", "SLURM_PROCID", "LOCAL_RANK", *TWO]:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+
+
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"},
+            "srun started 4 processes, but torchr",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            "mpirun started 2 processes, but torchrun's variables are missing: start by to",
+        ),
+        ({"PMI_SIZE": "8"}, "mpiexec started 8 processes"),
+        (
+            {"WORLD_SIZE": "x"},
+            "WORLD_SIZE is 'x' in the environment, not 1 or more; mend or unset it, or start by torch",
+        ),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment, not 1 or more"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '' in the environment, not 1 or more"),
+        ({"LOCAL_RANK": "1e3"}, "LOCAL_RANK is '1e3' in the environment, not 0 or more"),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE is 2, but there is no RANK and no MASTER_ADDR and no MASTER_PORT; start by tor",
+        ),
+        (TWO | {"MASTER_ADDR": ""}, "WORLD_SIZE is 2, but there is no MASTER_ADDR; start by torchrun"),
+        (TWO | {"RANK": "two"}, "RANK is 'two' in the environment, not 0 to 1"),
+        (TWO | {"RANK": "2"}, "RANK is '2' in the environment, not 0 to 1"),
+        (TWO | {"MASTER_PORT": "65536"}, "MASTER_PORT is '65536' in the environment, not 0 to 65535"),
+        (TWO | {"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1' in the environment, not 0 or more"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_are_refused(given, message, monkeypatch):
+    set_environment(monkeypatch, **given)
+    with pytest.raises(UserError) as error:
+        start_distributed("cpu")
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"WORLD_SIZE": "1"},
+        {"SLURM_NTASKS": "4"},  # an allocation, by salloc
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a script, by sbatch
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # a shell on a node, or srun -n 1
+        {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "WORLD_SIZE": "1"},  # four runs, as the message says
+    ],
+)
+def test_one_process_in_an_allocation_of_many_runs_alone(given, monkeypatch):
+    set_environment(monkeypatch, **given)
+    assert start_distributed("cpu").type == "cpu"
+    assert world_size() == 1
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    set_environment(monkeypatch, **TWO | {"RANK": "1", "LOCAL_RANK": "1"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            UserError, match=r"LOCAL_RANK is 1, but this process sees 1 GPU\(s\): start one process for"
+        ):
+            start_distributed(device)
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        set_environment(monkeypatch, **TWO | {"MASTER_PORT": port})
+        with pytest.raises(UserError, match=f"the processes cannot meet at localhost:{port} .*; give another MASTER_A"):
+            start_distributed("cpu")
+    assert world_size() == 1
 
 
 # --- one process -----------------------------------------------------------------------------------------------------
@@ -47,7 +141,7 @@ def test_cpu_is_always_there_and_an_unknown_device_is_refused(monkeypatch):
 
 
 def test_several_processes_do_not_share_a_gpu(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_environment(monkeypatch, WORLD_SIZE=2, RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29500)
     with pytest.raises(UserError, match="device 'cuda:1' would be shared by all processes"):
         start_distributed("cuda:1")
 
