@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import plumbing.settings
 from common import METHODS
-from plumbing.errors import UserError
+from plumbing.errors import UserError, nearest
 from plumbing.settings import (
     FREE_FIELDS,
     TrainConfig,
@@ -22,6 +22,7 @@ from plumbing.settings import (
     choices_of,
     field_comments,
     field_types,
+    flag,
     flag_parser,
     read_flags,
 )
@@ -76,6 +77,9 @@ def test_read_flags_reads_every_kind_of_field():
         (["--pair", "1"], "argument --pair: expected 2 arguments"),
         (["stray"], "'stray' stands alone"),
         (["--lr", "3"], "unknown flag '--lr'; did you mean --base-lr?"),
+        (["--warmup=3"], "unknown flag '--warmup=3'; did you mean --warmup-epochs?"),
+        (["--probe-im", "3"], "unknown flag '--probe-im'; did you mean --probe-images?"),
+        (["---"], "unknown flag '---'; --help lists the flags"),
         (["--recipe", "CIFAR100"], "unknown --recipe 'CIFAR100'; did you mean 'cifar10'?"),
     ],
 )
@@ -103,6 +107,163 @@ def test_help_shows_the_defaults_of_the_recipe(capsys):
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "Defaults are those for --data cifar10 --width 9." in text
     assert "how wide, 100% sure (default: 7)" in text and "another default (default: 3)" in text
+
+
+# --- schedules that are longer than the run --------------------------------------------------------------------------
+
+
+METHOD_MODULES = {name: importlib.import_module(name) for name in METHODS}
+EVERY_RECIPE = [(name, key) for name, module in METHOD_MODULES.items() for key in ("DIR", *module.RECIPES)]
+
+
+def read(method, key, *argv):
+    """The config of a method for `--data` and the flags that a recipe's key names."""
+    module = METHOD_MODULES[method]
+    return read_flags(module.Config, module.RECIPES, ["--data", *key.split(), *argv])
+
+
+def share_of_regulariser(config):
+    """The share of the run in which MAGMA's term acts."""
+    return (min(config.e_st + config.e_dur, config.epochs) - config.e_st) / config.epochs
+
+
+@given(st.sampled_from(EVERY_RECIPE), st.data())
+def test_with_fewer_epochs_a_recipe_keeps_its_shape(recipe, data):
+    """What counts epochs keeps its share of the run, to half an epoch; the rest stays; a longer run stretches nothing.
+
+    The warm-up ends before the run does, and MAGMA's term acts.
+    """
+    whole = read(*recipe)
+    epochs = data.draw(st.integers(1, whole.epochs + 9))
+    config = read(*recipe, "--epochs", str(epochs))
+    counted = {name: least for name, least in config.in_epochs if getattr(whole, name) != ()}
+    rest = dataclasses.asdict(whole).keys() - counted.keys() - {"epochs"}
+    assert all(getattr(config, name) == getattr(whole, name) for name in rest)
+    for name, least in counted.items():
+        before, after = getattr(whole, name), getattr(config, name)
+        if epochs >= whole.epochs:
+            assert after == before
+        else:
+            assert abs(after - before * epochs / whole.epochs) <= 0.5 or after == least
+    assert config.warmup_epochs < epochs
+    if recipe[0] == "magma" and epochs <= whole.epochs:
+        assert 1 / epochs <= share_of_regulariser(config) <= share_of_regulariser(whole) + 1.01 / epochs
+        assert share_of_regulariser(whole) - 1.01 / epochs <= share_of_regulariser(config)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ("--epochs 12", {"warmup_epochs": 1, "e_st": 2, "e_dur": 50}),
+        ("--epochs 12 --e-st 9", {"warmup_epochs": 1, "e_st": 9, "e_dur": 50}),
+        ("--epochs 12 --warmup-epochs 2", {"warmup_epochs": 2, "e_st": 2, "e_dur": 50}),
+        ("--epochs 1 --milestones 5", {"milestones": (5,), "warmup_epochs": 0, "e_st": 0, "e_dur": 4}),
+        ("--epochs 24", {"warmup_epochs": 2, "e_st": 5, "e_dur": 100}),
+        ("--epochs 25", {"warmup_epochs": 2, "e_st": 5, "e_dur": 100}),
+        ("--data cifar100 --epochs 3", {"warmup_epochs": 0, "e_st": 0, "e_dur": 1}),  # of 2000: 10, 60, 100
+        ("--data cifar100 --epochs 200", {"warmup_epochs": 1, "e_st": 6, "e_dur": 10}),
+    ],
+)
+def test_what_is_given_is_kept_where_epochs_shortens_a_recipe(argv, expected):
+    config = read("magma", "shapes", *argv.split())
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_milestones_of_a_recipe_move_and_stay_in_the_run():
+    recipes = {"shapes": {"epochs": 100, "milestones": (60, 80)}}
+    for epochs, expected in ((50, (30, 40)), (3, (2, 2)), (1, (1, 1)), (100, (60, 80)), (300, (60, 80))):
+        assert read_flags(Example, recipes, ["--epochs", str(epochs)]).milestones == expected
+
+
+SHORT = "--epochs 3 shortens the recipe of 24: "
+NEVER = "the learning rate does not reach its peak"
+
+
+@pytest.mark.parametrize(
+    ("method", "argv", "notes"),
+    [
+        ("magma", "", []),
+        ("magma", "--epochs 30", []),
+        ("magma", "--epochs 3", [SHORT + "--warmup-epochs 2 -> 0, --e-st 5 -> 1, --e-dur 100 -> 12"]),
+        ("magma", "--epochs 3 --warmup-epochs 1 --e-st 0 --e-dur 9", []),
+        (
+            "magma",
+            "--epochs 30 --e-st 30",
+            ["--e-st 30 is not before the end of --epochs 30: the regulariser never acts"],
+        ),
+        ("magma", "--epochs 30 --e-st 30 --lam 0", []),
+        ("mixedae", "--epochs 3", [SHORT + "--warmup-epochs 2 -> 0"]),
+        ("mixedae", "--epochs 3 --warmup-epochs 3", ["--warmup-epochs 3 takes all of --epochs 3: " + NEVER]),
+        ("mixedae", "--warmup-epochs 30", ["--warmup-epochs 30 takes all of --epochs 24: " + NEVER]),
+        ("mixedae", "--milestones 12 24", ["--milestones 12 24: --epochs 24 ends before the last one"]),
+        ("mixedae", "--milestones 12 23", []),
+        ("finola", "--epochs 5", []),  # of 9, with one of warm-up: 0.56
+        ("mlo_mae", "--epochs 6 --mask-ratio-end 0.9", []),
+        (
+            "mlo_mae",
+            "--epochs 1 --mask-ratio-end 0.9",
+            [
+                "--epochs 1 shortens the recipe of 6: --warmup-epochs 1 -> 0",
+                "--mask-ratio-end 0.9 is never reached in a single epoch",
+            ],
+        ),
+    ],
+)
+def test_notes_tell_what_moved_and_what_cannot_take_effect(method, argv, notes):
+    assert read(method, "shapes", *argv.split()).notes() == notes
+
+
+def test_a_config_made_in_python_is_as_it_was_made_and_its_notes_say_what_cannot_take_effect():
+    config = METHOD_MODULES["magma"].Config(epochs=3)
+    assert (config.warmup_epochs, config.e_st, config.e_dur) == (10, 10, 100)
+    assert [line.split(" is ")[0].split(" takes ")[0] for line in config.notes()] == ["--warmup-epochs 10", "--e-st 10"]
+
+
+def test_help_shows_the_defaults_of_a_shorter_run(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        read("magma", "shapes", "--epochs", "12", "--help")
+    text = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "Defaults are those for --data shapes --epochs 12." in text
+    assert "linearly (default: 1)" in text and "counted from 0 (default: 2)" in text
+
+
+# --- any words -------------------------------------------------------------------------------------------------------
+
+ODD = [
+    "nan",
+    "-inf",
+    "1e400",
+    "-0",
+    "0x10",
+    "1_0",
+    "9" * 5000,
+    "\u0663",
+    "\u00b2",
+    "",
+    " ",
+    "a\nb",
+    "\x00",
+    "\udce9",
+    "%s",
+]
+ODD += ["-1", "2", "0.5", "--", "-", "--no-flip", "--epochs=", "--e-st", "--resume=1", "{}", "1,2", "[1]", "auto", "@x"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@given(st.data())
+def test_any_words_make_a_config_or_one_clear_line(method, data):
+    names = [flag(name) for name in field_types(METHOD_MODULES[method].Config)] + ["--recipe", "--protocol", "--no-amp"]
+    words = st.one_of(st.sampled_from(names), st.sampled_from(ODD), st.text(max_size=4))
+    argv = data.draw(st.lists(words, max_size=6))
+    try:
+        config = read_flags(METHOD_MODULES[method].Config, METHOD_MODULES[method].RECIPES, argv)
+    except UserError as error:
+        assert str(error)
+    except SystemExit:
+        assert "--help" in argv or "-h" in argv
+    else:
+        config.check()
+        assert all("\n" not in line for line in config.notes())
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -161,6 +322,28 @@ def test_a_batch_must_divide_and_fit_into_the_data(monkeypatch):
     monkeypatch.setattr(plumbing.settings, "world_size", lambda: 4)
     with pytest.raises(UserError, match="a batch of 10 does not divide by 4 processes x 1 parts"):
         check_batch(TrainConfig(batch_size=10))
+
+
+# --- names that do not exist ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "close"),
+    [
+        ("ebm", "ebm_pretrain"),  # begins with it
+        ("EBM-Pretrain", "ebm_pretrain"),
+        ("mae", "mlo_mae"),  # has it as a part
+        ("pretrain", "ebm_pretrain"),
+        ("mixed", "mixedae"),
+        ("magna", "magma"),  # is spelt like it
+        ("magma.py", "magma"),
+        ("resnet", ""),
+        ("", ""),
+        ("_", ""),
+    ],
+)
+def test_nearest_is_the_name_that_is_meant(word, close):
+    assert nearest(word, METHODS) == close
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------

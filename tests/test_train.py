@@ -1,17 +1,23 @@
 """train.py's command line: what it prints, what it refuses, and what a refused start leaves behind."""
 
+import importlib
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from make import log_of, same_weights, shapes, write_folders
+from make import log_of, narrow_networks, same_weights, shapes, write_folders
 
 import magma
 import train
 from common import METHODS
+from plumbing.settings import read_flags
+
+README = Path(train.__file__).with_name("README.md")
 
 SMALL = "--image-size 8 --mask-ratio 0.5 --epochs 1 --batch-size 1024 --probe-every 0"  # on shapes
 
@@ -36,11 +42,11 @@ def run_main(*argv, capsys):
         ("magma --image-size 30", "image size 30 x 30 is not a multiple of the patch size 4"),
         ("magma --image-size 8 --batch-size 5000", "a batch of 5000 is larger than the data set of 4096"),
         ("magma --image-size -4", "--image-size -4 makes no sense; give 1 or more"),
-        ("magma --image-size 8 --patch 0", "a transformer of width 96, 6 blocks, 3 heads and patch 0 cannot be built"),
+        ("magma --image-size 8 --patch 0", "a transformer of width 96, 6 blocks, 3 heads"),
         ("magma --image-size 8 --decoder-dim 30 --decoder-heads 3", "a 2-D sine-cosine code needs a width divisible"),
         ("magma --model vit_huge", "unknown --model 'vit_huge'"),
         ("magma --device tpu", "device 'tpu' cannot be used here"),
-        ("magma --image-size 8 --out {tmp}", "{tmp} exists; add --resume to go on with it, or choose another"),
+        ("magma --image-size 8 --out {tmp}/..", "{tmp}/.. exists; add --resume to go on with it, or choose another"),
     ],
 )
 def test_train_answers_a_mistake_with_one_line_and_code_2(argv, message, tmp_path, capsys):
@@ -49,6 +55,22 @@ def test_train_answers_a_mistake_with_one_line_and_code_2(argv, message, tmp_pat
     assert output.err.startswith("error: " + message.format(tmp=tmp_path))
     assert output.err.count("\n") == 1
     assert "Traceback" not in output.err
+
+
+@pytest.mark.parametrize("name", [*train.ELSEWHERE, "U-MAE", "masked_finola"])
+def test_a_method_that_a_flag_makes_of_another_is_named_with_its_command(name, capsys):
+    code, output = run_main(name, "--epochs", "1", capsys=capsys)
+    message, command = output.err.splitlines()[0].split("; try: python train.py ")
+    assert code == 2 and message == f"error: unknown method {name!r}"
+    method, *flags = command.split()
+    module = importlib.import_module(method)
+    config = read_flags(module.Config, module.RECIPES, flags)
+    assert config.out == f"runs/{name.lower().replace('-', '').replace('_', '')}"
+
+
+def test_mae_is_the_command_of_the_readme(capsys):
+    assert "`python train.py magma --lam 0 --out runs/mae`" in README.read_text()
+    assert run_main("mae", capsys=capsys)[1].err.endswith("; try: python train.py magma --lam 0 --out runs/mae\n")
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"]])
@@ -64,6 +86,82 @@ def test_train_help_lists_the_flags_of_a_method(capsys):
         train.main(["magma", "--help"])
     assert stop.value.code == 0
     assert "--e-st" in capsys.readouterr().out
+
+
+# --- notes at the start ----------------------------------------------------------------------------------------------
+
+FEW = "--patch 4 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2 --image-size 16 --probe-every 0 --workers 0"
+FEW = [*FEW.split(), "--amp", "off", "--device", "cpu"]
+
+
+def train_few(images, method, *flags, capsys):
+    """Train on so few pictures of 16 x 16 -> what is printed, and the notes in it."""
+    with narrow_networks(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "load_data", lambda *_, image_size, **__: shapes(images, image_size))
+        code, output = run_main(method, *FEW, *flags, capsys=capsys)
+    assert code == 0, output.err
+    return output.out, [line for line in output.out.splitlines() if line.startswith("note: ")]
+
+
+def test_a_run_of_one_step_learns_and_says_what_it_leaves_out(tmp_path, capsys):
+    out = tmp_path / "run"
+    text, notes = train_few(56, "magma", "--epochs", "1", "--out", out, capsys=capsys)
+    assert notes == [
+        "note: --epochs 1 shortens the recipe of 24: --warmup-epochs 2 -> 0, --e-st 5 -> 0, --e-dur 100 -> 4",
+        "note: an epoch takes 32 of 56 images, each time others; a smaller --batch-size can take more",
+    ]
+    assert "learning rate 0.0015\n" in text and "0 of 1 done, 1 steps each" in text
+    line, settings = log_of(out)[-1], json.loads((out / "config.json").read_text())
+    assert line["lr"] == pytest.approx(0.0015)
+    assert line["loss"] == pytest.approx(line["mae"] + line["manifold"], rel=1e-5) and line["manifold"] > 0
+    assert (settings["warmup_epochs"], settings["e_st"], settings["e_dur"]) == (0, 0, 4)
+
+
+def test_a_shortened_run_goes_on_with_the_same_flags(tmp_path, capsys):
+    flags = ["--epochs", "8", "--batch-size", "16", "--out", tmp_path / "run"]
+    real, calls = magma.reconstruction_loss, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 10:
+            raise ZeroDivisionError
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(magma, "reconstruction_loss", interrupted)
+        train_few(64, "magma", *flags, capsys=capsys)
+    capsys.readouterr()
+    assert [line["epoch"] for line in log_of(tmp_path / "run")[1:]] == [0, 1, 2]
+    _, notes = train_few(64, "magma", *flags, "--resume", capsys=capsys)
+    assert notes == [
+        "note: --epochs 8 shortens the recipe of 24: --warmup-epochs 2 -> 1, --e-st 5 -> 2, --e-dur 100 -> 33"
+    ]
+    assert log_of(tmp_path / "run")[-1]["epoch"] == 8
+
+
+def test_the_learning_rate_at_the_start_is_the_highest_that_the_run_has(tmp_path, capsys):
+    flags = ["--epochs", "2", "--warmup-epochs", "4", "--batch-size", "16"]
+    text, notes = train_few(64, "mixedae", *flags, "--out", tmp_path / "run", capsys=capsys)
+    rates = [line["lr"] for line in log_of(tmp_path / "run")[2:]]
+    assert rates == pytest.approx([12e-3 / 16 * step / 16 for step in (3, 7)])  # the last steps of both epochs
+    assert f"learning rate {rates[1]:.3g}\n" in text
+    assert notes == [
+        "note: --warmup-epochs 4 takes all of --epochs 2: the learning rate does not reach its peak",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "images", "batch", "said"),
+    [("mixedae", 35, 32, False), ("mixedae", 36, 32, True), ("mixedae", 64, 32, False), ("mlo_mae", 79, 12, False)],
+)
+def test_images_that_an_epoch_leaves_out_are_told_where_they_are_more_than_a_tenth(
+    method, images, batch, said, tmp_path, capsys
+):
+    """MLO-MAE counts the images of its second level, and its first sees more: nothing is told there."""
+    flags = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", batch, "--out", tmp_path / "run"]
+    _, notes = train_few(images, method, *flags, capsys=capsys)
+    told = f"note: an epoch takes {batch} of {images} images, each time others; a smaller --batch-size can take more"
+    assert notes == [told] * said
 
 
 def test_train_runs_a_method_by_name_and_prints_the_table(tmp_path, capsys):
