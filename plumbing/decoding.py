@@ -118,7 +118,7 @@ def open_picture(path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         if kind not in FORMATS:
             raise ValueError(f"{kind}, expected JPEG, PNG or WebP")
         if status.st_size > 8 * max_pixels + 2**26:  # PNG has 8 bytes a pixel at most; and some for the rest
-            raise ValueError(f"{status.st_size} bytes, more than a picture can need: raise --max-pixels {max_pixels}")
+            raise ValueError(f"{status.st_size} bytes are more than --max-pixels {max_pixels} can need: raise it")
         pixels, exif = {"JPEG": split_jpeg, "PNG": split_png, "WEBP": split_webp}[kind](head + file.read())
     try:
         image = Image.open(io.BytesIO(pixels), formats=[kind])
@@ -129,7 +129,7 @@ def open_picture(path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         shown = f"{width} x {height} pixels, {width * height / 1e6:.0f} megapixels"
-        raise ValueError(f"{shown}, more than {max_pixels / 1e6:.0f}: raise --max-pixels {max_pixels}")
+        raise ValueError(f"{shown}: raise --max-pixels {max_pixels} to {width * height}")
     image.info["orientation"] = orientation_of(exif)
     return image
 
@@ -194,16 +194,16 @@ def split_webp(data: bytes) -> tuple[bytes, bytes]:
     """The chunk of colours stays; of an animation its canvas and its first frame."""
     chunks, at = {}, 12
     while at < len(data):
-        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        end = at + 8 + size + size % 2
         chunks.setdefault(data[at : at + 4], data[at:end])  # the first of a kind counts
-        at = end + end % 2
+        at = end
     exif = chunks.get(b"EXIF", b"")[8:]
     body = chunks.get(b"VP8 ") or chunks.get(b"VP8L")
     if body is None:
         canvas = bytearray(chunks.get(b"VP8X", b""))
         canvas[8:9] = b"\x12"  # there is animation and transparency, but no metadata
         body = bytes(canvas) + chunks.get(b"ANIM", b"") + chunks.get(b"ANMF", b"")
-    body += b"\0" * (len(body) % 2)
     return b"RIFF" + (4 + len(body)).to_bytes(4, "little") + b"WEBP" + body, exif
 
 

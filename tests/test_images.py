@@ -1,7 +1,4 @@
-"""Images in files and in memory: decoding, the check of every file, batches, and which images a step loads."""
-
-import re
-from pathlib import Path
+"""Images in files and in memory: batches, and which images a step loads."""
 
 import numpy as np
 import pytest
@@ -11,133 +8,10 @@ from hypothesis import strategies as st
 from make import seeds, shapes, write_folders
 from PIL import Image
 
-import plumbing.decoding
+import plumbing.images
 from plumbing.datasets import load_data
-from plumbing.decoding import decode_image, to_rgb
-from plumbing.errors import UserError
 from plumbing.images import BatchPlan, MemoryImages
 from plumbing.settings import TrainConfig
-
-# --- decoding --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "I;16", "1", "transparent palette"])
-def test_decode_image_turns_every_kind_of_picture_into_rgb(tmp_path, mode):
-    grey = np.tile(np.linspace(0, 255, 32).round().astype(np.uint8), (32, 1))
-    ending = "jpg" if mode == "CMYK" else "png"
-    path = tmp_path / f"picture.{ending}"
-    if mode == "I;16":
-        Image.fromarray(grey.astype(np.uint16) * 257).save(path)
-    elif mode == "transparent palette":
-        Image.fromarray(grey).convert("P").save(path, transparency=b"\x80" * 256)
-    else:
-        Image.fromarray(grey).convert(mode).save(path, **({"quality": 95} if ending == "jpg" else {}))
-    image = decode_image(path, 28)[0]
-    assert image.shape == (3, 28, 28)
-    assert image.dtype == torch.uint8
-    want = torch.from_numpy(grey[2:-2, 2:-2].copy()).float()
-    if mode == "1":  # dithered
-        want, image = want.mean(), image.float().mean()
-    assert (image.float() - want).abs().max() < 12
-
-
-def test_decode_image_turns_a_picture_upright(tmp_path):
-    upright = np.zeros((64, 48, 3), np.uint8)
-    upright[:16, :, 0] = 255  # red on top
-    upright[:, 12:16, 1] = 255  # a green line on the left
-    for orientation, turn in ((1, 0), (6, 1), (3, 2), (8, 3)):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        path = tmp_path / f"{orientation}.png"
-        Image.fromarray(np.rot90(upright, turn)).save(path, exif=exif)
-        image = decode_image(path, 32)[0].float()
-        if orientation == 1:
-            first = image
-            assert image[0, 0].mean() > 150
-        torch.testing.assert_close(image, first, atol=1, rtol=0)
-
-
-def test_decode_image_lets_jpeg_skip_pixels_but_none_that_the_crop_needs(tmp_path, monkeypatch):
-    stripes = (128 + 120 * np.sin(np.arange(800) * 2 * np.pi / 36)).astype(np.uint8)
-    Image.fromarray(np.tile(stripes, (600, 1))).convert("RGB").save(tmp_path / "a.jpg", quality=95)
-    sizes, drafts = [], []
-    for crops in ((None,), (1,), (2, 3, 4)):
-        with monkeypatch.context() as patched:
-            patched.setattr(plumbing.decoding, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
-            fast = decode_image(tmp_path / "a.jpg", 96, (0.3, 1.0), crops).float()
-        with monkeypatch.context() as patched:
-            patched.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *_: drafts.append(1))
-            slow = decode_image(tmp_path / "a.jpg", 96, (0.3, 1.0), crops).float()
-        assert fast.shape == (len(crops), 3, 96, 96)
-        assert (fast - slow).abs().mean() < 6
-    assert len(sizes) == len(drafts) == 3
-    assert max(sizes) < (800, 600)
-
-
-# --- the check of every file -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_folders_name_a_file_that_cannot_be_read(tmp_path, workers):
-    write_folders(tmp_path, ending="jpg", size=(400, 300))
-    bad = next((tmp_path / "train" / "bee").iterdir())
-    data = load_data(str(tmp_path), workers=workers)
-    for content in (bad.read_bytes()[:-200], b"not an image", b""):
-        bad.write_bytes(content)  # after the check
-        with pytest.raises(UserError, match=f"{re.escape(str(bad))} cannot be read as an image"):
-            list(data.plain_batches(range(6), 8))
-
-
-def test_folders_are_checked_once_and_name_every_bad_image(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    root = write_folders(tmp_path / "set", ending="jpg", size=(400, 300))
-    first, second, third = sorted((root / "train" / "bee").iterdir())
-    first.write_bytes(first.read_bytes()[:-200])
-    second.write_bytes(b"not an image")
-    with pytest.raises(UserError) as error:
-        load_data(str(root))
-    text = str(error.value)
-    assert text.startswith(f"2 of 6 images cannot be read: {first} (")
-    assert f"; {second} (" in text
-    assert text.endswith("; mend or remove them, or add --skip-bad-images")
-    assert "\n" not in text
-    data = load_data(str(root), skip_bad_images=True)
-    assert [Path(path) for path in data.paths[3:]] == [third]
-    assert data.labels.tolist() == [0, 0, 0, 1]
-    assert "note: 2 of 6 images are left out" in capsys.readouterr().out
-
-    opened, really_open = [], plumbing.decoding.Image.open
-    monkeypatch.setattr(plumbing.decoding.Image, "open", lambda path: opened.append(path) or really_open(path))
-    assert len(load_data(str(root), skip_bad_images=True)) == 4
-    assert sorted(opened) == [str(first), str(second)]  # good ones are remembered, bad ones may have been mended
-    monkeypatch.setattr(plumbing.decoding.Image, "open", really_open)
-    for damage in ("[]", "{", '["x"]', "3"):
-        for file in (tmp_path / "cache").rglob("*.json"):
-            file.write_text(damage if damage != "[]" else "[0, 99]")
-        assert len(load_data(str(root), skip_bad_images=True)) == (6 if damage == "[]" else 4)
-    first.write_bytes(third.read_bytes())  # mended: looked at again
-    assert len(load_data(str(root), skip_bad_images=True)) == 5
-    for path in (first, third):
-        path.write_bytes(b"")
-    for path in (root / "train" / "ant").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"6 of 6 images cannot be read: .*; \.\.\.; mend or remove them$"):
-        load_data(str(root), skip_bad_images=True)
-
-
-def test_folders_name_a_link_that_leads_nowhere(tmp_path):
-    root = write_folders(tmp_path / "set")
-    (root / "train" / "ant" / "lost.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.raises(UserError, match=r"1 of 7 images cannot be read: .*lost\.png \(.*No such file"):
-        load_data(str(root))
-    assert len(load_data(str(root), skip_bad_images=True)) == 6
-
-
-def test_folders_are_checked_without_a_cache_folder_too(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # cannot hold files
-    assert len(load_data(str(write_folders(tmp_path / "set")))) == 6
-
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
