@@ -172,9 +172,9 @@ class ViT(Encoder):
     ):
         fields = {"image_size": image_size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
         super().__init__(mean, std, **fields, mlp_ratio=mlp_ratio, pool=pool)
-        height, width = self.image_sides = height_and_width(self.fields["image_size"])
-        if min(patch, dim, depth, heads) < 1 or height * width > 2**18 * patch**2:
-            size = f"width {dim}, {depth} blocks, {heads} heads, image {height} x {width} and patch {patch}"
+        height, width = self.image_sides = height_and_width(self.fields["image_size"], patch)
+        if min(patch, dim, depth, heads) < 1:
+            size = f"width {dim}, {depth} blocks, {heads} heads and patch {patch}"
             raise UserError(f"a transformer of {size} cannot be built")
         if height % patch or width % patch:
             raise UserError(f"image size {height} x {width} is not a multiple of the patch size {patch}")

@@ -51,13 +51,11 @@ def foreign_failure(error: Exception) -> str:
     text = str(error).splitlines()[0].strip() if str(error) else ""
     if not isinstance(error, RuntimeError | OSError):
         return ""
-    if (
-        "Too many open files" in text or "items of ancdata" in text
-    ):  # the second is how a full table looks to a receiver
-        return f"too many open files ({text[:100]}); raise the limit (ulimit -n 8192) or give fewer --workers"
+    if "Too many open files" in text or "items of ancdata" in text:  # the second says it of a file that was sent
+        return f"too many open files ({text[:140]}); raise the limit (ulimit -n 8192) or give fewer --workers"
     if "</torch_" in text or "shared memory" in text:  # the file of a tensor in /dev/shm, or of a worker killed at it
         small = "shared memory (/dev/shm) is too small for the pictures that the workers hand over"
-        return f"{small} ({text[:100]}); raise it (docker run --shm-size=1g) or give --workers 0"
+        return f"{small} ({text[:140]}); raise it (docker run --shm-size=1g) or give --workers 0"
     if getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN):  # at a fork
         return f"no memory or no place for another process ({text}); give fewer --workers"
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:

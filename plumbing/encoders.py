@@ -101,11 +101,16 @@ def three_numbers(name: str, values, above: float = -math.inf) -> tuple:
     return tuple(float(x) for x in found)
 
 
-def height_and_width(image_size) -> tuple[int, int]:
-    """A side or (height, width) as the two. Raises UserError where these are no whole numbers from 1."""
+def height_and_width(image_size, patch: int = 0) -> tuple[int, int]:
+    """A side or (height, width) as the two. Raises UserError where these are no whole numbers from 1.
+
+    Where patches are given, also for more than 2^18 of them, which nothing could attend to.
+    """
     both = tuple(image_size) if isinstance(image_size, tuple | list) else (image_size, image_size)
     if len(both) != 2 or not all(isinstance(side, int) and side >= 1 for side in both):
         raise UserError(f"image size {image_size!r} makes no sense; expected a side, or (height, width), in pixels")
+    if patch and both[0] * both[1] > 2**18 * patch**2:
+        raise UserError(f"image size {both[0]} x {both[1]} is too large for a patch size of {patch}")
     return both
 
 

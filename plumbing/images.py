@@ -130,6 +130,8 @@ class FolderImages:
         for batch in loader:
             if isinstance(batch, str):
                 raise UserError(batch)
+            if isinstance(batch, RuntimeError):
+                raise batch
             yield [x.to(self.device, non_blocking=True) for x in batch]
 
 
@@ -169,4 +171,11 @@ class _Decoder(torch.utils.data.Dataset):
 
 def _stack(items):
     broken = next((item for item in items if isinstance(item, str)), None)
-    return broken or tuple(torch.stack(part) for part in zip(*items, strict=True))
+    if broken:
+        return broken
+    parts = tuple(torch.stack(part) for part in zip(*items, strict=True))
+    try:
+        # Else a thread of torch's does it, which prints what fails, and the parent waits for this batch for ever.
+        return tuple(part.share_memory_() for part in parts) if torch.utils.data.get_worker_info() else parts
+    except RuntimeError as error:
+        return error

@@ -1,17 +1,26 @@
 """What frozen features are worth: nearest neighbours and ridge regression, both exact."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plumbing.crops import resize
+from plumbing.processes import note
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10, chunk: int = 0):
     """Share of queries (M, D) whose k nearest rows of the bank (N, D) vote for their label, in percent.
 
-    Euclidean distance, one vote each, the lowest class wins a tie (MAGMA, section 5: k = 10).
+    Euclidean distance, one vote each, the lowest class wins a tie (MAGMA, section 5: k = 10). nan where there is
+    nothing to judge (`unfit`).
     """
+    if unfit(training=bank, test=queries):
+        return math.nan
+    bank, queries = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (bank, queries))
+    scale = moderate(torch.maximum(bank.abs().max(), queries.abs().max()))
+    bank, queries = bank / scale, queries / scale
     centre = bank.mean(dim=0)  # the Gram form of a distance loses its digits where the mean is large
     bank, queries = bank - centre, queries - centre
     norms, right = bank.square().sum(dim=1), 0
@@ -28,8 +37,14 @@ def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
     """Accuracy in percent of ridge regression on one-hot labels: a linear probe without a training loop.
 
     Features (N, D) are standardised. Of seven ridge strengths, 1e-5 to 10 times N, the one with the best exact
-    leave-one-out accuracy on the training part is taken.
+    leave-one-out accuracy on the training part is taken. nan where there is nothing to judge (`unfit`), or where no
+    solution is found.
     """
+    if unfit(training=train, test=test):
+        return math.nan
+    train, test = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (train, test))
+    scale = moderate(train.abs().amax(dim=0)).clamp_min(1)  # (D,); tiny ones are as good as constant
+    train, test = train / scale, test / scale
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
     train, test = (train - mean) / std, (test - mean) / std
     if len(train) < train.shape[1]:
@@ -39,7 +54,10 @@ def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
         train, test = train.double() @ basis, test.double() @ basis
     onehot = F.one_hot(train_labels, classes).to(train.dtype)
     offset = onehot.mean(dim=0)
-    values, vectors = torch.linalg.eigh(train.T @ train)  # (D,), (D, D)
+    try:
+        values, vectors = torch.linalg.eigh(train.T @ train)  # (D,), (D, D)
+    except torch.linalg.LinAlgError:  # it does not converge
+        return math.nan
     rotated = train @ vectors  # (N, D)
     target, squares = rotated.T @ (onehot - offset), rotated.square()  # (D, classes), (N, D)
     best, best_weight = -1.0, None
@@ -51,7 +69,28 @@ def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_label
         accuracy = float((left_out.argmax(dim=1) == train_labels).float().mean())
         if accuracy > best:
             best, best_weight = accuracy, vectors @ (shrink[:, None] * target)
-    return 100 * float(((test @ best_weight + offset).argmax(dim=1) == test_labels).float().mean())
+    scores = test @ best_weight + offset
+    return 100 * float((scores.argmax(dim=1) == test_labels).float().mean()) if scores.isfinite().all() else math.nan
+
+
+def unfit(**splits) -> str:
+    """Why frozen features say nothing: "features are not finite (3 of 500 images)"; "" if they do.
+
+    Of each split the features, unfit(training=(N, D), test=(M, D)).
+    """
+    for split, features in splits.items():
+        if not len(features):
+            return f"no {split} image has a label"
+    finite = torch.cat([features.isfinite().all(dim=1) for features in splits.values()])
+    return "" if finite.all() else f"features are not finite ({int((~finite).sum())} of {len(finite)} images)"
+
+
+def moderate(largest: Tensor) -> Tensor:
+    """What to divide features by whose largest magnitudes are these, so that their squares stay in float32's range.
+
+    It is 1 but for huge and tiny ones, so that others keep every digit.
+    """
+    return largest.where((largest > 1e15) | ((0 < largest) & (largest < 1e-15)), 1.0)
 
 
 def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
@@ -62,7 +101,12 @@ def pooled_features(encoder: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def features_of(encode, data, indices, size: int) -> tuple[Tensor, Tensor]:
-    """encode(images) -> (B, D) over whole images of a data set: float32 features (N, D) and labels (N,)."""
+    """encode(images) -> (B, D) over whole images of a data set: float32 features (N, D) and labels (N,).
+
+    Without any image, both are empty and D is 0.
+    """
+    if not len(indices):
+        return torch.empty(0, 0, device=data.labels.device), data.labels[:0]
     parts = [(encode(images).float(), labels) for images, labels in data.plain_batches(indices, size)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
@@ -83,9 +127,16 @@ def labelled(data, limit: int = 0) -> Tensor:
 def probe(encode, train, test, size: int, limit: int = 0) -> dict:
     """kNN and linear accuracy in percent of frozen features: {"knn": ..., "linear": ...}.
 
-    At most `limit` images of each split; 0 takes all. Unlabelled ones do not count.
+    At most `limit` images of each split; 0 takes all. Unlabelled ones do not count. None, and a note that says why, for
+    what cannot be told.
     """
     parts = []
     for data in (train, test):
         parts += features_of(encode, data, labelled(data, limit), size)
-    return {"knn": knn_accuracy(*parts), "linear": ridge_accuracy(*parts, len(train.classes))}
+    if reason := unfit(training=parts[0], test=parts[2]):
+        note(f"{reason}: no kNN, no linear")
+        return {"knn": None, "linear": None}
+    linear = ridge_accuracy(*parts, len(train.classes))
+    if math.isnan(linear):
+        note("ridge regression finds no solution for these features: no linear")
+    return {"knn": knn_accuracy(*parts), "linear": None if math.isnan(linear) else linear}

@@ -1,5 +1,7 @@
 """The one table that training and evaluating end with."""
 
+import math
+
 COLUMNS = {  # what a result is called, and its digits; another one goes by its own name, with one digit
     "knn": ("kNN", 1),
     "psnr": ("PSNR", 1),
@@ -24,7 +26,7 @@ def column_of(name: str) -> tuple[str, int]:
 
 
 def format_table(results: dict, corner: str = "") -> str:
-    """{row: {result: value}} as text: a dash where a row has no such result, nan for one that is None."""
+    """{row: {result: value}} as text: a dash where a row has no such result, or one without a value (None, nan)."""
     names = list(dict.fromkeys(name for row in results.values() for name in row if not name.startswith(UNTITLED)))
     columns = [column_of(name) for name in names]
     widths = [max(10, len(title) + 3) for title, _ in columns]
@@ -32,8 +34,8 @@ def format_table(results: dict, corner: str = "") -> str:
     for row, values in results.items():
         cells = []
         for name, (_, digits), width in zip(names, columns, widths, strict=True):
-            value = values.get(name, "-")
-            text = "nan" if value is None else value if value == "-" else f"{value:.{digits}f}"
+            value = values.get(name)
+            text = "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
             cells.append(f"{text:>{width}}")
         lines.append(f"{ROWS[row]:<20}" + "".join(cells))
     return "\n".join(lines)

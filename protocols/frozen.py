@@ -10,20 +10,38 @@ from torch import Tensor
 from common import learning_rate
 from plumbing.crops import mix_seed
 from plumbing.errors import NonFiniteLoss, UserError
-from plumbing.probes import knn_accuracy, ridge_accuracy
-from plumbing.processes import on_rank_zero
-from protocols.heads import LinearHeads, accuracies, head_groups, make_head, make_optimizer, one_hot, soft_loss
+from plumbing.probes import knn_accuracy, moderate, ridge_accuracy, unfit
+from plumbing.processes import note, on_rank_zero
+from plumbing.tables import ROWS, column_of
+from protocols.heads import (
+    LinearHeads,
+    accuracies,
+    head_groups,
+    make_head,
+    make_optimizer,
+    note_diverged,
+    one_hot,
+    soft_loss,
+)
 from protocols.rows import Subject
 from protocols.settings import Config, result_names
 
 
+def without_value(subject: Subject, names, reason: str) -> dict:
+    """Results that cannot be told, {name: nan}, and a note that says why."""
+    note(f"{ROWS[subject.name]}: {reason}, so no {', '.join(column_of(name)[0] for name in names)}")
+    return dict.fromkeys(names, math.nan)
+
+
 def run_knn(subject: Subject, config: Config) -> dict:
-    """Votes of the nearest training images: {"knn": percent of the test images}."""
+    """Votes of the nearest training images: {"knn": percent of the test images}, nan where features are not finite."""
     (bank, bank_labels), (queries, labels) = subject.features("train", config), subject.features("test", config)
+    if reason := unfit(training=bank, test=queries):
+        return without_value(subject, ["knn"], reason)
     if config.k > len(bank):
         raise UserError(f"--k {config.k} is more than the {len(bank)} training images that could be neighbours")
     if config.metric == "cosine":  # on the unit sphere, the nearest is the one with the largest cosine
-        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+        bank, queries = (F.normalize(x / moderate(x.abs().amax(dim=1, keepdim=True)), dim=1) for x in (bank, queries))
     return {"knn": knn_accuracy(bank, bank_labels, queries, labels, config.k)}
 
 
@@ -33,21 +51,28 @@ def run_knn(subject: Subject, config: Config) -> dict:
 
 
 def run_linear(subject: Subject, config: Config) -> dict:
-    """A linear layer by gradient descent, of raw pixels by ridge regression: {"linear": percent}, or one each rate."""
+    """A linear layer by gradient descent, of raw pixels by ridge regression: {"linear": percent}, or one each rate.
+
+    nan for a head that diverged, and for all where features are not finite.
+    """
     classes, names = len(subject.train.classes), result_names("linear", config)
 
     def probe():
         (features, labels), (queries, truth) = subject.features("train", config), subject.features("test", config)
+        if reason := unfit(training=features, test=queries):
+            return without_value(subject, names, reason)
         if subject.encoder is None:
-            return [ridge_accuracy(features, labels, queries, truth, classes)] * len(names)
+            return dict.fromkeys(names, ridge_accuracy(features, labels, queries, truth, classes))
         torch.manual_seed(config.seed)
         head = make_head("linear", features.shape[1], classes, config).to(subject.device)
         few = dataclasses.replace(config, batch_size=min(config.batch_size, len(labels)))
+        if config.batchnorm and few.batch_size < 2:
+            raise UserError("--batchnorm takes statistics of a batch: it needs two training images in one, or more")
         fit_on_features(head, features, labels, classes, few)
         with torch.no_grad():
-            return accuracies(head.eval()(queries), truth)
+            return note_diverged(dict(zip(names, accuracies(head.eval()(queries), truth), strict=True)))
 
-    return dict(zip(names, on_rank_zero(probe), strict=True))
+    return on_rank_zero(probe)
 
 
 def fit_on_features(head: LinearHeads, features: Tensor, labels: Tensor, classes: int, config: Config):
@@ -78,19 +103,26 @@ def fit_on_features(head: LinearHeads, features: Tensor, labels: Tensor, classes
 
 
 def run_clusters(subject: Subject, config: Config) -> dict:
-    """Davies-Bouldin index, mean cosines within and between classes, their ratio, and their gap without the mean."""
+    """Davies-Bouldin index, mean cosines within and between classes, their ratio, and their gap without the mean.
+
+    nan for all where features are not finite, and for the index where classes have the same centre.
+    """
     features, labels = subject.features("test", config)
+    names = ("davies_bouldin", "same_class_cosine", "other_class_cosine", "cosine_ratio", "cosine_gap")
+    if reason := unfit(test=features):
+        return without_value(subject, names, reason)
     if len(labels.unique()) < 2 or len(labels) == len(labels.unique()):
         raise UserError(f"clusters needs two classes or more, and one with two test images, not {len(labels)} images")
+    features = features.double()
     same, different = class_cosines(features, labels)
     centred = class_cosines(features - features.mean(dim=0), labels)
-    return {
-        "davies_bouldin": davies_bouldin(features, labels),
-        "same_class_cosine": same,
-        "other_class_cosine": different,
-        "cosine_ratio": same / different if different else math.nan,
-        "cosine_gap": centred[0] - centred[1],
-    }
+    index, ratio = davies_bouldin(features, labels), same / different if different else math.nan
+    found = dict(zip(names, (index, same, different, ratio, centred[0] - centred[1]), strict=True))
+    if not math.isfinite(index):
+        found |= without_value(subject, names[:1], "classes have the same centre")
+    if math.isnan(ratio):
+        without_value(subject, ["cosine_ratio"], "the mean cosine of two classes is 0")
+    return found
 
 
 def davies_bouldin(features: Tensor, labels: Tensor) -> float:
@@ -118,6 +150,7 @@ def class_cosines(features: Tensor, labels: Tensor) -> tuple[float, float]:
     unit, count = F.normalize(features.double(), dim=1), torch.bincount(labels).double()
     sums = torch.zeros(len(count), unit.shape[1], dtype=torch.float64, device=unit.device).index_add(0, labels, unit)
     within, everything = sums.square().sum(), sums.sum(dim=0).square().sum()
-    same = (within - len(unit)) / (count * (count - 1)).sum()  # without each image and itself
+    alone = unit.square().sum()  # of each image and itself: 1, or 0 where all its features are
+    same = (within - alone) / (count * (count - 1)).sum()
     different = (everything - within) / (len(unit) ** 2 - count.square().sum())
     return float(same), float(different)

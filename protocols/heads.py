@@ -1,6 +1,7 @@
 """What is put on an encoder to judge it, how its parameters are grouped, and what fine-tuning adds to it."""
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from common import Block, ViT, decays, initialize
 from plumbing.errors import UserError
+from plumbing.processes import note
 from protocols.settings import Config, decoder_width, result_names
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,6 +98,14 @@ def accuracies(logits, labels: Tensor) -> list:
     """Accuracy in percent of each head: logits, a sequence of (N, classes); nan for a head that diverged."""
     right = [100 * float((one.argmax(dim=1) == labels).float().mean()) for one in logits]
     return [value if one.isfinite().all() else float("nan") for value, one in zip(right, logits, strict=True)]
+
+
+def note_diverged(results: dict) -> dict:
+    """The accuracies {name: percent}, with a note for each that is nan."""
+    for name, value in results.items():
+        if math.isnan(value):
+            note(f"{name}: the head diverged, so it has no accuracy; lower its learning rate")
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,14 +57,21 @@ class Subject:
         return self.kept[key]
 
     def one_a_class(self, config: Config) -> Tensor:
-        """The first test image of each of at most eight classes (B, 3, H, W)."""
+        """The first test image of each of at most eight classes (B, 3, H, W). Raises UserError where there is none."""
         labels = self.test.labels.cpu()
+        if not (labels >= 0).any():
+            raise UserError("no test image has a label, so there is none to draw")
         first = [int(torch.nonzero(labels == label)[0]) for label in labels[labels >= 0].unique()[:8]]
         return next(iter(self.test.plain_batches(first, config.image_size)))[0]
 
 
 def load_method(run_folder: Path, known: dict, data) -> Method:
-    """The whole method of a run, from what its config.json says (`known`) and its last.pt."""
+    """The whole method of a run, from what its config.json says (`known`) and its last.pt.
+
+    Raises UserError where these are not of a run, or do not fit each other.
+    """
+    if known.get("method") not in METHODS:
+        raise UserError(f"{run_folder} has no config.json that names its method; choose a run of train.py")
     module = importlib.import_module(known["method"])
     # The loop's own settings shape no network, and an older or edited file may have some that make no sense here.
     loop = {field.name for field in dataclasses.fields(TrainConfig)} - {"image_size"}
@@ -72,8 +79,15 @@ def load_method(run_folder: Path, known: dict, data) -> Method:
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in known.items() if name in names}
     if fields.get("start"):  # the file that the run went on from may be gone
         fields["start"] = str(run_folder / "encoder.pt")
-    method = getattr(module, METHODS[known["method"]])(module.Config(**fields), data)
-    method.load_state_dict(load_checkpoint(run_folder / "last.pt")["weights"])
+    state = load_checkpoint(run_folder / "last.pt")
+    try:
+        method = getattr(module, METHODS[known["method"]])(module.Config(**fields), data)
+        method.load_state_dict(state["weights"])
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 (settings and weights of an edited file can fail in any way)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"config.json and last.pt of {run_folder} do not fit each other ({reason})") from None
     return method.eval()
 
 

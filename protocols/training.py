@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from common import Method, ViT, fit, gradient_if
 from plumbing.errors import UserError
 from plumbing.files import load_checkpoint
 from plumbing.probes import features_of, labelled, pooled_features
-from plumbing.processes import autocast, on_rank_zero, rank
+from plumbing.processes import autocast, note, on_rank_zero
 from protocols.augment import mix_labels, rand_augment, random_erase
-from protocols.frozen import run_clusters, run_knn, run_linear
+from protocols.frozen import run_clusters, run_knn, run_linear, without_value
 from protocols.heads import (
     LinearHeads,
     accuracies,
@@ -23,6 +24,7 @@ from protocols.heads import (
     layer_groups,
     make_head,
     make_optimizer,
+    note_diverged,
     one_hot,
     soft_loss,
     token_features,
@@ -119,7 +121,10 @@ class Classifier(Method):
                 return self.logits(images).transpose(0, 1)  # (B, heads, classes)
 
         logits, labels = features_of(classify, test, labelled(test), config.image_size)
-        return dict(zip(result_names("accuracy", config), accuracies(logits.unbind(dim=1), labels), strict=True))
+        names = result_names("accuracy", config)
+        if not len(labels):  # none to be right about
+            return dict.fromkeys(names, math.nan)
+        return dict(zip(names, accuracies(logits.unbind(dim=1), labels), strict=True))
 
     def pictures(self, images: Tensor) -> Tensor:
         """Rows of an image and four of its augmentations (flips and crops come before): (B, 5, 3, H, W)."""
@@ -138,8 +143,11 @@ def digest(module: nn.Module) -> str:
 def train_classifier(protocol: str, subject: Subject, config: Config) -> dict:
     """The protocols that encode each image anew: linear without cache, tran1, tran4, finetune.
 
-    Each is a run of its own, in a folder <protocol>-<data> of the run's: with a log, checkpoints, and --resume.
+    Each is a run of its own, in a folder <protocol>-<data> of the run's: with a log, checkpoints, and --resume. nan
+    where the encoder's weights are not finite.
     """
+    if not all(parameter.isfinite().all() for parameter in subject.encoder.parameters()):
+        return without_value(subject, result_names(protocol, config), "its weights are not finite")
     subject.use_pool(config)
     subject.kept.clear()  # features that are kept would take memory from the training
     classes, kind = len(subject.train.classes), config.head if protocol == "finetune" else protocol
@@ -155,20 +163,28 @@ def train_classifier(protocol: str, subject: Subject, config: Config) -> dict:
     fit(method, subject.train, subject.test, config)
     method.eval()
     result = on_rank_zero(lambda: method.probe(None, subject.train, subject.test, config))
-    return {name.replace("accuracy", protocol): value for name, value in result.items()}
+    return note_diverged({name.replace("accuracy", protocol): value for name, value in result.items()})
 
 
 def start_from_probe(head: nn.Module, kind: str, subject: Subject, config: Config):
     """FINOLA, Appendix C: fine-tuning takes the decoder from where the finished probe of the same encoder ended."""
     path = folder_of(kind, subject, config) / "last.pt"
     state = load_checkpoint(path) if path.exists() else {}
-    found = state.get("identity", {})
-    last = found["images"] // found["batch_size"] * found["epochs"] if found else 0  # its last step
-    if (found.get("origin"), found.get("data"), state.get("step")) == (digest(subject.encoder), config.data, last):
-        weights = state["weights"]
-        head.load_state_dict({name[5:]: value for name, value in weights.items() if name.startswith("head.")})
-    elif rank() == 0:
-        print(f"note: {path} holds no finished probe of this encoder; --protocol {kind} makes one to start from")
+    try:
+        found = state["identity"]
+        last = found["images"] // found["batch_size"] * found["epochs"]  # its last step
+        fits = (found["origin"], found["data"], state["step"]) == (digest(subject.encoder), config.data, last)
+        weights = {name[5:]: value for name, value in state["weights"].items() if name.startswith("head.")}
+    except (KeyError, TypeError, AttributeError, ArithmeticError):  # no file, or one of something else
+        fits = False
+    if fits:
+        try:
+            head.load_state_dict(weights)
+        except (TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} does not fit ({reason}); remove its folder and make it anew") from None
+    else:
+        note(f"{path} holds no finished probe of this encoder; --protocol {kind} makes one to start from")
 
 
 def folder_of(protocol: str, subject: Subject, config: Config) -> Path:

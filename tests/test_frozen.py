@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make import randn, seeds, settings_for, striped, subject_of, vit
 
+from plumbing.errors import UserError
 from protocols import frozen, training
 from protocols.frozen import class_cosines, davies_bouldin, fit_on_features, run_clusters, run_knn, run_linear
 from protocols.heads import LinearHeads, accuracies
@@ -133,3 +134,86 @@ def test_the_gap_of_cosines_is_that_of_centred_features():
     same, different = reference.class_cosines(features - features.mean(dim=0), labels)
     assert found["cosine_gap"] == pytest.approx(float(same - different), abs=1e-6)
     assert found["cosine_ratio"] != pytest.approx(float(same / different), rel=0.1)
+
+
+# --- a dash and a reason ---------------------------------------------------------------------------------------------
+
+RUNS = {"knn": run_knn, "linear": run_linear, "clusters": run_clusters}
+
+
+@pytest.mark.parametrize("name", ["trained", "pixels"])
+@pytest.mark.parametrize("protocol", RUNS)
+def test_features_that_are_not_finite_have_no_result_and_a_reason(protocol, name, tmp_path, capsys):
+    subject, config = subject_of(None if name == "pixels" else vit(), name), settings_for(protocol, tmp_path, epochs=1)
+    for split in ("train", "test"):
+        subject.features(split, config)[0][[2, 7], 3] = math.nan
+    capsys.readouterr()
+    found = RUNS[protocol](subject, config)
+    assert found and all(math.isnan(value) for value in found.values())
+    titles = {"knn": "kNN", "linear": "linear", "clusters": "Davies-Bouldin, same_class_cosine, other_class_cosine"}
+    counts = "2 of 48" if protocol == "clusters" else "4 of 144"
+    row = {"trained": "trained encoder", "pixels": "raw pixels"}[name]
+    text = f"note: {row}: features are not finite ({counts} images), so no {titles[protocol]}"
+    shown = capsys.readouterr().out
+    assert shown.startswith(text) and shown.count("\n") == 1
+
+
+def test_every_learning_rate_has_its_dash(tmp_path, capsys):
+    subject, config = subject_of(vit()), settings_for("linear", tmp_path, epochs=1, base_lrs=(0.1, 0.2))
+    subject.features("test", config)[0][0] = math.inf
+    found = run_linear(subject, config)
+    assert found.keys() == {"linear 0.1", "linear 0.2"} and all(math.isnan(value) for value in found.values())
+    assert "so no linear 0.1, linear 0.2\n" in capsys.readouterr().out
+
+
+def test_a_head_that_diverged_says_so(tmp_path, capsys):
+    config = settings_for("linear", tmp_path, base_lrs=(0.1, 1e38), epochs=9, batch_size=32)
+    capsys.readouterr()
+    run_linear(subject_of(vit(depth=3)), config)
+    want = "note: linear 1e+38: the head diverged, so it has no accuracy; lower its learning rate\n"
+    assert capsys.readouterr().out == want
+
+
+def test_weights_that_are_not_finite_train_no_head(tmp_path, capsys):
+    encoder = vit()
+    encoder.norm.weight.data[0] = math.nan
+    for protocol in ("finetune", "tran1"):
+        config = settings_for(protocol, tmp_path, epochs=1)
+        capsys.readouterr()
+        found = run_protocol(protocol, subject_of(encoder), config)
+        assert list(found) == [protocol] and math.isnan(found[protocol])
+        text = f"note: trained encoder: its weights are not finite, so no {protocol}\n"
+        assert capsys.readouterr().out == text
+    assert not list(tmp_path.iterdir())  # no run was begun
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+def test_neighbours_of_huge_and_tiny_features_are_those_of_others(metric, scale, tmp_path):
+    subject, config = subject_of(vit()), settings_for("knn", tmp_path, metric=metric)
+    want = run_knn(subject, config)
+    for split in ("train", "test"):
+        subject.features(split, config)[0].mul_(scale)
+    assert run_knn(subject, config) == want
+
+
+def test_clusters_of_huge_features_are_those_of_others_and_one_centre_has_no_index(capsys):
+    features, labels = 3 + randn(40, 8, dtype=torch.float32), torch.arange(40) % 4
+    subject = types.SimpleNamespace(name="trained", features=lambda *_: (features, labels))
+    want = run_clusters(subject, None)
+    features = features * 1e37
+    assert run_clusters(subject, None) == pytest.approx(want, rel=1e-5)
+    features = torch.zeros(40, 8)
+    found = run_clusters(subject, None)
+    assert math.isnan(found["davies_bouldin"]) and math.isnan(found["cosine_ratio"]) and found["cosine_gap"] == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "note: trained encoder: classes have the same centre, so no Davies-Bouldin",
+        "note: trained encoder: the mean cosine of two classes is 0, so no cosine ratio",
+    ]
+
+
+def test_a_batch_norm_of_one_image_is_refused(tmp_path):
+    subject = dataclasses.replace(subject_of(vit()), train=striped(1))
+    with pytest.raises(UserError, match="--batchnorm takes statistics of a batch: it needs two training images in one"):
+        run_linear(subject, settings_for("linear", tmp_path, batchnorm=True, epochs=1))
+    assert run_linear(subject, settings_for("linear", tmp_path, epochs=1))["linear"] >= 0

@@ -1,6 +1,7 @@
 """What frozen features are worth: nearest neighbours and ridge regression against slow versions."""
 
 import dataclasses
+import math
 
 import pytest
 import reference
@@ -83,3 +84,109 @@ def test_probe_leaves_unlabelled_images_out():
     assert set(result) == {"knn", "linear"}
     probe(encode, hidden, data, 8, limit=20)
     assert seen[2:] == [20, 20]
+
+
+# --- features that say nothing, or too much for float32 --------------------------------------------------------------
+
+BOTH = (knn_accuracy, lambda *parts: ridge_accuracy(*parts, 3))
+
+
+def features_and_labels(count=60, width=5, seed=0, dtype=torch.float32):
+    """Features that tell three classes apart, in two halves: features, labels, features, labels."""
+    labels = torch.arange(count) % 3
+    features = randn(count, width, seed=seed, dtype=dtype) + 4 * torch.eye(3, width, dtype=dtype)[labels]
+    half = count // 2
+    return features[:half], labels[:half], features[half:], labels[half:]
+
+
+@pytest.mark.parametrize("judge", BOTH)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", [0, 2])
+def test_one_value_that_is_not_finite_leaves_no_accuracy(judge, value, part):
+    parts = features_and_labels()
+    assert judge(*parts) > 80
+    parts[part][3, 1] = value
+    assert math.isnan(judge(*parts))
+
+
+@pytest.mark.parametrize("judge", BOTH)
+@pytest.mark.parametrize("scale", [1e30, 1e37, 1e-30])
+def test_huge_features_are_judged_as_others_are(judge, scale):
+    """Their squares would leave the range of float32; tiny ones are as good as constant to a ridge."""
+    bank, labels, queries, truth = features_and_labels()
+    if judge is knn_accuracy or scale > 1:
+        assert judge(bank * scale, labels, queries * scale, truth) == judge(bank, labels, queries, truth)
+    else:
+        assert judge(bank * scale, labels, queries * scale, truth) == pytest.approx(100 / 3)
+
+
+def test_one_huge_column_hides_no_other_from_a_ridge():
+    bank, labels, queries, truth = features_and_labels()
+    noise = 1e30 * randn(60, 1, seed=1, dtype=torch.float32)
+    with_noise = torch.cat([bank, noise[:30]], dim=1), labels, torch.cat([queries, noise[30:]], dim=1), truth
+    ordinary = (
+        torch.cat([bank, noise[:30] / 1e30], dim=1),
+        labels,
+        torch.cat([queries, noise[30:] / 1e30], dim=1),
+        truth,
+    )
+    assert ridge_accuracy(*with_noise, 3) == pytest.approx(ridge_accuracy(*ordinary, 3))
+
+
+@pytest.mark.parametrize("judge", BOTH)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_judged_in_float32(judge, dtype):
+    bank, labels, queries, truth = features_and_labels()
+    bank, queries = bank.to(dtype), queries.to(dtype)
+    assert judge(bank, labels, queries, truth) == judge(bank.float(), labels, queries.float(), truth)
+
+
+@pytest.mark.parametrize("judge", BOTH)
+def test_few_images_few_classes_and_equal_features_have_an_accuracy(judge):
+    bank, labels, queries, truth = features_and_labels()
+    assert judge(bank, labels * 0, queries, truth * 0) == 100  # one class
+    assert judge(bank[:1], labels[:1], queries, truth) == pytest.approx(100 / 3)  # one image: all are of its class
+    some = labels < 2  # no example of the third class
+    known = 100 * float((truth < 2).float().mean())
+    assert known - 10 < judge(bank[some], labels[some], queries, truth) <= known
+    same = torch.ones(30, 5)  # no feature tells anything: one class for all
+    assert judge(same, labels, same, truth) == pytest.approx(100 / 3)
+    doubled = torch.cat([bank, bank], dim=1), labels, torch.cat([queries, queries], dim=1), truth
+    assert judge(*doubled) == judge(bank, labels, queries, truth)
+    assert judge(bank, labels, queries[:1], truth[:1]) == 100
+    for empty in ((bank[:0], labels[:0], queries, truth), (bank, labels, queries[:0], truth[:0])):
+        assert math.isnan(judge(*empty))
+
+
+def test_a_ridge_without_a_solution_has_no_accuracy(monkeypatch, capsys):
+    seen = []
+
+    def fail(matrix):
+        seen.append(matrix)
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    parts = features_and_labels()
+    assert math.isnan(ridge_accuracy(*parts, 3)) and seen
+    images, labels, _ = render_shapes(40, 8)
+    data = MemoryImages(images, labels, list(SHAPES), (0, 0, 0), (1, 1, 1))
+    found = probe(lambda batch: batch.flatten(1), data, data, 8)
+    assert found["linear"] is None and found["knn"] > 0
+    assert capsys.readouterr().out == "note: ridge regression finds no solution for these features: no linear\n"
+
+
+def test_a_probe_without_a_value_says_why(capsys):
+    images, labels, _ = render_shapes(40, 8)
+    data = MemoryImages(images, labels, list(SHAPES), (0, 0, 0), (1, 1, 1))
+
+    def broken(batch):
+        out = batch.flatten(1).clone()
+        out[[1, 5, 8], 0] = math.nan
+        return out
+
+    assert probe(broken, data, data, 8) == {"knn": None, "linear": None}
+    assert capsys.readouterr().out == "note: features are not finite (6 of 80 images): no kNN, no linear\n"
+    none = dataclasses.replace(data, labels=torch.full((40,), -1))
+    for train, test, split in ((none, data, "training"), (data, none, "test")):
+        assert probe(lambda batch: batch.flatten(1), train, test, 8) == {"knn": None, "linear": None}
+        assert capsys.readouterr().out == f"note: no {split} image has a label: no kNN, no linear\n"

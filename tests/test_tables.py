@@ -19,13 +19,13 @@ def test_format_table_prints_linear_and_knn_with_one_digit():
     ]
 
 
-def test_format_table_shows_a_dash_for_what_a_row_lacks_and_nan_for_what_has_no_value():
+def test_format_table_shows_a_dash_for_what_a_row_lacks_and_for_what_has_no_value():
     assert format_table({"trained": {"knn": None, "psnr": 21.25}, "pixels": {"accuracy": 3.0}}).splitlines() == [
         "                           kNN      PSNR   accuracy",
-        "trained encoder            nan      21.2          -",
+        "trained encoder              -      21.2          -",
         "raw pixels                   -         -        3.0",
     ]
-    assert format_table({"trained": {"knn": float("nan")}}).split()[-1] == "nan"
+    assert format_table({"trained": {"knn": float("nan")}}).split()[-1] == "-"
     assert format_table({}, "accuracy (%)").split() == ["accuracy", "(%)"]
 
 
