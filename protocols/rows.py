@@ -70,7 +70,7 @@ def load_method(run_folder: Path, known: dict, data) -> Method:
 
     Raises UserError where these are not of a run, or do not fit each other.
     """
-    if known.get("method") not in METHODS:
+    if known.get("method") not in list(METHODS):
         raise UserError(f"{run_folder} has no config.json that names its method; choose a run of train.py")
     module = importlib.import_module(known["method"])
     # The loop's own settings shape no network, and an older or edited file may have some that make no sense here.

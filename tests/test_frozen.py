@@ -9,12 +9,13 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import randn, seeds, settings_for, striped, subject_of, vit
+from make import randn, seeds, settings_for, striped, subject_of, tiny_magma, vit
 
 from plumbing.errors import UserError
 from protocols import frozen, training
 from protocols.frozen import class_cosines, davies_bouldin, fit_on_features, run_clusters, run_knn, run_linear
 from protocols.heads import LinearHeads, accuracies
+from protocols.rows import load_method
 from protocols.settings import Config
 from protocols.training import run_protocol
 
@@ -217,3 +218,99 @@ def test_a_batch_norm_of_one_image_is_refused(tmp_path):
     with pytest.raises(UserError, match="--batchnorm takes statistics of a batch: it needs two training images in one"):
         run_linear(subject, settings_for("linear", tmp_path, batchnorm=True, epochs=1))
     assert run_linear(subject, settings_for("linear", tmp_path, epochs=1))["linear"] >= 0
+
+
+# --- damaged run files -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def magma_run(tmp_path_factory):
+    """A folder with what `load_method` reads of a run of MAGMA, and its settings as config.json has them."""
+    folder, method = tmp_path_factory.mktemp("runs") / "magma", tiny_magma()
+    folder.mkdir()
+    torch.save({"weights": method.state_dict()}, folder / "last.pt")
+    return folder, {"method": "magma"} | {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(method.config).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        ({"method": "os"}, "has no config.json that names its method; choose a run of train.py"),
+        ({"method": ["magma"]}, "has no config.json that names its method; choose a run of train.py"),
+        ({"model": "vit_tiny"}, "do not fit each other (Error(s) in loading state_dict for Magma: "),
+        ({"mask_ratio": "half"}, "do not fit each other ("),
+        ({"projector_dim": None}, "do not fit each other ("),
+        ({"layers": 3}, "do not fit each other ("),
+        ({"model": "vit_micr"}, "unknown --model 'vit_micr'; did you mean 'vit_micro'?"),
+    ],
+)
+def test_settings_that_were_edited_are_refused_by_one_line(edit, text, magma_run):
+    folder, known = magma_run
+    assert load_method(folder, known, subject_of(None).test).name == "magma"
+    with pytest.raises(UserError) as caught:
+        load_method(folder, known | edit, subject_of(None).test)
+    assert text in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "state", [{}, [], {"weights": 3}, {"weights": {3: 4}}, {"weights": {"encoder": torch.ones(1)}}]
+)
+def test_a_last_pt_that_holds_no_method_is_refused_by_one_line(state, magma_run, tmp_path):
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=r"^config\.json and last\.pt of .* do not fit each other \([^\n]*\)$"):
+        load_method(tmp_path, magma_run[1], subject_of(None).test)
+
+
+GOOD = {"origin": "", "data": "stripes", "images": 96, "batch_size": 32, "epochs": 2}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *([], {}, {"identity": 3}, {"identity": GOOD | {"images": "many"}, "step": 6, "weights": {}}),
+        *({"identity": GOOD | {"batch_size": 0}, "step": 6, "weights": {}}, {"identity": GOOD, "step": 6}),
+    ],
+)
+def test_a_probe_to_start_from_that_is_none_is_passed_over(state, tmp_path, capsys):
+    subject, config = subject_of(vit()), settings_for("finetune", tmp_path, epochs=1)
+    head, path = torch.nn.Linear(2, 2), tmp_path / "tran1-stripes" / "last.pt"
+    path.parent.mkdir()
+    if isinstance(state, dict) and isinstance(state.get("identity"), dict):
+        state = state | {"identity": state["identity"] | {"origin": training.digest(subject.encoder)}}
+    torch.save(state, path)
+    before = head.weight.clone()
+    training.start_from_probe(head, "tran1", subject, config)
+    assert "holds no finished probe of this encoder; --protocol tran1 makes one" in capsys.readouterr().out
+    assert torch.equal(head.weight, before)
+
+
+def test_a_probe_of_other_classes_is_no_start(tmp_path):
+    subject, config = subject_of(vit()), settings_for("finetune", tmp_path, epochs=1)
+    path = tmp_path / "tran1-stripes" / "last.pt"
+    path.parent.mkdir()
+    identity = GOOD | {"origin": training.digest(subject.encoder)}
+    weights = {"head.weight": torch.ones(2, 2), "head.bias": torch.ones(2)}
+    torch.save({"identity": identity, "step": 6, "weights": weights}, path)
+    head = torch.nn.Linear(2, 2)
+    training.start_from_probe(head, "tran1", subject, config)
+    assert torch.equal(head.weight, weights["head.weight"])
+    with pytest.raises(UserError, match=r"last\.pt does not fit \(.*\); remove its folder and make it anew$"):
+        training.start_from_probe(torch.nn.Linear(2, 3), "tran1", subject, config)
+
+
+def test_a_data_set_without_labels_is_told_by_one_line(tmp_path, capsys):
+    hidden = dataclasses.replace(striped(48), labels=torch.full((48,), -1))
+    for split in ("train", "test"):
+        for protocol in ("knn", "linear") if split == "train" else RUNS:
+            subject = dataclasses.replace(subject_of(vit()), **{split: hidden})
+            found = RUNS[protocol](subject, settings_for(protocol, tmp_path, epochs=1))
+            assert all(math.isnan(value) for value in found.values())
+            kind = "training" if split == "train" else "test"
+            assert f"note: trained encoder: no {kind} image has a label, so no " in capsys.readouterr().out
+    with pytest.raises(UserError, match="no test image has a label"):
+        subject.one_a_class(Config(image_size=8))
+    method = training.Classifier("finetune", vit(), LinearHeads(16, 3), 3, settings_for("finetune", tmp_path, epochs=1))
+    assert math.isnan(method.probe(None, hidden, hidden, settings_for("finetune", tmp_path))["accuracy"])
