@@ -464,10 +464,12 @@ class MultiLevelMAE(Method):
         encoder, head = (encoder_before, self.weights(prefix)), (head_before, self.weights("head."))
         masking = self.weights("masking.")
         options = {"method": config.hypergradient, "radius": config.radius, "mean": mean_over_processes}
-        # A difference needs every digit; a derivative does not, but fp16 is too narrow. torch.func ignores `no_grad`.
-        narrow = stepper.dtype == torch.bfloat16 and config.hypergradient == "exact"
+        # A difference needs every digit; a derivative does not, but fp16 is too narrow, and on a GPU autocast mixes up
+        # the types in a second derivative of attention (torch 2.11). torch.func ignores `no_grad`.
+        device = unlabelled[0].device.type
+        narrow = stepper.dtype == torch.bfloat16 and config.hypergradient == "exact" and device == "cpu"
         self.eval()  # no dropout
-        with torch.no_grad(), torch.autocast(unlabelled[0].device.type, torch.bfloat16, enabled=narrow):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=narrow):
             if config.objective == "full":
                 of_tuned = lambda weights: level_3({x.replace(prefix, "tuned."): p for x, p in weights.items()}, {})
                 tuned = {x.replace("tuned.", prefix): p for x, p in self.weights("tuned.").items()}

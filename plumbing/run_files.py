@@ -102,7 +102,7 @@ def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"
             raise UserError(f"{out / 'last.pt'} is not a checkpoint of a run; choose another folder by --out")
         # Where files are listed, which ones they are counts, and not what their folder is called today.
         names = (identity.keys() | old.keys()) - ({"data", "pictures"} if "pictures" in old else {"pictures"})
-        differing = sorted(name for name in names - {"images"} if old.get(name) != identity.get(name))
+        differing = sorted((x for x in names - {"images"} if old.get(x) != identity.get(x)), key=str)
         if not differing and "pictures" in old and old["pictures"] != identity.get("pictures"):
             refuse_other_pictures(out, listing)
         differing += ["images"] if old.get("images") != identity["images"] else []

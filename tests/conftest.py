@@ -13,6 +13,7 @@ if os.path.isabs(cache):  # not where there is no home
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # what is remembered between runs must not reach into the tests
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -27,3 +28,13 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     # torch's own forward-mode differentiation calls what torch itself has deprecated.
     config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def auto_is_the_cpu(request):
+    """`--device auto` is the CPU, here and in processes that a test starts, but in test_gpu.py."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.path.name != "test_gpu.py":
+            patched.setenv("CUDA_VISIBLE_DEVICES", "")
+            patched.setattr(torch.cuda, "is_available", lambda: False)
+        yield
