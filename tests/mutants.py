@@ -667,7 +667,7 @@ plumbing/encoders.py tests/test_encoders.py::test_encoders_of_any_size_are_loade
 - encoder.check_sides(*sides)
 + pass
 
-plumbing/encoders.py tests/test_encoders.py::test_a_file_cannot_ask_for_more_weights_than_it_has_bytes
+plumbing/encoders.py tests/test_encoders.py::test_a_file_cannot_ask_for_more_weights_than_it_has_bytes[mlp_ratio-1000000.0]
 - if count > limit:
 + if False:
 
@@ -703,7 +703,7 @@ plumbing/probes.py tests/test_probes.py::test_one_value_that_is_not_finite_leave
 - if unfit(training=bank, test=queries):
 + if False:
 
-plumbing/probes.py tests/test_probes.py::test_one_value_that_is_not_finite_leaves_no_accuracy
+plumbing/probes.py tests/test_probes.py::test_few_images_few_classes_and_equal_features_have_an_accuracy
 - if unfit(training=train, test=test):
 + if False:
 
