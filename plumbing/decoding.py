@@ -201,9 +201,7 @@ def split_webp(data: bytes) -> tuple[bytes, bytes]:
     exif = chunks.get(b"EXIF", b"")[8:]
     body = chunks.get(b"VP8 ") or chunks.get(b"VP8L")
     if body is None:
-        canvas = bytearray(chunks.get(b"VP8X", b""))
-        canvas[8:9] = b"\x12"  # there is animation and transparency, but no metadata
-        body = bytes(canvas) + chunks.get(b"ANIM", b"") + chunks.get(b"ANMF", b"")
+        body = b"".join(chunks.get(kind, b"") for kind in (b"VP8X", b"ANIM", b"ANMF"))
     return b"RIFF" + (4 + len(body)).to_bytes(4, "little") + b"WEBP" + body, exif
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import seeds, write_folders
+from make import seeds, write_folders, write_tinyimagenet
 from PIL import Image
 from texts import PAGES, ROOT, blocks, section
 
@@ -218,6 +218,10 @@ def test_no_program_is_started_for_a_picture(tmp_path, monkeypatch, name):
         load_data(str(root))
     with pytest.raises(ValueError, match="PostScript"):
         decode_image(root / "train" / "ant" / name, 8)
+    home = write_tinyimagenet(tmp_path)
+    (home / "train" / "n01" / "images" / "z.JPEG").write_bytes(POSTSCRIPT)
+    with pytest.raises(UserError, match=r"z\.JPEG \(PostScript, expected"):
+        load_data("tinyimagenet", tmp_path)
     assert started == []
     assert not (tmp_path / "log").exists()
 
@@ -246,7 +250,7 @@ def test_what_a_file_is_counts_not_what_its_name_says(tmp_path):
 def test_the_first_of_several_frames_is_taken(tmp_path):
     first, second = Image.fromarray(noise()), Image.fromarray(noise(seed=1))
     for kind in ("PNG", "WEBP", "MPO"):
-        content = encoded(first, kind, save_all=True, append_images=[second, second])
+        content = encoded(first, kind, save_all=True, append_images=[second, second], exif=exif_block(turned(1)))
         shown = pixels_of(content, tmp_path / "a.jpg")
         assert abs(shown.astype(int) - noise()).mean() < (2 if kind == "MPO" else 1e-9)
         if kind != "MPO":
@@ -380,6 +384,13 @@ def test_whatever_is_no_exif_means_upright(anything, start):
     assert {orientation_of(whole[:length]) for length in range(len(whole) - 8)} == {1}
 
 
+def test_exif_that_goes_on_in_a_second_segment_is_read(tmp_path):
+    upright, exif = noise(), exif_block(turned(6))
+    lying = encoded(np.ascontiguousarray(LYING[6](upright)), "JPEG")
+    parts = [segment(0xE1, b"Exif\0\0" + part) for part in (exif[:14], exif[14:])]
+    assert pixels_of(after_header(lying, *parts), tmp_path / "a.jpg").shape == upright.shape
+
+
 @pytest.mark.parametrize("value", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_means_upright(value):
     assert orientation_of(exif_block(turned(value))) == 1
@@ -427,7 +438,7 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_at_once(tmp_path):
     (tmp_path / "a.jpg").write_bytes(content[:-2] + 1000 * last + content[-2:])
     with pytest.raises(ValueError, match="more than 100 scans"):
         read_whole(tmp_path / "a.jpg")
-    films = np.random.default_rng(0).bytes(200) + 1000 * b"\xff\xda"
+    films = np.random.default_rng(0).bytes(200) + 1000 * segment(0xDA, b"")
     assert pixels_of(content + films, tmp_path / "a.jpg").shape == (640, 640, 3)  # what is behind it is no scan
 
 
@@ -465,7 +476,7 @@ def test_max_pixels_of_a_data_set_holds_for_the_check_and_for_each_batch(tmp_pat
     path = root / "train" / "ant" / "big.png"
     Image.new("RGB", (50, 30)).save(path)
     data = load_data(str(root), max_pixels=1500)
-    assert len(data) == 5
+    assert (len(data), data.max_pixels) == (5, 1500)
     with pytest.raises(UserError, match=r"^1 of 5 images cannot be read: .*big\.png \(50 x 30 pixels.*-pixels 1499 to"):
         load_data(str(root), max_pixels=1499)  # what is remembered of a larger limit does not count
     small = load_data(str(root), max_pixels=1499, skip_bad_images=True)
