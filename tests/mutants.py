@@ -766,6 +766,70 @@ ebm_pretrain.py tests/test_encoders.py::test_images_of_another_size_are_refused_
 ebm_pretrain.py tests/test_encoders.py::test_images_of_another_size_are_refused_with_what_to_do
 - self.smallest_side = self.stride
 + pass
+
+plumbing/class_folders.py tests/test_class_folders.py::test_what_programs_leave_behind_is_no_class_and_no_picture
+- return name.startswith((".", "~$")) or name.casefold() in LEFTOVERS
++ return name.startswith(".")
+
+plumbing/class_folders.py tests/test_class_folders.py::test_what_programs_leave_behind_is_no_class_and_no_picture
+- and not is_leftover(name)
++ and True
+
+plumbing/class_folders.py tests/test_class_folders.py::test_a_named_set_has_no_more_classes_than_it_has
+- if len(classes) > expected:
++ if len(classes) > expected + 1:
+
+plumbing/class_folders.py tests/test_class_folders.py::test_pictures_one_level_deeper_are_named_with_their_number
+- , but {deeper}; move them up" if deeper
++ " if deeper
+
+plumbing/datasets.py tests/test_class_folders.py::test_what_programs_leave_behind_is_no_class_of_tinyimagenet
+- "[!.]*.JPEG"
++ "*.JPEG"
+
+plumbing/checking.py tests/test_class_folders.py::test_without_a_home_nothing_is_remembered_and_no_folder_is_made
+- Path(home, ".cache") if os.path.isabs(home) else None
++ Path(home, ".cache")
+
+plumbing/checking.py tests/test_class_folders.py::test_any_name_that_the_system_allows_is_read_and_shown
+- .replace(b"\n", b"\\n")
++ .replace(b"\n", b"\n")
+
+plumbing/checking.py tests/test_class_folders.py::test_survey_tells_names_and_sizes_below_the_root_alone
+- digest.update(b"%d\t%s" % (date, lines[-1]))
++ digest.update(lines[-1])
+
+plumbing/errors.py tests/test_class_folders.py::test_printable_writes_a_byte_as_its_number
+- ord(c) - 0xDC00:02x
++ ord(c):02x
+
+plumbing/run_files.py tests/test_run_files.py::test_a_run_goes_on_where_its_pictures_were_moved
+- ({"data", "pictures"} if "pictures" in old else {"pictures"})
++ {"pictures"}
+
+plumbing/run_files.py tests/test_run_files.py::test_a_run_of_before_pictures_were_listed_is_known_by_its_folder
+- ({"data", "pictures"} if "pictures" in old else {"pictures"})
++ {"data", "pictures"}
+
+plumbing/run_files.py tests/test_run_files.py::test_other_pictures_are_refused_with_the_first_that_differs
+- name = min(others)
++ name = max(others)
+
+plumbing/run_files.py tests/test_run_files.py::test_a_checkpoint_without_step_or_identity_is_refused
+- type(step) is not int or step < 0
++ step is None
+
+plumbing/run_files.py tests/test_run_files.py::test_a_folder_without_a_run_blocks_nothing
+- if path.suffix != ".tmp"
++ if path.suffix
+
+plumbing/runs.py tests/test_run_files.py::test_a_start_that_is_refused_is_not_in_the_way_of_the_next
+- stack.push(self.leave_no_trace)
++ pass
+
+plumbing/runs.py tests/test_run_files.py::test_a_checkpoint_with_odd_parts_is_one_clear_error
+- if first_step > total:
++ if first_step > total + 10**10:
 """
 
 
