@@ -43,6 +43,7 @@ from plumbing.command import run_command
 from plumbing.datasets import DATASETS
 from plumbing.encoders import load_encoder
 from plumbing.errors import UserError, unknown
+from plumbing.files import json_text
 from plumbing.pictures import plain_style
 from plumbing.probes import labelled
 from plumbing.processes import on_rank_zero, rank, start_distributed
@@ -180,7 +181,7 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
         if rank() == 0:
             line = record(protocol, config, subjects[0], results, time.perf_counter() - started)
             with open(run_folder / "eval.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json_text(line) + "\n")
 
 
 def record(protocol: str, config: Config, subject: Subject, results: dict, seconds: float) -> dict:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from plumbing.errors import UserError
-from plumbing.files import load_checkpoint, write_atomically
+from plumbing.files import json_text, load_checkpoint, write_atomically
 from plumbing.processes import note, world_size
 from plumbing.settings import FREE_FIELDS, TrainConfig
 
@@ -114,7 +114,7 @@ def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"
         raise UserError(f"{out} holds an encoder but no last.pt to go on from; choose another folder by --out")
     if config.resume:
         note(f"no checkpoint in {out} yet, starting from the beginning")
-    settings = json.dumps({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
+    settings = json_text({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
     write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
     write_atomically(out / "log.jsonl", lambda file: file.write(log_header(identity, config).encode()))
     if listing:
@@ -126,7 +126,7 @@ def log_header(identity: dict, config: TrainConfig) -> str:
     """The first line of a log: how to make the run again."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     header = {"command": " ".join(sys.argv), "method": identity["method"], "config": dataclasses.asdict(config)}
-    return json.dumps(header | {"precision": identity["precision"], "versions": versions}) + "\n"
+    return json_text(header | {"precision": identity["precision"], "versions": versions}) + "\n"
 
 
 def read_log(path: Path) -> tuple[str, list]:
@@ -146,6 +146,6 @@ def rewind_log(path: Path, last_epoch: int, header: str) -> list:
     """Drop the lines of a log after `last_epoch`, whose steps will be done again, and return the lines that stay."""
     first, lines = read_log(path)
     kept = [line for line in lines if line["epoch"] <= last_epoch]
-    text = (first or header) + "".join(json.dumps(line) + "\n" for line in kept)
+    text = (first or header) + "".join(json_text(line) + "\n" for line in kept)
     write_atomically(path, lambda file: file.write(text.encode()))
     return kept

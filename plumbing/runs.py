@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -14,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from plumbing.encoders import save_encoder
+from plumbing.encoders import check_encoder, save_encoder
 from plumbing.errors import NonFiniteLoss, Stopped, UserError, what_is_left
-from plumbing.files import load_checkpoint, write_atomically
+from plumbing.files import json_text, load_checkpoint, write_atomically
 from plumbing.pictures import check_drawing, save_pictures
 from plumbing.probes import pooled_features, probe, raw_pixels
 from plumbing.processes import agree, note, noted_signals, on_rank_zero, rank, world_size
@@ -88,6 +87,7 @@ class Run:
         self.train, self.test, self.device = train, test, stepper.device
         self.out = run_folder(method.name, config)
         self.identity = identity_of(method, train, config, stepper)
+        self.read_back = False  # whether what was saved has been read again, once a run
         self.often = 1 if self.device.type == "cpu" else 10  # steps between two readings of the device: each waits
 
     def __enter__(self):
@@ -190,10 +190,10 @@ class Run:
             method.train()
         self.log.append(line)
         with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        shown = {name: line[name] for name in ("loss", "knn", "linear", "accuracy") if name in line}
+        shown = {name: line[name] for name in ("loss", "knn", "linear", "accuracy") if line.get(name) is not None}
         if len(shown) > 1 or (shown and self.bar.disable):
             shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             tqdm.write(f"epoch {epoch}/{config.epochs}  {shown}")
@@ -212,6 +212,10 @@ class Run:
 
     def save_weights(self):
         write_atomically(self.out / "encoder.pt", lambda file: save_encoder(self.method.encoder, file))
+        if not self.read_back:
+            load_checkpoint(self.out / "last.pt")
+            check_encoder(self.out / "encoder.pt")
+            self.read_back = True
 
     def check_weights(self, step: int):
         """A loss that is finite may have a gradient that is not."""

@@ -1,18 +1,23 @@
 """Run folders: what they hold, that they are never overwritten, and that a resumed run equals an uninterrupted one."""
 
+import dataclasses
 import itertools
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
-from make import fit_magma, log_of, same_weights, shapes, without_times
+from make import TINY, fit_magma, log_of, narrow_networks, same_weights, shapes, without_times
 from PIL import Image
 
+import common
 import magma
-from plumbing.encoders import load_encoder
+from plumbing.encoders import Encoder, load_encoder
 from plumbing.errors import NonFiniteLoss, UserError
 from plumbing.files import load_checkpoint
 from plumbing.runs import Meter
+from plumbing.settings import read_flags
 from plumbing.tables import format_table
 
 # --- meter and log ---------------------------------------------------------------------------------------------------
@@ -226,3 +231,51 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"step 9: the weights are not finite; the last good checkpoint is"):
         fit_magma(tmp_path / "run", "--probe-every", "0", method_class=Exploding)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
+# --- numbers that a file can hold ------------------------------------------------------------------------------------
+
+
+def test_statistics_and_settings_of_numpy_are_saved_as_plain_numbers_and_read_again(tmp_path):
+    data = dataclasses.replace(shapes(), mean=np.float32([0.4, 0.4, 0.4]), std=torch.tensor([0.3, 0.3, 0.3]))
+    settings = {"base_lr": np.float32(0.03), "epochs": np.int64(2), "weight_decay": np.float64(0.05), "e_st": 0}
+    with narrow_networks():
+        config = read_flags(magma.Config, magma.RECIPES, [*TINY.split(), "--out", str(tmp_path / "run")])
+        config = dataclasses.replace(config, **settings)
+        torch.manual_seed(0)
+        common.fit(magma.Magma(config, data), data, shapes(), config)
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == 10
+    assert {type(state["identity"][name]) for name in settings} == {int, float}
+    assert load_encoder(tmp_path / "run" / "encoder.pt").fields["mean"] == pytest.approx((0.4,) * 3)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["epochs"] == 2
+    assert len(log_of(tmp_path / "run")) == 4
+
+
+def test_an_encoder_that_cannot_be_built_again_ends_the_run_at_its_first_checkpoint(tmp_path):
+    class Odd(common.ViT):
+        def __init__(self, secret, **fields):
+            super().__init__(**fields)
+
+    class Method(magma.Magma):
+        def __init__(self, config, data):
+            super().__init__(config, data)
+            self.autoencoder.encoder = Odd(1, **self.encoder.fields)
+
+    try:
+        with pytest.raises(UserError, match=r"encoder.pt .*secret"):
+            fit_magma(tmp_path / "run", "--probe-every", "0", method_class=Method)
+    finally:
+        del Encoder.kinds["Odd"]
+    assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_a_probe_without_a_value_is_null_in_the_log_and_a_dash_in_the_table(tmp_path):
+    class Method(magma.Magma):
+        def probe(self, *_):
+            return {"knn": None, "linear": None}
+
+    _, results = fit_magma(tmp_path / "run", method_class=Method)
+    assert results["trained"] == {"linear": None, "knn": None}
+    assert log_of(tmp_path / "run")[1]["knn"] is None
+    assert re.search(r"trained encoder +- +-", format_table(results))
