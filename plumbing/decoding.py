@@ -42,6 +42,7 @@ OTHERS = {  # what else may carry the name of a picture, to be named where it is
     "an HTML page": rb"(?i:(?:\xef\xbb\xbf)?\s*<(?:!doctype|!--|html|head|body))",
     "a text": rb"[\t-\r -~\x80-\xff]*\Z",
 }
+KINDS = {kind: re.compile(start, flags=re.DOTALL) for kind, start in (FORMATS | OTHERS).items()}
 TURNS = {  # EXIF orientation: what makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -141,8 +142,7 @@ def reason_of(error: Exception) -> str:
 
 def kind_of(head: bytes) -> str:
     """What a file is, by its first bytes: a key of FORMATS, or words to refuse it with."""
-    kinds = (kind for kind, start in (FORMATS | OTHERS).items() if re.match(start, head, flags=re.DOTALL))
-    return next(kinds, "of an unknown kind")
+    return next((kind for kind, start in KINDS.items() if start.match(head)), "of an unknown kind")
 
 
 # --- pixels and metadata apart ---------------------------------------------------------------------------------------
@@ -151,30 +151,30 @@ def kind_of(head: bytes) -> str:
 
 
 def split_jpeg(data: bytes) -> tuple[bytes, bytes]:
-    """Headers stay but for comments and application segments; of these, two say how colours are stored."""
+    """Of the header there stay tables and sizes, and two application segments that say how colours are stored."""
     header, exif, scans, start, at = [data[:2]], b"", 0, len(data), 2
     while (found := MARKER.search(data, at)) and (code := data[found.end() - 1]) != 0xD9:  # until the end of the image
-        begin, at = found.end() - 2, found.end()
+        begin, at = found.span()
         if code in (0x01, 0xD8):
             continue  # has no content
         at += max(2, int.from_bytes(data[at : at + 2]))
-        content = data[begin + 4 : at]
-        colours = code == 0xE0 and content.startswith(b"JFIF\0") and len(content) >= 14
-        colours = colours or (code == 0xEE and content.startswith(b"Adobe") and len(content) >= 12)
         if code == 0xDA:
             scans, start = scans + 1, min(start, begin)
             if scans > 100:  # real files have a dozen; each takes time for the whole picture, and needs 20 bytes
                 raise ValueError("a progressive JPEG of more than 100 scans")
-        elif scans:
-            continue
-        elif code == 0xE1 and content.startswith(b"Exif\0\0"):
-            exif += content[6:]  # a long one goes on in the next segment
-        elif colours or not (0xE0 <= code <= 0xEF or code == 0xFE):
+        elif not scans and code < 0xE0:
             header.append(data[begin:at])
+        elif not scans:
+            content = data[begin + 4 : at]
+            if code == 0xE1 and content.startswith(b"Exif\0\0"):
+                exif += content[6:]  # a long one goes on in the next segment
+            elif code in COLOURS and content.startswith(COLOURS[code]) and len(content) >= 12:
+                header.append(data[begin:at])
     return b"".join([*header, data[start:]]), exif
 
 
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]", flags=re.DOTALL)  # of JPEG, but those that stand among the pixels
+COLOURS = {0xE0: b"JFIF\0", 0xEE: b"Adobe"}
 
 
 def split_png(data: bytes) -> tuple[bytes, bytes]:
