@@ -13,7 +13,7 @@ from torch import Tensor
 
 from plumbing.crops import crop_boxes
 
-MAX_PIXELS = 178_956_970  # the default of --max-pixels, and what Pillow refuses as an attack by its own settings
+MAX_PIXELS = 178_956_970  # the default of --max-pixels; Pillow warns of more, and calls twice that an attack
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours: `open_picture` holds it, and says how to raise it
 
 FORMATS = {  # the decoders of Pillow that may read a file, by its first bytes; JPEG is that of MPO too
