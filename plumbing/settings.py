@@ -17,6 +17,7 @@ from typing import Literal
 
 from plumbing.decoding import MAX_PIXELS
 from plumbing.errors import UserError, nearest, unknown
+from plumbing.files import plain
 from plumbing.processes import world_size
 
 
@@ -63,7 +64,10 @@ class TrainConfig:
 
     def check(self):
         """Raise UserError where a setting makes no sense, whatever the data; a method's Config adds its own rules."""
+        for field in dataclasses.fields(self):  # numbers of numpy's would be in no file of the run
+            setattr(self, field.name, plain(getattr(self, field.name), "--" + field.name.replace("_", "-")))
         check_choices(self)
+        check_size(self)
         check_least(self, image_size=1, epochs=1, batch_size=1, accumulate=1, save_every=1, max_pixels=1)
         check_least(self, warmup_epochs=0, probe_every=0, probe_images=0, workers=0, seed=0)
         check_least(self, base_lr=0, warmup_lr=0, weight_decay=0, clip=0)
@@ -131,6 +135,15 @@ def check_choices(config):
     for field, kind in field_types(type(config)).items():
         if choices_of(kind) and getattr(config, field) not in typing.get_args(kind):
             raise UserError(unknown(flag(field), str(getattr(config, field)), choices_of(kind)))
+
+
+def check_size(config):
+    """Raise UserError where a whole number is larger than floats can count, or a seed than a generator takes."""
+    for field in field_types(type(config)):
+        value, most = getattr(config, field), 2**64 - 1 if field == "seed" else 2**53
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, int) and number > most:
+                raise UserError(f"{flag(field)} {number} makes no sense; give at most {most}")
 
 
 def check_least(config, **least):
@@ -206,6 +219,9 @@ def given_flags(config_class, argv: list, usage: str = "", description: str = ""
         close = nearest(rest[0].split("=")[0].strip("-"), known)
         hint = f"did you mean --{close}? " if close else ""
         raise UserError(f"unknown flag {rest[0]!r}; {hint}--help lists the flags")
+    for name, value in vars(given).items():
+        if value == []:  # argparse's reading of `--width=--`, whatever the type
+            raise UserError(f"argument {flag(name)}: expected a value")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
 

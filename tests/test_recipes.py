@@ -71,6 +71,28 @@ def test_recipes_keep_their_shape_with_fewer_epochs():
     check(recipe("finetune", "mae", epochs=20, warmup_epochs=7), warmup_epochs=7)
 
 
+@pytest.mark.parametrize(
+    ("protocol", "given", "notes"),
+    [
+        ("linear", {"epochs": 10}, ["linear: --epochs 10 shortens the recipe of 100: --milestones 60 80 -> 6 8"]),
+        (
+            "linear",
+            {"epochs": 200},
+            ["linear: --epochs 200 lengthens the recipe of 100: --milestones 60 80 -> 120 160"],
+        ),
+        ("linear", {"epochs": 1, "milestones": (1,)}, ["linear: --milestones 1: --epochs 1 ends before the last one"]),
+        ("linear", {"epochs": 100}, []),
+        ("finetune", {"epochs": 20}, []),  # told by the loop
+        ("knn", {"epochs": 2}, []),
+    ],
+)
+def test_what_moves_with_the_epochs_of_a_protocol_is_told_once(protocol, given, notes, capsys):
+    config = recipe(protocol, **given)
+    assert capsys.readouterr().out.splitlines() == [f"note: {text}" for text in notes]
+    if protocol == "finetune":
+        assert config.notes() == ["--epochs 20 shortens the recipe of 100: --warmup-epochs 5 -> 1"]
+
+
 def test_a_recipe_is_used_where_it_exists():
     for protocol, name in (("linear", "mae"), ("tran1", "finola"), ("finetune", "mae"), ("knn", "")):
         assert recipe(protocol, "mae").recipe == name

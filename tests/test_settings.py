@@ -73,6 +73,8 @@ def test_read_flags_reads_every_kind_of_field():
     ("argv", "message"),
     [
         (["--epoch", "3"], "unknown flag '--epoch'; did you mean --epochs?"),
+        (["--epochs=--"], "argument --epochs: expected a value"),
+        (["--layers=--"], "argument --layers: expected a value"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--pair", "1"], "argument --pair: expected 2 arguments"),
         (["stray"], "'stray' stands alone"),
@@ -277,6 +279,9 @@ def test_any_words_make_a_config_or_one_clear_line(method, data):
         ({"base_lr": float("nan")}, "--base-lr nan makes no sense"),
         ({"probe_images": -5}, "--probe-images -5 makes no sense"),
         ({"seed": -1}, "--seed -1 makes no sense"),
+        ({"seed": 2**64}, "--seed 18446744073709551616 makes no sense; give at most 18446744073709551615"),
+        ({"epochs": 10**400}, "--epochs 10+ makes no sense; give at most 9007199254740992"),
+        ({"milestones": (1, 10**30)}, "--milestones 10+ makes no sense; give at most 9007199254740992"),
         ({"amp": "bf61"}, "unknown --amp 'bf61'; did you mean 'bf16'"),
         ({"crop_min": 0.0}, "--crop-min 0.0 is not a share of the image"),
         ({"flip": 1.5}, "--flip 1.5 is not a probability"),
