@@ -241,8 +241,8 @@ def test_every_method_has_a_piece_to_lift_out():
 
 
 def test_every_block_of_python_is_tried():
-    """As a piece, its imports, or one of the other two tests below."""
-    tried = {code for piece in PIECES for code in piece[3:]} | {*USE, *LOAD}
+    """As a piece, its imports, one of the other two tests below, or in tests/test_decoding.py."""
+    tried = {code for piece in PIECES for code in piece[3:]} | {*USE, *LOAD, *BRIGHTEN}
     assert {code for text in PAGES.values() for code in blocks(text, "python")} == tried
 
 
@@ -250,6 +250,7 @@ def test_every_block_of_python_is_tried():
 
 USE = blocks(section(PAGES["README.md"], "Use the encoder"), "python")
 LOAD = blocks(section(PAGES["docs/data.md"], "In Python"), "python")
+BRIGHTEN = blocks(section(PAGES["docs/data.md"], "Your own pictures"), "python")
 
 
 def test_data_comes_as_the_page_says(tmp_path):
