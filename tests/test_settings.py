@@ -335,7 +335,8 @@ def test_a_batch_must_divide_and_fit_into_the_data(monkeypatch):
 @pytest.mark.parametrize(
     ("word", "close"),
     [
-        ("ebm", "ebm_pretrain"),  # begins with it
+        ("ebm_p", "ebm_pretrain"),  # begins with it
+        ("ebm", "ebm_pretrain"),
         ("EBM-Pretrain", "ebm_pretrain"),
         ("mae", "mlo_mae"),  # has it as a part
         ("pretrain", "ebm_pretrain"),
