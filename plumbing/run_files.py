@@ -47,10 +47,10 @@ def digest_of(listing: bytes) -> str:
 
 
 def refuse_other_pictures(out: Path, listing: bytes):
-    """Say which pictures are not those of the run, by its images.txt. Raises UserError."""
+    """Say which pictures are not those of the run, by its images.tsv. Raises UserError."""
     before, now = (
         dict(line.split(b"\t", 1)[::-1] for line in text.splitlines() if b"\t" in line)
-        for text in ((out / "images.txt").read_bytes() if (out / "images.txt").exists() else b"", listing)
+        for text in ((out / "images.tsv").read_bytes() if (out / "images.tsv").exists() else b"", listing)
     )
     others = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
     text = f"{out} was trained on other pictures"
@@ -118,7 +118,7 @@ def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"
     write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
     write_atomically(out / "log.jsonl", lambda file: file.write(log_header(identity, config).encode()))
     if listing:
-        write_atomically(out / "images.txt", lambda file: file.write(listing))
+        write_atomically(out / "images.tsv", lambda file: file.write(listing))
     return 0
 
 

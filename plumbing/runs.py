@@ -137,7 +137,7 @@ class Run:
     def leave_no_trace(self, _, error, __):
         """A start that is refused, before anything was saved, is not in the way of the next."""
         if isinstance(error, UserError) and not (self.out / "last.pt").exists():
-            for name in ("config.json", "log.jsonl", "images.txt", "pictures.png"):
+            for name in ("config.json", "log.jsonl", "images.tsv", "pictures.png"):
                 (self.out / name).unlink(missing_ok=True)
 
     def note(self, step: int, values: dict):

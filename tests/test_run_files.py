@@ -132,7 +132,7 @@ def test_other_pictures_are_refused_with_the_first_that_differs(change, root, tm
     with pytest.raises(UserError, match=rf"run was trained on other pictures: {expected}; give the --data of before"):
         train_on(root, tmp_path / "run", "--resume")
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-    (tmp_path / "run" / "images.txt").unlink()
+    (tmp_path / "run" / "images.tsv").unlink()
     with pytest.raises(UserError, match="run was trained on other pictures; give the --data of before"):
         train_on(root, tmp_path / "run", "--resume")
 
@@ -184,7 +184,7 @@ def test_a_named_set_is_known_by_its_files(tmp_path):
 
 
 def test_names_that_are_no_text_are_told_apart(tmp_path):
-    (tmp_path / "images.txt").write_bytes(b"3\ttrain/a/caf\xe9.jpg\n4\ttrain/a/b.jpg\n")
+    (tmp_path / "images.tsv").write_bytes(b"3\ttrain/a/caf\xe9.jpg\n4\ttrain/a/b.jpg\n")
     with pytest.raises(UserError) as error:
         refuse_other_pictures(tmp_path, b"3\ttrain/a/caf\xe8.jpg\n4\ttrain/a/b.jpg\n")
     assert "2 differ, first train/a/caf\udce8.jpg (none then, 3 bytes now)" in str(error.value)
