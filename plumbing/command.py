@@ -58,7 +58,7 @@ def foreign_failure(error: Exception) -> str:
         return f"{small} ({text[:140]}); raise it (docker run --shm-size=1g) or give --workers 0"
     if getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN):  # at a fork
         return f"no memory or no place for another process ({text}); give fewer --workers"
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "Storage size" in text:
         return f"not enough memory ({text}); lower --batch-size, or raise --accumulate"
     if text.startswith("DataLoader worker"):  # torch raises this at whatever place the parent is
         return f"a process that decodes images died ({text}); try fewer --workers"
