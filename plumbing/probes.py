@@ -116,27 +116,52 @@ def raw_pixels(images: Tensor) -> Tensor:
     return resize(images, min(images.shape[-1], 32)).flatten(1)
 
 
+def effective_rank(features: Tensor) -> float:
+    """RankMe: how many directions the features (N, D) use, 1 to min(N, D), by the entropy of their singular values.
+
+    exp(-sum p_k log p_k), p_k = s_k / sum(s) + 1e-7, of features that are not centred (Garrido et al. 2023, Eq. 1, 2);
+    nan where they are not finite.
+    """
+    if not bool(features.isfinite().all()) or not len(features):
+        return math.nan
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny) + 1e-7
+    return float((-shares * shares.log()).sum().exp())
+
+
+def rank_of(features: Tensor) -> dict:
+    """The effective rank as a result: None where there is none."""
+    rank = effective_rank(features)
+    return {"effective_rank": None if math.isnan(rank) else rank}
+
+
 def labelled(data, limit: int = 0) -> Tensor:
-    """Indices of the images that have a label; at most `limit`, drawn once by a fixed seed, 0 takes all."""
-    chosen = torch.nonzero(data.labels >= 0)[:, 0].cpu()
+    """Indices of the images that have a label, of all where the data set has no classes.
+
+    At most `limit`, drawn once by a fixed seed; 0 takes all.
+    """
+    chosen = torch.nonzero(data.labels >= 0)[:, 0].cpu() if len(data.classes) else torch.arange(len(data))
     if limit and limit < len(chosen):
         chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:limit]]
     return chosen
 
 
 def probe(encode, train, test, size: int, limit: int = 0) -> dict:
-    """kNN and linear accuracy in percent of frozen features: {"knn": ..., "linear": ...}.
+    """What frozen features are worth: {"knn": percent, "linear": percent, "effective_rank": of the training images}.
 
-    At most `limit` images of each split; 0 takes all. Unlabelled ones do not count. None, and a note that says why, for
-    what cannot be told.
+    At most `limit` images of each split; 0 takes all. Unlabelled ones do not count; a data set without classes has the
+    rank alone. None, and a note that says why, for what cannot be told.
     """
+    if not len(train.classes):
+        return rank_of(features_of(encode, train, labelled(train, limit), size)[0])
     parts = []
     for data in (train, test):
         parts += features_of(encode, data, labelled(data, limit), size)
     if reason := unfit(training=parts[0], test=parts[2]):
         note(f"{reason}: no kNN, no linear")
-        return {"knn": None, "linear": None}
+        return {"knn": None, "linear": None} | rank_of(parts[0])
     linear = ridge_accuracy(*parts, len(train.classes))
     if math.isnan(linear):
         note("ridge regression finds no solution for these features: no linear")
-    return {"knn": knn_accuracy(*parts), "linear": None if math.isnan(linear) else linear}
+    found = {"knn": knn_accuracy(*parts), "linear": None if math.isnan(linear) else linear}
+    return found if encode is raw_pixels else found | rank_of(parts[0])  # thousands of pixels would take long

@@ -4,6 +4,8 @@ import math
 
 COLUMNS = {  # what a result is called, and its digits; another one goes by its own name, with one digit
     "knn": ("kNN", 1),
+    "held_out_loss": ("held-out loss", 4),
+    "effective_rank": ("effective rank", 1),
     "psnr": ("PSNR", 1),
     "psnr_of_mean": ("mean image", 1),
     "dz/dx": ("dz/dx", 3),

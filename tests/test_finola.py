@@ -699,4 +699,4 @@ def test_the_probe_measures_psnr_of_test_images():
     torch.manual_seed(method.config.seed)
     expected = method(data.images[labelled(data, 4)] / 255)["psnr"]
     assert values[0]["psnr"] == pytest.approx(float(expected), rel=1e-4)
-    assert values[0].keys() == {"knn", "linear", "psnr"}
+    assert values[0].keys() == {"knn", "linear", "effective_rank", "psnr"}

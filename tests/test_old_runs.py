@@ -62,7 +62,7 @@ def test_an_old_run_goes_on_as_the_code_that_began_it_did(old_run, capsys):
     assert len(log) == 5
     for line, expected in zip(log[3:], WENT_ON, strict=True):
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-        assert line.keys() == expected.keys() | {"images_per_second", "knn", "linear"}
+        assert line.keys() == expected.keys() | {"images_per_second", "knn", "linear", "effective_rank"}
     assert "epochs      1 of 3 done, 5 steps each" in capsys.readouterr().out
     assert load_checkpoint(old_run / "last.pt")["step"] == 15
 

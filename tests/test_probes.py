@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from make import generator, randn, seeds
 
 from plumbing.images import MemoryImages
-from plumbing.probes import knn_accuracy, probe, ridge_accuracy
+from plumbing.probes import effective_rank, knn_accuracy, probe, ridge_accuracy
 from plumbing.shapes import SHAPES, render_shapes
 
 
@@ -81,9 +82,53 @@ def test_probe_leaves_unlabelled_images_out():
 
     result = probe(encode, hidden, data, 8)
     assert seen == [30, 60]
-    assert set(result) == {"knn", "linear"}
+    assert set(result) == {"knn", "linear", "effective_rank"}
     probe(encode, hidden, data, 8, limit=20)
     assert seen[2:] == [20, 20]
+
+
+# --- effective rank --------------------------------------------------------------------------------------------------
+
+
+@given(seed=seeds, count=st.integers(1, 12), width=st.integers(1, 12))
+def test_effective_rank_is_that_of_rankmes_equations(seed, count, width):
+    """RankMe, Eq. 1 and 2, by numpy's singular values and a loop."""
+    features = randn(count, width, seed=seed)
+    values = np.linalg.svd(features.numpy(), compute_uv=False)
+    entropy = 0.0
+    for value in values:
+        share = value / sum(values) + 1e-7
+        entropy -= share * math.log(share)
+    assert effective_rank(features) == pytest.approx(math.exp(entropy), rel=1e-9)
+    assert 1 - 1e-4 < effective_rank(features) < min(count, width) + 1e-4
+    assert effective_rank(features * 1000) == pytest.approx(effective_rank(features), rel=1e-9)
+
+
+def test_effective_rank_counts_directions_of_features_that_are_not_centred():
+    for k in (1, 3, 8):
+        assert effective_rank(torch.eye(8)[:k].repeat(5, 1)) == pytest.approx(k, rel=1e-4)
+    shifted = randn(50, 6) + 1000
+    assert effective_rank(shifted) < 1.1
+    assert effective_rank(shifted - shifted.mean(dim=0)) > 5
+    assert effective_rank(torch.zeros(5, 3)) == pytest.approx(1, abs=1e-4)
+    assert math.isnan(effective_rank(torch.tensor([[1.0, math.nan]])))
+    assert math.isnan(effective_rank(torch.empty(0, 3)))
+
+
+def test_a_probe_without_labels_tells_the_rank_alone():
+    images, labels, _ = render_shapes(60, 8)
+    data = MemoryImages(images, torch.full_like(labels, -1), [], (0, 0, 0), (1, 1, 1))
+    seen = []
+
+    def encode(batch):
+        seen.append(len(batch))
+        return batch.flatten(1)
+
+    found = probe(encode, data, data, 8)
+    assert found == {"effective_rank": pytest.approx(effective_rank(images.flatten(1) / 255), rel=1e-4)}
+    assert seen == [60]
+    probe(encode, data, data, 8, limit=20)
+    assert seen[1:] == [20]
 
 
 # --- features that say nothing, or too much for float32 --------------------------------------------------------------
@@ -184,9 +229,10 @@ def test_a_probe_without_a_value_says_why(capsys):
         out[[1, 5, 8], 0] = math.nan
         return out
 
-    assert probe(broken, data, data, 8) == {"knn": None, "linear": None}
+    assert probe(broken, data, data, 8) == {"knn": None, "linear": None, "effective_rank": None}
     assert capsys.readouterr().out == "note: features are not finite (6 of 80 images): no kNN, no linear\n"
     none = dataclasses.replace(data, labels=torch.full((40,), -1))
     for train, test, split in ((none, data, "training"), (data, none, "test")):
-        assert probe(lambda batch: batch.flatten(1), train, test, 8) == {"knn": None, "linear": None}
+        found = probe(lambda batch: batch.flatten(1), train, test, 8)
+        assert (found["knn"], found["linear"], found["effective_rank"] is None) == (None, None, train is none)
         assert capsys.readouterr().out == f"note: no {split} image has a label: no kNN, no linear\n"
