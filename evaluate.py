@@ -30,6 +30,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -42,11 +43,11 @@ from common import load_data
 from plumbing.command import run_command
 from plumbing.datasets import DATASETS
 from plumbing.encoders import load_encoder
-from plumbing.errors import UserError, unknown
-from plumbing.files import json_text
+from plumbing.errors import UserError, printable, unknown
+from plumbing.files import append_line, json_text
 from plumbing.pictures import plain_style
 from plumbing.probes import labelled
-from plumbing.processes import on_rank_zero, rank, start_distributed
+from plumbing.processes import note, on_rank_zero, rank, start_distributed
 from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
 from protocols.energy_figures import draw_energy
@@ -75,7 +76,7 @@ def evaluate(argv: list):
     if not (run_folder / "encoder.pt").exists():
         raise UserError(f"{run_folder} holds no encoder.pt: a run writes it at the end of its first epoch")
     protocols, known = protocols_of(given), read_settings(run_folder)
-    if "data" not in given:
+    if of_run := "data" not in given:
         if "data" not in known:
             raise UserError(f"{run_folder} has no config.json to tell the data set; give --data")
         if known["data"] not in DATASETS and not Path(known["data"]).is_dir():
@@ -93,6 +94,8 @@ def evaluate(argv: list):
     options = {name: given[name] for name in names if name in given}
     options |= {"device": device, "workers": given.get("workers", Config.workers)}
     train, test = (load_data(given["data"], split=split, **options) for split in ("labelled", "test"))
+    if of_run and rank() == 0:
+        note_other_pictures(run_folder, train.listing)
     method, width = known.get("method", ""), width_of(encoder)
     configs = {protocol: settings_of(protocol, given, method, width, len(train)) for protocol in protocols}
     subjects = subjects_of(encoder, train, test, device, next(iter(configs.values())), protocols)
@@ -103,8 +106,7 @@ def evaluate(argv: list):
     finally:
         if rank() == 0 and any(table.values()):
             print(format_table({name: values for name, values in table.items() if values}))
-            for note in notes_on(table, protocols):
-                print(note)
+            print("".join(f"{line}\n" for line in notes_on(table, protocols)), end="")
 
 
 def protocols_of(given: dict) -> list:
@@ -134,6 +136,15 @@ def read_settings(run_folder: Path) -> dict:
     if not fits:
         raise UserError(f"{path} holds no settings of a run")
     return found
+
+
+def note_other_pictures(run_folder: Path, listing: bytes):
+    """Tell of images that are not the run's: a relative --data may be another folder here."""
+    path = run_folder / "images.tsv"
+    known = set(path.read_bytes().split(b"\n")) if path.exists() else ()
+    if known and (others := set(listing.split(b"\n")) - known):
+        first = printable(os.fsdecode(min(others).partition(b"\t")[2]))
+        note(f"{len(others)} training images, such as {first}, are not those of {run_folder}; give another --data")
 
 
 def subjects_of(encoder, train, test, device, config: Config, protocols: list) -> list:
@@ -180,8 +191,7 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
                 table[subject.name] |= results[subject.name]
         if rank() == 0:
             line = record(protocol, config, subjects[0], results, time.perf_counter() - started)
-            with open(run_folder / "eval.jsonl", "a") as file:
-                file.write(json_text(line) + "\n")
+            append_line(run_folder / "eval.jsonl", json_text(line))
 
 
 def record(protocol: str, config: Config, subject: Subject, results: dict, seconds: float) -> dict:

@@ -13,12 +13,13 @@ from tqdm import tqdm
 from plumbing.decoding import MAX_PIXELS, read_whole, reason_of
 from plumbing.errors import UserError
 from plumbing.files import write_atomically
-from plumbing.processes import note
+from plumbing.processes import agree, note, on_rank_zero, world_size
 
 
 def survey(paths: list, root) -> tuple[list, str]:
     """One look at each file -> its size and its name below `root`, a line of bytes each; a digest, with dates too."""
-    lines, digest, start = [], hashlib.sha256(os.fsencode(os.path.abspath(root))), len(str(root)) + 1
+    lines, digest = [], hashlib.sha256(os.fsencode(os.path.abspath(root)))
+    start = len(str(Path(root, "x"))) - 1  # "." and "/" are not followed by a slash of their own
     for path in paths:
         try:
             status = os.stat(path)
@@ -44,9 +45,20 @@ def attempt_all(read, indices, verb: str) -> dict:
     with concurrent.futures.ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool, bar:
         for start in range(0, len(indices), 4096):  # a queue of a million tasks would need a gigabyte
             some = indices[start : start + 4096]
-            list(pool.map(attempt, some))
+            try:
+                list(pool.map(attempt, some))
+            except RuntimeError as error:  # a limit on the threads of a user
+                raise OSError(f"no thread to read images in: {error}") from error
             bar.update(len(some))
     return dict(sorted(bad.items()))
+
+
+def check_same(names: list, device="cpu"):
+    """Raise UserError on every process where these list different files: a folder changes, or disks differ."""
+    if world_size() > 1:
+        found = hashlib.sha256(os.fsencode("\0".join(names))).hexdigest()
+        if agree(int(found != on_rank_zero(lambda: found)), device):
+            raise UserError("the processes see different images; do the folders change, or differ between machines?")
 
 
 def keep_good(paths: list, bad: dict, skip: bool) -> list:
@@ -77,7 +89,7 @@ def check_images(paths: list, digest: str, max_pixels: int = MAX_PIXELS) -> dict
     """
     folder, indices = cache_folder(), range(len(paths))
     cache = folder / "checked-images" / f"{digest}-{max_pixels}.json" if folder else None
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(OSError, ValueError, TypeError, ArithmeticError):
         known = json.loads(cache.read_text()) if cache else indices
         indices = [int(i) for i in known if 0 <= int(i) < len(paths)]
 

@@ -1,11 +1,12 @@
 """Folders of pictures, one folder a class: ImageNet, and a user's own."""
 
 import os
+import stat
 from pathlib import Path
 
 import torch
 
-from plumbing.checking import cache_folder, check_images, keep_good, survey
+from plumbing.checking import cache_folder, check_images, check_same, keep_good, survey
 from plumbing.decoding import MAX_PIXELS
 from plumbing.errors import UserError
 from plumbing.images import FolderImages
@@ -13,10 +14,10 @@ from plumbing.processes import note, on_rank_zero
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLASSES = {"tinyimagenet": 200, "imagenet100": 100, "imagenet": 1000}  # of sets whose classes are folders
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # What macOS, Windows, network drives and Python leave in folders, besides all that begins with a dot.
 LEFTOVERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "@recycle"}
-LEFTOVERS |= {"#snapshot", "~snapshot", "__pycache__", "thumbs.db", "desktop.ini"}
+LEFTOVERS |= {"@__thumb", "#snapshot", "~snapshot", "__pycache__", "thumbs.db", "desktop.ini"}
 # The 100 classes that Tian et al. (2020, CMC) chose from ImageNet.
 IMAGENET100 = """
     02869837 01749939 02488291 02107142 13037406 02091831 04517823 04589890 03062245 01773797 01735189 07831146
@@ -37,16 +38,24 @@ def is_leftover(name: str) -> bool:
 
 
 def pick_classes(folder: Path, name: str, quiet: bool) -> tuple[list, list]:
-    """The class folders in a folder, sorted, as data set `name` has them ("" for any), and the leftovers beside them.
+    """The class folders in a folder, sorted, as data set `name` has them ("" for any), and what else lies there.
 
-    Raises UserError where these cannot be the classes of that data set.
+    Raises UserError where these cannot be the classes of that data set, OSError where one leads nowhere.
     """
-    entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() or is_leftover(entry.name))
-    classes, leftovers = ([x for x in entries if is_leftover(x) == wanted] for wanted in (False, True))
+    classes, others, known = [], [], {}
+    for entry in sorted(os.listdir(folder)):
+        # A link that leads nowhere may be a class: OSError.
+        status = None if is_leftover(entry) else os.stat(folder / entry)
+        if status is None or not stat.S_ISDIR(status.st_mode):
+            others.append(entry)
+            continue
+        classes.append(entry)
+        if (twin := known.setdefault((status.st_dev, status.st_ino), entry)) != entry:
+            raise UserError(f"{folder / twin} and {folder / entry} are one folder, linked: remove one of them")
     if name == "imagenet100":
         classes = [x for x in classes if x.removeprefix("n") in set(IMAGENET100)]
     if not (expected := CLASSES.get(name)):
-        return classes, leftovers
+        return classes, others
     if not classes:
         raise UserError(f"{folder} holds none of the {expected} classes of {name} (n02869837, ...)")
     if len(classes) > expected:
@@ -56,7 +65,7 @@ def pick_classes(folder: Path, name: str, quiet: bool) -> tuple[list, list]:
         )
     if len(classes) < expected and not quiet:
         note(f"{folder} holds {len(classes)} of the {expected} classes of {name}")
-    return classes, leftovers
+    return classes, others
 
 
 def count_images(folder) -> int:
@@ -85,21 +94,27 @@ def read_folders(
     home = root / ("val" if split == "test" else "train")
     for part in dict.fromkeys((root / "train", home)):
         if not part.is_dir():
-            raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*")
-    classes, leftovers = pick_classes(root / "train", name, quiet=split == "test")
+            instead = "; give the --root that holds them" if name else ""
+            if (here := Path(os.path.abspath(root))).name in ("train", "val"):
+                instead = f"; give the folder above, {here.parent}"
+            raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*{instead}")
+    classes, beside = pick_classes(root / "train", name, quiet=split == "test")
     if split == "test":
-        own, leftovers = pick_classes(home, "", quiet=True)
+        own, beside = pick_classes(home, "", quiet=True)
         if not name and (strange := sorted(set(own) - set(classes))):
             raise UserError(
                 f"class {strange[0]!r} of {home} is not in {root / 'train'}; the splits must have the same classes"
             )
-    paths, labels, others = [], [], [str(home / x) for x in leftovers]
+        if home.samefile(root / "train"):
+            note(f"{home} is the folder {root / 'train'}: the encoder is judged by images that it was trained on")
+    paths, labels, others = [], [], [str(home / x) for x in beside]
+    flat = sum(map(is_image, beside))
     for label, class_name in enumerate(classes):
         folder = home / class_name
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
         found = [entry.path for entry in entries if is_image(entry.name)]
         rest = [entry for entry in entries if not is_image(entry.name)]
-        inner = {x.path: count_images(x.path) for x in rest if not is_leftover(x.name) and x.is_dir()}
+        inner = {x.path: count_images(x.path) for x in rest if not is_leftover(x.name) and os.path.isdir(x.path)}
         deeper = next((f"{count} in the folder {path}" for path, count in inner.items() if count), "")
         if not found and (split != "test" or deeper):
             instead = f", but {deeper}; move them up" if deeper else ""
@@ -110,7 +125,8 @@ def read_folders(
         paths += found
         labels += [label] * len(found)
     if not paths:
-        raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) below {home}")
+        instead = f", but {flat} beside these; move each into the folder of its class" if flat else ""
+        raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) in a class folder of {home}{instead}")
     if others:
         note(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
     if split != "test" and cache_folder() is None:
@@ -122,6 +138,7 @@ def read_folders(
         lines, digest = survey(paths, root)
         return check_images(paths, digest, max_pixels)
 
+    check_same(paths, device)
     good = keep_good(paths, on_rank_zero(look), skip_bad_images)
     listing = b"".join(lines[i] for i in good if lines)
     paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])

@@ -1,13 +1,14 @@
 """`load_data`: named data sets in their official layouts, and folders of one's own."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from plumbing.checking import attempt_all, keep_good, survey
-from plumbing.class_folders import pick_classes, read_folders
-from plumbing.decoding import MAX_PIXELS, open_picture, to_rgb
+from plumbing.checking import attempt_all, check_same, keep_good, survey
+from plumbing.class_folders import is_image, pick_classes, read_folders
+from plumbing.decoding import MAX_PIXELS, open_picture, reason_of, to_rgb
 from plumbing.download import fetch
 from plumbing.errors import UserError, unknown
 from plumbing.images import MemoryImages
@@ -43,7 +44,9 @@ ARCHIVES = {  # folder, where it comes from, MD5 of the archive
         "90528d7ca1a48142e341f4ef8d21d0de",
     ),
 }
-CIFAR = {  # files a split, label bytes before the pixels (the last one counts), classes, file of class names
+SPLITS = ("train", "labelled", "test")
+# Files a split (* is a number or nothing), label bytes before the pixels (the last one counts), classes, their names.
+CIFAR = {
     "cifar10": ({"train": "data_batch_*.bin", "test": "test_batch*.bin"}, 1, 10, "batches.meta"),
     "cifar100": ({"train": "train*.bin", "test": "test*.bin"}, 2, 100, "fine_label_names"),
 }
@@ -69,25 +72,33 @@ def load_data(
     val/<class>/*. `root` is the folder that holds the files of a named set; `download` fetches missing ones. Batches
     come on `device`: small sets lie there as one uint8 tensor, files are decoded by `workers` processes. Only `shapes`
     needs `image_size` and `seed`.
-    Raises UserError where the name is unknown, or a file is missing or not what it should be. Images that cannot be
-    read are left out with `skip_bad_images`; one of more than `max_pixels` pixels is not read.
+    Raises UserError where a name is unknown, or a file is missing, may not be read, or is not what it should be. Images
+    that cannot be read are left out with `skip_bad_images`; one of more than `max_pixels` pixels is not read.
     """
+    name = os.fspath(name)
+    if split not in SPLITS:  # not to train on what one meant to test on
+        raise UserError(unknown("split", split, SPLITS))
     if name == "shapes":
+        if split == "train" and os.path.isdir("shapes/train"):
+            note("shapes are the built-in pictures; the folder of this name is ./shapes")
         count = 1024 if split == "test" else 4096
         images, labels, masks = render_shapes(count, image_size, seed=2 * seed + (split == "test"))
         images, labels, masks = (x.to(device) for x in (images, labels, masks))
         return MemoryImages(images, labels, list(SHAPES), **STATISTICS[name], masks=masks)
-    if name in ARCHIVES:
-        home = find_home(name, Path(root), download)
-        if name == "stl10":
-            return read_stl10(home, split, device)
-        if name == "tinyimagenet":
-            return read_tinyimagenet(home, split, device, skip_bad_images)
-        return read_cifar(name, home, split, device)
-    if name in ("imagenet100", "imagenet"):
-        return read_folders(Path(root), split, name, skip_bad_images, workers, device, max_pixels)
-    if Path(name).is_dir():
-        return read_folders(Path(name), split, "", skip_bad_images, workers, device, max_pixels)
+    try:
+        if name in ARCHIVES:
+            home = find_home(name, Path(root), download)
+            if name == "stl10":
+                return read_stl10(home, split, device)
+            if name == "tinyimagenet":
+                return read_tinyimagenet(home, split, device, skip_bad_images)
+            return read_cifar(name, home, split, device)
+        if name in ("imagenet100", "imagenet"):
+            return read_folders(Path(root), split, name, skip_bad_images, workers, device, max_pixels)
+        if name and Path(name).is_dir():  # "" would be the working folder
+            return read_folders(Path(name), split, "", skip_bad_images, workers, device, max_pixels)
+    except OSError as error:  # no permission, a broken link, a folder that is gone
+        raise UserError(f"the data of {name} cannot be read ({reason_of(error)})") from None
     if "/" in name:
         raise UserError(f"no folder {name}; expected one with train/<class>/* and val/<class>/*")
     raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder with train/<class>/* and val/<class>/*")
@@ -96,7 +107,7 @@ def load_data(
 def find_home(name: str, root: Path, download: bool = False) -> Path:
     """The folder of a named data set in `root`, or `root` itself; fetched into place where it is missing."""
     folder, url, md5 = ARCHIVES[name]
-    home = root if root.name == folder else root / folder
+    home = root if Path(os.path.abspath(root)).name == folder else root / folder
     if download:  # asked on every process alike: what one of them sees may differ
         on_rank_zero(lambda: home.is_dir() or fetch(url, md5, home))
     if not home.is_dir():
@@ -110,7 +121,10 @@ def read_cifar(name: str, home: Path, split: str, device="cpu") -> MemoryImages:
     """The official binary files of CIFAR-10 or CIFAR-100, any number of records a file."""
     patterns, label_bytes, count, names = CIFAR[name]
     pattern = patterns["test" if split == "test" else "train"]
-    files = sorted(home.glob(pattern))
+    found = sorted(home.glob(pattern))
+    files = [file for file in found if file.stem.rstrip("0123456789") == pattern.removesuffix("*.bin")]
+    if copies := sorted(set(found) - set(files)):  # such as data_batch_1 (1).bin
+        note(f"{len(copies)} other files in {home} are left out, such as {copies[0].name}")
     if not files:
         raise UserError(f"no {name} at {home / pattern}; remove {home} and add --download, or give --root")
     record = label_bytes + 3072
@@ -188,14 +202,19 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
         listing = home / "val" / "val_annotations.txt"
         if not listing.exists():
             raise UserError(f"no {listing}; remove {home} and add --download, or give --root")
-        rows = [line.split("\t") for line in listing.read_text(errors="replace").splitlines() if line.strip()]
+        text = listing.read_text(encoding="utf-8-sig", errors="surrogateescape")  # Windows may put a mark before it
+        rows = [line.split("\t") for line in text.splitlines() if line.strip()]
         strange = next((row for row in rows if len(row) < 2 or row[1] not in number), None)
         if strange:
             raise UserError(f"{listing} has the line {' '.join(strange)!r}, expected a file and a class of {train}")
         files = [(str(home / "val" / "images" / row[0]), number[row[1]]) for row in rows]
     else:
-        folders = [(train / wnid / "images", label) for wnid, label in number.items()]
-        files = [(str(path), label) for folder, label in folders for path in sorted(folder.glob("[!.]*.JPEG"))]
+        files = []
+        for folder, label in ((train / wnid / "images", label) for wnid, label in number.items()):
+            names = sorted(filter(is_image, os.listdir(folder) if folder.is_dir() else ()))
+            if not names:
+                raise UserError(f"no image in {folder}; remove {home} and add --download, or give --root")
+            files += [(str(folder / name), label) for name in names]
     if not files:
         raise UserError(f"no image in {home}; remove it and add --download, or give --root")
     images = torch.empty(len(files), 3, 64, 64, dtype=torch.uint8)
@@ -208,6 +227,7 @@ def read_tinyimagenet(home: Path, split: str, device="cpu", skip_bad_images: boo
 
     bad = attempt_all(read, range(len(files)), "reading")
     good = keep_good([path for path, _ in files], bad, skip_bad_images)
+    check_same([files[i][0] for i in good], device)
     words = home / "words.txt"
     lines = words.read_text(errors="replace").splitlines() if words.exists() else []
     names = dict(line.split("\t", 1) for line in lines if "\t" in line)

@@ -26,7 +26,7 @@ def fetch(url: str, md5: str, home: Path):
     archive = home.parent / (url.rsplit("/", 1)[1] + ".part")
     try:
         download(url, archive)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: headers that are no numbers
         raise UserError(f"{url} could not be fetched ({error}); run again to go on where it stopped") from None
     with open(archive, "rb") as file:
         found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

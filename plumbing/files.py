@@ -35,6 +35,27 @@ def write_atomically(path: Path, write):
         raise OSError(f"cannot write {path} ({getattr(cause, 'strerror', None) or cause}); {kept}") from error
 
 
+def append_line(path: Path, text: str):
+    """Add a line to a file, whole or not at all, behind what a kill may have left of the line before.
+
+    Raises OSError where the disk is full or the file cannot be written; what was there stays.
+    """
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            cut = end > 0 and file.seek(end - 1) >= 0 and file.read(1) != b"\n"
+            rest = b"\n" * cut + text.encode() + b"\n"
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # else the next line would be glued to a piece of this one, and both be lost
+                raise
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror or error}); what was there stays") from error
+
+
 def plain(value, name: str = "a value"):
     """A value as files hold it: Python's own numbers, texts and None, and dicts, lists and tuples of these.
 

@@ -25,7 +25,8 @@ except ImportError:  # Windows
 
 def run_folder(name: str, config: TrainConfig) -> Path:
     """Where a method's run is written."""
-    return Path(config.out or f"runs/{name}-{Path(config.data).name}")
+    data = Path(os.path.abspath(config.data)).name or "root"  # the names of "." and "/" are empty
+    return Path(config.out or f"runs/{name}-{data}")
 
 
 def identity_of(method, train, config: TrainConfig, stepper) -> dict:
@@ -49,7 +50,7 @@ def digest_of(listing: bytes) -> str:
 def refuse_other_pictures(out: Path, listing: bytes):
     """Say which pictures are not those of the run, by its images.tsv. Raises UserError."""
     before, now = (
-        dict(line.split(b"\t", 1)[::-1] for line in text.splitlines() if b"\t" in line)
+        dict(line.split(b"\t", 1)[::-1] for line in text.split(b"\n") if b"\t" in line)
         for text in ((out / "images.tsv").read_bytes() if (out / "images.tsv").exists() else b"", listing)
     )
     others = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
@@ -61,6 +62,14 @@ def refuse_other_pictures(out: Path, listing: bytes):
     raise UserError(f"{text}; give the --data of before, or another --out")
 
 
+def refuse_among_pictures(out: Path, config: TrainConfig):
+    """Raise UserError for a run folder that would be a class of its own data, with a picture, at the next start."""
+    root = Path(config.data if os.path.isdir(config.data) else config.root)
+    for part in (root / "train", root / "val"):
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(part)):
+            raise UserError(f"the run folder {out} lies among the images of {part}; choose another by --out")
+
+
 def lock_run(out: Path, resume: bool):
     """Make a run folder, or with --resume take the one that is there; lock it until the returned file closes.
 
@@ -70,11 +79,9 @@ def lock_run(out: Path, resume: bool):
     try:
         left = [path for path in (out.iterdir() if out.exists() else ()) if path.suffix != ".tmp"]
         if not resume and {path.name for path in left} - {".lock"}:  # these alone are of a start that was refused
-            raise FileExistsError
+            raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a")  # noqa: SIM115 (stays open for as long as the run)
-    except FileExistsError:
-        raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out") from None
     except OSError as error:
         raise UserError(f"cannot write the run folder {out} ({error.strerror}); choose another by --out") from None
     try:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import time
 from pathlib import Path
@@ -14,12 +13,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from plumbing.encoders import check_encoder, save_encoder
-from plumbing.errors import NonFiniteLoss, Stopped, UserError, what_is_left
-from plumbing.files import json_text, load_checkpoint, write_atomically
+from plumbing.errors import NonFiniteLoss, Stopped, UserError, printable, what_is_left
+from plumbing.files import append_line, json_text, load_checkpoint, write_atomically
 from plumbing.pictures import check_drawing, save_pictures
 from plumbing.probes import pooled_features, probe, raw_pixels
 from plumbing.processes import agree, note, noted_signals, on_rank_zero, rank, world_size
-from plumbing.run_files import identity_of, lock_run, log_header, open_run, rewind_log, run_folder
+from plumbing.run_files import (
+    identity_of,
+    lock_run,
+    log_header,
+    open_run,
+    refuse_among_pictures,
+    rewind_log,
+    run_folder,
+)
 from plumbing.settings import TrainConfig
 
 
@@ -97,6 +104,7 @@ class Run:
             def lock():  # of process 0
                 if config.probe_every:
                     check_drawing()  # before there is a folder
+                refuse_among_pictures(out, config)
                 stack.enter_context(lock_run(out, config.resume))
 
             on_rank_zero(lock)
@@ -189,10 +197,7 @@ class Run:
             save_pictures(rows, self.out / "pictures.png", method.captions)
             method.train()
         self.log.append(line)
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json_text(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.out / "log.jsonl", json_text(line))
         shown = {name: line[name] for name in ("loss", "knn", "linear", "accuracy") if line.get(name) is not None}
         if len(shown) > 1 or (shown and self.bar.disable):
             shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -239,10 +244,11 @@ def print_start(method, train, config: TrainConfig, stepper, out: Path, epoch: i
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
     peak = max(stepper.rate(step) for step in (0, min(config.warmup_epochs * steps, config.epochs * steps - 1)))
     print(f"method      {method.name}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M")
-    print(f"data        {config.data}: {len(train)} images, {len(train.classes)} classes, size {config.image_size}")
+    data = printable(config.data)
+    print(f"data        {data}: {len(train)} images, {len(train.classes)} classes, size {config.image_size}")
     print(f"device      {device} ({place}), {precision}, {world_size()} process(es)")
     print(f"batch       {config.batch_size} images, {config.accumulate} part(s); learning rate {peak:.3g}")
-    print(f"epochs      {epoch} of {config.epochs} done, {steps} steps each; writes {out}")
+    print(f"epochs      {epoch} of {config.epochs} done, {steps} steps each; writes {printable(str(out))}")
     own = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     shown = "  ".join(f"{name}={value}" for name, value in own.items() if name not in TrainConfig.__dataclass_fields__)
     print(f"settings    {shown}", flush=True)

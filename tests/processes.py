@@ -150,6 +150,24 @@ def train_with_fault(argv, hits, fault="", at=0, victim=-1):
         return train.main(argv)
 
 
+def data_of_two_disks(first, second):
+    """How many images a process has, or what refuses them, where process 1 sees the second folder under the name of the
+    first.
+    """
+    from plumbing.datasets import load_data
+    from plumbing.errors import UserError
+
+    really = os.scandir
+    if dist.get_rank() == 1:
+        os.scandir = lambda path: [x for x in really(path) if os.path.exists(x.path.replace(first, second))]
+    try:
+        return len(load_data(first))
+    except UserError as error:
+        return str(error)
+    finally:
+        os.scandir = really
+
+
 def mine(x):
     """This rank's share of the rows of a global batch: ranks see different data, or the test could not fail."""
     return x.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,17 +1,22 @@
 """Folders of pictures, one a class: which classes and pictures there are, what is left out, what is refused."""
 
+import io
 import os
+import random
 import re
+import threading
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from make import write_folders, write_tinyimagenet
+from PIL import Image
 
 from plumbing.checking import cache_folder, survey
-from plumbing.class_folders import IMAGENET100, is_leftover
+from plumbing.class_folders import IMAGENET100, is_image, is_leftover
 from plumbing.datasets import load_data
 from plumbing.errors import UserError, printable
 
@@ -50,7 +55,7 @@ def test_folders_refuse_what_is_not_a_data_set(tmp_path):
     with pytest.raises(UserError, match="class 'wasp' of .*val is not in .*train"):
         load_data(str(tmp_path), split="test")
     (tmp_path / "train" / "empty").mkdir()
-    with pytest.raises(UserError, match=r"class folder .*empty holds no image \(.jpg .jpeg .png .webp\)"):
+    with pytest.raises(UserError, match=r"class folder .*empty holds no image \(.jpg .jpeg .jpe .jfif .png .webp\)"):
         load_data(str(tmp_path))
 
 
@@ -134,6 +139,241 @@ def test_pictures_one_level_deeper_are_named_with_their_number(tmp_path, capsys)
         path.rename(deeper / path.name)
     with pytest.raises(UserError, match=rf"bee holds no image \(.*\), but 3 in the folder {deeper}; move them up$"):
         load_data(str(root))
+
+
+def test_pictures_beside_the_class_folders_are_told(tmp_path, capsys):
+    root = write_folders(tmp_path)
+    loose = root / "train" / "loose.png"
+    loose.write_bytes((root / "train" / "bee" / "0 é.png").read_bytes())
+    assert load_data(str(root)).classes == ["ant", "bee"]
+    assert (
+        f"note: 1 other files or folders below {root / 'train'} are left out, such as {loose}"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("name", ["", "imagenet"])
+def test_a_flat_split_is_refused_with_the_number_of_its_pictures(name, tmp_path):
+    """As the validation pictures of ImageNet come."""
+    root = write_folders(tmp_path)
+    for path in sorted((root / "val").rglob("*.png")):
+        path.rename(root / "val" / f"{path.parent.name}{path.name}")
+    for folder in ("ant", "bee"):
+        (root / "val" / folder).rmdir()
+    with pytest.raises(
+        UserError, match=r"no image \(.*\) in a class folder of .*val, but 4 beside these; move each into"
+    ):
+        load_data(name or str(root), root, split="test")
+
+
+def test_the_folder_above_is_asked_for_where_train_itself_is_given(tmp_path, monkeypatch):
+    root = write_folders(tmp_path / "set")
+    with pytest.raises(UserError, match=rf"no folder .*train.train; .*; give the folder above, {root}$"):
+        load_data(str(root / "train"))
+    monkeypatch.chdir(root / "val")
+    with pytest.raises(UserError, match=rf"no folder train; .*; give the folder above, {root}$"):
+        load_data(".")
+    with pytest.raises(UserError, match="no folder .*; give the --root that holds them$"):
+        load_data("imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("ending", [".JPG", ".jpeg", ".jpe", ".jfif", ".png", ".WebP"])
+def test_pictures_of_every_ending_are_read(ending, tmp_path):
+    root = write_folders(tmp_path)
+    for path in sorted((root / "train" / "bee").iterdir()):
+        path.rename(path.with_suffix(ending))
+    assert len(load_data(str(root))) == 6
+
+
+# --- links, and what may not be read ---------------------------------------------------------------------------------
+
+
+def test_class_folders_and_pictures_may_be_links(tmp_path):
+    root, other = write_folders(tmp_path / "set"), write_folders(tmp_path / "other", ("wasp",))
+    (root / "train" / "wasp").symlink_to(other / "train" / "wasp")
+    (root / "train" / "bee" / "link.png").symlink_to(other / "train" / "wasp" / "0 é.png")
+    assert load_data(str(root)).labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("target", "reason"), [("nowhere", "No such file"), ("link", "Too many levels")])
+def test_a_class_that_leads_nowhere_is_refused(target, reason, tmp_path):
+    """Else the labels of all that follow would be others, and nothing would say so."""
+    root = write_folders(tmp_path)
+    link = root / "train" / "link"
+    link.symlink_to(target)
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match=rf"^the data of {root} cannot be read \(.*{reason}.*{link}'\)$"):
+            load_data(str(root), split=split)
+
+
+def test_one_folder_under_two_names_is_refused(tmp_path):
+    root = write_folders(tmp_path)
+    (root / "train" / "wasp").symlink_to("bee")
+    with pytest.raises(UserError, match=r"train.bee and .*train.wasp are one folder, linked: remove one of them"):
+        load_data(str(root))
+
+
+def test_links_in_a_circle_among_pictures_are_left_out(tmp_path, capsys):
+    root = write_folders(tmp_path)
+    (root / "train" / "bee" / "circle").symlink_to("circle")
+    assert len(load_data(str(root))) == 6
+    assert "note: 1 other files" in capsys.readouterr().out
+    (root / "train" / "up").symlink_to("..")
+    with pytest.raises(UserError, match=r"class folder .*up holds no image \(.*\), but 6 in the folder .*up.train"):
+        load_data(str(root))
+
+
+def test_training_pictures_as_test_pictures_are_told(tmp_path, capsys):
+    root = write_folders(tmp_path)
+    for path in sorted((root / "val").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (root / "val").rmdir()
+    (root / "val").symlink_to("train")
+    assert len(load_data(str(root), split="test")) == 6
+    assert "is judged by images that it was trained on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["train", "train/bee", "."])
+def test_a_folder_that_may_not_be_read_is_one_line(part, tmp_path, monkeypatch):
+    root = write_folders(tmp_path)
+    closed, asked = os.path.normpath(root / part), []
+
+    def refuse(really):  # whoever runs the tests may be allowed all
+        def look(path=".", *args, **kwargs):
+            if not isinstance(path, int) and os.path.normpath(os.fspath(path)) == closed:
+                asked.append(path)
+                raise PermissionError(13, "Permission denied", str(path))
+            return really(path, *args, **kwargs)
+
+        return look
+
+    with monkeypatch.context() as patched:
+        for name in ("stat", "scandir", "listdir"):
+            patched.setattr(os, name, refuse(getattr(os, name)))
+        with pytest.raises(UserError, match=rf"the data of {root} cannot be read \(.*Permission denied: '{closed}'\)$"):
+            load_data(str(root))
+    assert asked
+
+
+def test_a_limit_on_threads_is_one_line(tmp_path, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    root = write_folders(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(UserError, match=r"cannot be read \(no thread to read images in: can't start new thread\)$"):
+            load_data(str(root))
+
+
+def test_processes_that_see_different_pictures_are_stopped(tmp_path):
+    root = write_folders(tmp_path / "set")
+    assert processes.start(processes.data_of_two_disks, str(root), str(root)) == [6, 6]
+    (write_folders(tmp_path / "other") / "train" / "bee" / "0 é.png").unlink()
+    said = processes.start(processes.data_of_two_disks, str(root), str(tmp_path / "other"))
+    assert said == ["the processes see different images; do the folders change, or differ between machines?"] * 2
+
+
+# --- folders of any kind ---------------------------------------------------------------------------------------------
+
+ODD_NAMES = [
+    "a",
+    "B",
+    "b",
+    "é",
+    "e\u0301",
+    "caf\udce9",
+    "a b",
+    "a\nb",
+    "x.jpg",
+    "train",
+    "val",
+    "-",
+    "'",
+    ".x",
+    "@eaDir",
+]
+ENDINGS = [".jpg", ".JPG", ".jpeg", ".png", ".webp", ".jfif", ".txt", ".jpg~", ""]
+
+
+def pictures_as_bytes():
+    """Small pictures of each format, and what is none."""
+    good = []
+    for ending, mode in (("jpeg", "RGB"), ("png", "RGBA"), ("webp", "RGB"), ("png", "1")):
+        buffer = io.BytesIO()
+        Image.new(mode, (5, 7), 1).save(buffer, ending)
+        good.append(buffer.getvalue())
+    return good, [b"", b"x", b"GIF89a", good[0][:40], good[1][:30], b"%!PS-Adobe-3.0 EPSF-3.0"]
+
+
+GOOD, BAD = pictures_as_bytes()
+
+
+def plant(folder, draw, depth=0):
+    """A random tree of pictures and of what lies among them; now and then something is in the way of reading it."""
+    for _ in range(draw.randrange(2, 5)):
+        path = folder / (draw.choice(ODD_NAMES) + (draw.choice(ENDINGS) if depth else ""))
+        kind = draw.choices(
+            ["good", "folder", "bad", "link", "pipe", "closed"], [30, 3 if depth else 150, 1, 1, 0.3, 0.3]
+        )[0]
+        if os.path.lexists(path):
+            continue
+        if kind in ("good", "bad"):
+            path.write_bytes(draw.choice(GOOD if kind == "good" else BAD))
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "link":
+            path.symlink_to(draw.choice(["nowhere", path.name, "..", ".", *os.listdir(folder)]))
+        else:
+            path.mkdir()
+            if depth < 3:
+                plant(path, draw, depth + 1)
+            path.chmod(0 if kind == "closed" else 0o755)
+
+
+def load_planted(root, seed):
+    """Both splits of a random folder, and a first batch: how many were data, and how many were refused by one line.
+
+    What is data holds every file of a picture's name that lies in a class folder, under the name of that folder.
+    """
+    draw, kinds = random.Random(seed), {"read": 0, "refused": 0}
+    root.mkdir()
+    for part in ("train", "val"):
+        (root / part).mkdir()
+        plant(root / part, draw)
+    if draw.random() < 0.5:  # the same classes
+        for name in os.listdir(root / "val"):
+            if draw.random() < 0.9 and name not in os.listdir(root / "train"):
+                (root / "val" / name).rename(root / "train" / name)
+    for split in ("train", "test"):
+        try:
+            data = load_data(str(root), split=split, skip_bad_images=seed % 2 == 0)
+            picked = {path: data.classes[label] for path, label in zip(data.paths, data.labels.tolist(), strict=True)}
+            home = root / ("train" if split == "train" else "val")
+            for path, name in picked.items():
+                assert Path(path).parent == home / name
+            for path in home.glob("*/*"):
+                if (
+                    path.is_file()
+                    and path.read_bytes() in GOOD
+                    and is_image(path.name)
+                    and not is_leftover(path.parent.name)
+                ):
+                    assert str(path) in picked
+            assert data.classes == sorted(data.classes)
+            ((images, labels),) = data.train_batches([(0, list(range(min(4, len(data)))))], 8)
+            assert images.shape[1:] == (3, 8, 8) and torch.equal(labels, data.labels[:4])
+            kinds["read"] += 1
+        except UserError as error:
+            assert "\n" not in printable(str(error))
+            kinds["refused"] += 1
+    return kinds
+
+
+def test_random_folders_are_read_in_full_or_refused_by_one_line(tmp_path):
+    found = [load_planted(tmp_path / str(seed), seed) for seed in range(60)]
+    assert sum(kinds["read"] for kinds in found) > 15
+    assert sum(kinds["refused"] for kinds in found) > 15
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -221,3 +461,31 @@ def test_survey_tells_names_and_sizes_below_the_root_alone(tmp_path_factory, dat
     assert lines == listings[1] and digest != digests[1]
     changed.unlink()
     assert survey([str(root / name) for name in sizes], root)[0] != listings[1]
+
+
+@pytest.mark.parametrize("spelling", [".", "../set", "{root}", "{root}/", "./", "../set/../set"])
+def test_a_listing_does_not_tell_how_the_folder_was_spelled(spelling, tmp_path, monkeypatch):
+    root = write_folders(tmp_path / "set")
+    monkeypatch.chdir(root)
+    lines = load_data(spelling.format(root=root)).listing.decode().splitlines()
+    assert [line.split("\t")[1] for line in lines] == [
+        f"train/{name}/{i} é.png" for name in ("ant", "bee") for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["[Infinity]", "[NaN]", "[1, 2", "5", '{"a": 1}', "null", '["x"]', "[-1, 99]", "\xff", "[[1]]"]
+)
+def test_a_damaged_memory_of_good_pictures_makes_all_be_looked_at(text, tmp_path):
+    root = write_folders(tmp_path)
+    load_data(str(root))
+    memory = cache_folder() / "checked-images"
+    (root / "train" / "bee" / "1 é.png").write_bytes(b"x")
+    with pytest.raises(UserError, match="1 of 6 images cannot be read"):
+        load_data(str(root))
+    newest = max(memory.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert newest.read_text() == "[4]"
+    newest.write_text(text, encoding="latin-1")
+    if text != "[-1, 99]":  # this is one, of other pictures
+        with pytest.raises(UserError, match="1 of 6 images cannot be read"):
+            load_data(str(root))
