@@ -1,5 +1,6 @@
 """Folders of pictures, one a class: which classes and pictures there are, what is left out, what is refused."""
 
+import contextlib
 import io
 import os
 import random
@@ -344,7 +345,8 @@ def load_planted(root, seed):
     if draw.random() < 0.5:  # the same classes
         for name in os.listdir(root / "val"):
             if draw.random() < 0.9 and name not in os.listdir(root / "train"):
-                (root / "val" / name).rename(root / "train" / name)
+                with contextlib.suppress(PermissionError):  # a closed folder stays where it is
+                    (root / "val" / name).rename(root / "train" / name)
     for split in ("train", "test"):
         try:
             data = load_data(str(root), split=split, skip_bad_images=seed % 2 == 0)

@@ -1,5 +1,7 @@
 """Every data set in its official layout, class folders, and what the readers refuse."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,38 @@ from PIL import Image
 
 from plumbing.datasets import ARCHIVES, CIFAR, load_data, read_cifar
 from plumbing.errors import UserError
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["val", "valid", "Test", "", "labeled"])
+def test_no_other_word_for_a_split_gives_training_pictures(split, tmp_path):
+    for name in ("shapes", str(write_folders(tmp_path))):
+        with pytest.raises(UserError, match=rf"^unknown split '{split}'; .*choose from train, labelled, test$"):
+            load_data(name, split=split)
+
+
+def test_a_data_set_may_be_a_path_and_nothing_is_none(tmp_path, monkeypatch):
+    root = write_folders(tmp_path / "set")
+    assert len(load_data(root)) == 6
+    with pytest.raises(UserError, match="no folder .*none; expected one with train/<class>"):
+        load_data(root / "none")
+    monkeypatch.chdir(root)
+    with pytest.raises(UserError, match="unknown dataset ''; choose from shapes"):  # an empty variable of a shell
+        load_data("")
+    with pytest.raises(UserError, match=r"the data of a+ cannot be read \(.*too long"):
+        load_data("a" * 300)
+
+
+def test_a_folder_called_as_the_built_in_pictures_is_told_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert len(load_data("shapes", image_size=8)) == 4096
+    assert capsys.readouterr().out == ""
+    write_folders(tmp_path / "shapes")
+    assert len(load_data("shapes", image_size=8)) == 4096
+    assert capsys.readouterr().out == "note: shapes are the built-in pictures; the folder of this name is ./shapes\n"
+    assert len(load_data("./shapes")) == 6
+
 
 # --- CIFAR -----------------------------------------------------------------------------------------------------------
 
@@ -30,6 +64,52 @@ def test_cifar_reads_class_names(tmp_path):
     names = [f"name{i}" for i in range(10)]
     (tmp_path / "cifar-10-batches-bin" / "batches.meta.txt").write_text("\n".join(names) + "\n\n")
     assert load_data("cifar10", tmp_path).classes == names
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "copies"),
+    [
+        ("cifar10", "data_batch_1.bin", ["data_batch_1 (1).bin", "data_batch_1_old.bin", "data_batch_.1.bin"]),
+        ("cifar10", "test_batch.bin", ["test_batch (copy).bin"]),
+        ("cifar100", "train.bin", ["train (1).bin", "train_.bin", "training.bin"]),
+        ("cifar100", "test.bin", ["test-old.bin", "tests.bin"]),
+    ],
+)
+def test_cifar_takes_no_copy_for_more_pictures(name, part, copies, tmp_path, capsys):
+    write_cifar(tmp_path, name)
+    home = tmp_path / ARCHIVES[name][0]
+    for copy in copies:
+        (home / copy).write_bytes((home / part).read_bytes())
+    split = "test" if part.startswith("test") else "train"
+    assert len(load_data(name, tmp_path, split)) == (4 if split == "test" else 8)
+    said = capsys.readouterr().out
+    assert said == f"note: {len(copies)} other files in {home} are left out, such as {min(copies)}\n"
+
+
+def test_cifar_takes_files_of_any_number(tmp_path):
+    write_cifar(tmp_path, "cifar10", counts=(1,) * 11)
+    assert len(load_data("cifar10", tmp_path)) == 11
+
+
+@pytest.mark.parametrize("name", ["cifar10", "stl10", "tinyimagenet"])
+def test_the_folder_of_a_named_set_may_be_the_working_folder(name, tmp_path, monkeypatch):
+    {"cifar10": lambda root: write_cifar(root, name), "stl10": write_stl10, "tinyimagenet": write_tinyimagenet}[name](
+        tmp_path
+    )
+    listing = load_data(name, tmp_path).listing
+    monkeypatch.chdir(tmp_path / ARCHIVES[name][0])
+    assert load_data(name, ".").listing == listing != b""
+    monkeypatch.chdir(tmp_path)
+    assert load_data(name, ".").listing == listing
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
+    write_stl10(tmp_path)
+    file = tmp_path / "stl10_binary" / "train_y.bin"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=rf"^the data of stl10 cannot be read \(.*{file}'\)$"):
+        load_data("stl10", tmp_path)
 
 
 def test_cifar_refuses_bad_files_by_name(tmp_path):
@@ -90,6 +170,35 @@ def test_stl10_refuses_bad_files_by_name(tmp_path):
 
 
 # --- Tiny-ImageNet ---------------------------------------------------------------------------------------------------
+
+
+def test_tinyimagenet_reads_pictures_of_any_ending_and_misses_no_class(tmp_path):
+    home = write_tinyimagenet(tmp_path)
+    images = home / "train" / "n01" / "images"
+    (images / "n01_1.JPEG").rename(images / "n01_1.jpg")
+    assert load_data("tinyimagenet", tmp_path).labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for path in sorted(images.iterdir()):
+        path.rename(images.parent / path.name)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"^no image in {images}; remove .* and add --download"):
+            load_data("tinyimagenet", tmp_path)
+        if images.exists():
+            images.rmdir()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: b"\xef\xbb\xbf" + x, lambda x: x.replace(b"\n", b"\r\n"), lambda x: x + b"\n \n"]
+)
+def test_tinyimagenet_reads_annotations_that_an_editor_has_saved(change, tmp_path):
+    home = write_tinyimagenet(tmp_path)
+    annotations = home / "val" / "val_annotations.txt"
+    old = os.fsencode(home / "val" / "images" / "val_2.JPEG")
+    os.rename(old, old.replace(b"val_2", b"caf\xe9"))
+    annotations.write_bytes(change(annotations.read_bytes().replace(b"val_2", b"caf\xe9")))
+    (home / "words.txt").write_bytes(b"n01\tcaf\xe9, cup\r\nn02\ttabby\r\n")
+    data = load_data("tinyimagenet", tmp_path, "test")
+    assert data.labels.tolist() == [1, 0, 1, 0]
+    assert data.classes == ["caf\ufffd", "tabby"]
 
 
 def test_tinyimagenet_reads_the_official_layout(tmp_path):

@@ -20,7 +20,7 @@ class Server:
     """Serves files from memory on 127.0.0.1. `cut` breaks the next answer off; `ranges` says whether it can go on."""
 
     def __init__(self):
-        outer, self.files, self.cut, self.ranges, self.asked = self, {}, None, True, []
+        outer, self.files, self.cut, self.ranges, self.asked, self.length = self, {}, None, True, [], ""
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -39,7 +39,7 @@ class Server:
                     content = content[first:]
                 else:
                     self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Length", outer.length or str(len(content)))
                 self.end_headers()
                 cut, outer.cut = outer.cut, None
                 self.wfile.write(content[:cut])
@@ -228,3 +228,32 @@ def test_unpack_refuses_a_damaged_archive(tmp_path, zipped):
         with pytest.raises(UserError, match="archive cannot be unpacked"):
             unpack(archive, tmp_path / "cifar-10-batches-bin", zipped)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "source"]
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ("many", "could not be fetched .*'many'.*; run again"),
+        ("9999999", "could not be fetched .the connection broke after .* of 9999999 bytes.; run again"),
+        ("9", "has the MD5 .*, expected .*; it was thrown away, run again"),
+    ],
+)
+def test_a_wrong_length_is_one_line_and_in_the_way_of_nothing(length, message, tmp_path, monkeypatch, server):
+    write_cifar(tmp_path / "source", "cifar10")
+    server.offer(monkeypatch, "cifar10", "c.tar.gz", tar_of(tmp_path / "source" / "cifar-10-batches-bin"))
+    server.length = length
+    with pytest.raises(UserError, match=message):
+        load_data("cifar10", tmp_path / "data", download=True)
+    server.length = ""
+    assert len(load_data("cifar10", tmp_path / "data", download=True)) == 8
+
+
+def test_what_is_left_of_another_file_is_thrown_away(tmp_path, monkeypatch, server):
+    write_cifar(tmp_path / "source", "cifar10")
+    server.offer(monkeypatch, "cifar10", "c.tar.gz", tar_of(tmp_path / "source" / "cifar-10-batches-bin"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "c.tar.gz.part").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="it was thrown away, run again"):
+        load_data("cifar10", tmp_path / "data", download=True)
+    assert everything_in(tmp_path / "data") == []
+    assert len(load_data("cifar10", tmp_path / "data", download=True)) == 8

@@ -276,3 +276,30 @@ def test_a_run_of_three_levels_is_trained_and_evaluated(tmp_path):
     assert math.isfinite(last["loss_validation"]) and last["loss_validation"] > 0
     assert evaluate.main([str(tmp_path / "run"), "--protocol", "knn", "pictures", "--probe-images", "50"]) == 0
     assert (tmp_path / "run" / "pictures" / "reconstructions.png").exists()
+
+
+def test_a_line_that_a_kill_cut_short_spoils_no_other(run_folder):
+    argv = f"{run_folder} --protocol knn --device cpu".split()
+    assert evaluate.main(argv) == 0
+    with open(run_folder / "eval.jsonl", "a") as file:
+        file.write('{"protocol": "kn')
+    assert evaluate.main(argv) == 0
+    first, _, last = (run_folder / "eval.jsonl").read_text().splitlines()
+    assert json.loads(first)["results"] == json.loads(last)["results"]
+
+
+def test_other_pictures_than_the_runs_are_told_where_none_are_asked_for(run_folder, tmp_path, capsys):
+    argv = f"{run_folder} --protocol knn --device cpu".split()
+    assert evaluate.main(argv) == 0
+    assert "note:" not in capsys.readouterr().out
+    images = run_folder / "images.tsv"
+    images.write_bytes(images.read_bytes().replace(b"data_batch_2.bin", b"caf\xe9.bin"))
+    assert evaluate.main(argv) == 0
+    told = f"note: 1 training images, such as data_batch_2.bin, are not those of {run_folder}; give another --data\n"
+    assert told in capsys.readouterr().out
+    root = json.loads((run_folder / "config.json").read_text())["root"]
+    assert evaluate.main([*argv, "--data", "cifar10", "--root", root]) == 0
+    assert "note:" not in capsys.readouterr().out
+    images.unlink()  # a run of before they were listed
+    assert evaluate.main(argv) == 0
+    assert "note:" not in capsys.readouterr().out

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import resource
 import typing
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from plumbing.errors import UserError
-from plumbing.files import json_text, load_checkpoint, plain, write_atomically
+from plumbing.files import append_line, json_text, load_checkpoint, plain, write_atomically
 
 
 def test_write_atomically_leaves_the_old_file_when_the_write_dies(tmp_path, monkeypatch):
@@ -33,6 +34,37 @@ def test_write_atomically_leaves_the_old_file_when_the_write_dies(tmp_path, monk
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("before", [b"", b"1\n2\n", b"1\n2\n{'a': ", None])
+def test_a_line_is_added_behind_what_a_kill_has_left(before, tmp_path):
+    path = tmp_path / "log"
+    if before is not None:
+        path.write_bytes(before)
+    append_line(path, "é")
+    append_line(path, "next")
+    old = (before or b"").splitlines()
+    assert path.read_bytes().splitlines() == [*old, "é".encode(), b"next"]
+    assert path.read_bytes().endswith(b"next\n")
+
+
+def test_a_line_that_has_no_room_leaves_no_piece(tmp_path):
+    path = tmp_path / "log"
+    append_line(path, "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10, limits[1])
+    )  # bytes: six are there, and the line needs more than four
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*log \(File too large\); what was there stays$"):
+            append_line(path, "more than fits")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "whole\n"
+    append_line(path, "next")
+    assert path.read_text() == "whole\nnext\n"
+    with pytest.raises(OSError, match="cannot write .*Is a directory"):
+        append_line(tmp_path, "x")
 
 
 def test_load_checkpoint_runs_no_code_and_names_a_bad_file(tmp_path):

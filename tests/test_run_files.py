@@ -15,7 +15,7 @@ import magma
 from plumbing.datasets import load_data
 from plumbing.errors import UserError
 from plumbing.files import load_checkpoint
-from plumbing.run_files import read_log, refuse_other_pictures, rewind_log
+from plumbing.run_files import read_log, refuse_other_pictures, rewind_log, run_folder
 
 # --- the log ---------------------------------------------------------------------------------------------------------
 
@@ -188,6 +188,92 @@ def test_names_that_are_no_text_are_told_apart(tmp_path):
     with pytest.raises(UserError) as error:
         refuse_other_pictures(tmp_path, b"3\ttrain/a/caf\xe8.jpg\n4\ttrain/a/b.jpg\n")
     assert "2 differ, first train/a/caf\udce8.jpg (none then, 3 bytes now)" in str(error.value)
+
+
+def test_names_with_any_line_break_are_told_apart(tmp_path):
+    (tmp_path / "images.tsv").write_bytes(b"3\ta/1\r2.jpg\n3\ta/1\r3.jpg\n")
+    with pytest.raises(UserError, match="1 differ, first a/1\r3.jpg \\(3 bytes then, 4 bytes now"):
+        refuse_other_pictures(tmp_path, b"3\ta/1\r2.jpg\n4\ta/1\r3.jpg\n")
+
+
+def test_a_run_goes_on_however_its_folder_is_spelled(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    stop_after_two(monkeypatch, ".", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    train_on("photos/", tmp_path / "run", "--resume")
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4
+
+
+def test_a_picture_that_was_left_out_and_then_mended_is_another_one(root, tmp_path, monkeypatch):
+    picture = root / "train" / "bee" / "2 é.png"
+    good = picture.read_bytes()
+    picture.write_bytes(b"x" * len(good))
+
+    def go(*flags):
+        data = load_data(str(root), skip_bad_images=True)
+        flags = ("--data", str(root), "--recipe", "shapes", "--probe-every", "0", *flags)
+        return fit_magma(tmp_path / "run", *flags, data=data)
+
+    go()
+    picture.write_bytes(good)
+    with pytest.raises(UserError, match=rf"1 differ, first train/bee/2 é.png \(none then, {len(good)} bytes now\)"):
+        go("--resume")
+
+
+# --- where it is written ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("shapes", "shapes"),
+        ("set/photos", "photos"),
+        ("set/photos/", "photos"),
+        (".", "work"),
+        ("..", "above"),
+        ("/", "root"),
+    ],
+)
+def test_a_run_folder_is_called_by_the_folder_of_its_data(data, name, tmp_path, monkeypatch):
+    (tmp_path / "above" / "work").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "work")
+    assert str(run_folder("magma", magma.Config(data=data))) == f"runs/magma-{name}"
+    assert str(run_folder("magma", magma.Config(data=data, out="x"))) == "x"
+
+
+@pytest.mark.parametrize(
+    "place", ["photos/train/run", "photos/train/bee/run", "photos/val/run", "link", "photos/train"]
+)
+def test_no_run_is_written_among_its_pictures(place, root, tmp_path):
+    """Its pictures.png would be a picture of one class more."""
+    (tmp_path / "link").symlink_to("photos/train/new")
+    before = sorted(root.rglob("*"))
+    for flags in ((), ("--resume",)):
+        with pytest.raises(
+            UserError, match=rf"^the run folder .*{place} lies among the images of .*photos.(train|val); "
+        ):
+            train_on(root, tmp_path / place, *flags)
+    assert sorted(root.rglob("*")) == before
+
+
+def test_a_run_may_be_written_beside_its_pictures(root):
+    train_on(root, root / "trained")
+    assert load_data(str(root)).classes == ["ant", "bee"]
+
+
+@pytest.mark.parametrize("flags", [(), ("--resume",)])
+def test_a_link_that_leads_nowhere_is_no_run(flags, tmp_path):
+    (tmp_path / "run").symlink_to("/nonexistent/folder")
+    with pytest.raises(UserError, match="cannot write the run folder .*run .*; choose another by --out"):
+        fit_magma(tmp_path / "run", *flags)
+
+
+def test_what_a_run_says_can_be_printed_anywhere(tmp_path, capsys):
+    root = write_folders(tmp_path / "caf\udce9", train=5)
+    train_on(root, tmp_path / "r\udce9sult")
+    said = capsys.readouterr().out
+    said.encode()
+    assert r"caf\xe9: 10 images" in said and r"writes" in said and r"r\xe9sult" in said
 
 
 # --- what blocks a start ---------------------------------------------------------------------------------------------
