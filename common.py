@@ -679,6 +679,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     config.check()  # it may have been changed since it was made
     check_batch(config, len(train))
     device, plan = next(method.parameters()).device, method.plan(len(train), config)
+    config.limit(len(plan))
     method = synchronize_norms(method, device)
     stepper = Stepper(method.optimizer(config), config, device, len(plan))
     with Run(method, stepper, train, test, config) as run:

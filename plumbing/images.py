@@ -1,6 +1,7 @@
 """Images in memory or in files: which ones a step loads, and their batches."""
 
 import itertools
+import math
 import os
 import signal
 from dataclasses import dataclass
@@ -14,8 +15,15 @@ from plumbing.errors import UserError
 from plumbing.processes import STOP_SIGNALS, rank, world_size
 
 
+def shuffled(images: int, wanted: int, seed: int) -> Tensor:
+    """So many indices of images: passes over all of them, each in a random order, the last one cut."""
+    generator = torch.Generator().manual_seed(seed)
+    passes = [torch.randperm(images, generator=generator) for _ in range(math.ceil(wanted / images))]
+    return torch.cat(passes)[:wanted]
+
+
 class BatchPlan:
-    """Which images each step loads; its length is the number of steps of an epoch.
+    """Which images each step loads; its length is the number of steps of an epoch: --epoch-steps, or one pass.
 
     Which images make up a global batch depends on (seed, step) alone, not on the number of processes.
     """
@@ -24,15 +32,14 @@ class BatchPlan:
         self.images, self.config = images, config
 
     def __len__(self):
-        return self.images // self.config.batch_size
+        return self.config.epoch_steps or self.images // self.config.batch_size
 
     def steps_of(self, epoch: int) -> range:
         return range(epoch * len(self), (epoch + 1) * len(self))
 
     def draw(self, epoch: int) -> list:
         """The global batches of an epoch, in order: indices (parts, batch_size) a step, here of one part."""
-        generator = torch.Generator().manual_seed(mix_seed(self.config.seed, epoch, 0))
-        order = torch.randperm(self.images, generator=generator)[: len(self) * self.config.batch_size]
+        order = shuffled(self.images, len(self) * self.config.batch_size, mix_seed(self.config.seed, epoch, 0))
         return list(order.view(len(self), 1, self.config.batch_size))
 
     def after(self, first_step: int):
@@ -112,7 +119,7 @@ class FolderImages:
 
     def plain_batches(self, indices, size, batch=100):
         """Images without augmentation: the shorter side resized to size * 256 / 224, then the centre square."""
-        parts = [[(i, None, 0) for i in part.tolist()] for part in torch.as_tensor(indices).split(batch)]
+        parts = ([(i, None, 0) for i in part.tolist()] for part in torch.as_tensor(indices).split(batch))
         for images, labels in self._load(parts, _Decoder(self.paths, self.labels, size, max_pixels=self.max_pixels)):
             yield images[:, 0].float() / 255, labels
 

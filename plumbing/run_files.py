@@ -29,6 +29,9 @@ def run_folder(name: str, config: TrainConfig) -> Path:
     return Path(config.out or f"runs/{name}-{data}")
 
 
+LATER = {"epoch_steps": 0, "start": ""}  # settings that were added, as runs of before had them
+
+
 def identity_of(method, train, config: TrainConfig, stepper) -> dict:
     """All that must be the same where a run goes on: else it would not end where an uninterrupted one does."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_FIELDS}
@@ -107,6 +110,7 @@ def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"
         old, step = state.get("identity"), state.get("step")
         if not isinstance(old, dict) or type(step) is not int or step < 0:
             raise UserError(f"{out / 'last.pt'} is not a checkpoint of a run; choose another folder by --out")
+        old, identity = LATER | old, LATER | identity
         # Where files are listed, which ones they are counts, and not what their folder is called today.
         names = (identity.keys() | old.keys()) - ({"data", "pictures"} if "pictures" in old else {"pictures"})
         differing = sorted((x for x in names - {"images"} if old.get(x) != identity.get(x)), key=str)

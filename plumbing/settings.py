@@ -35,6 +35,8 @@ class TrainConfig:
     crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
     flip: float = 0.5  # probability of a mirror image
     epochs: int = 100  # passes over the training images
+    epoch_steps: int = 0  # steps of an epoch, 0 for one pass; more of them take the images several times
+    max_steps: int = 0  # most steps of the run, 0 for no limit: fewer epochs or a part of one, to try a command
     batch_size: int = 256  # images a step, over all processes and accumulated parts
     accumulate: int = 1  # parts a step is cut into, to save memory
     base_lr: float = 1.5e-4  # learning rate for a batch of 256; the real one is base_lr * batch_size / 256
@@ -58,6 +60,7 @@ class TrainConfig:
     # Of the class, not fields: those that count epochs of the run, each with its least value in a short one.
     in_epochs = (("warmup_epochs", 0), ("milestones", 1))
     moved = ()  # what `in_proportion` changed
+    told = ()  # what there is to know of the file that a method starts from
 
     def __post_init__(self):
         self.check()
@@ -69,6 +72,7 @@ class TrainConfig:
         check_choices(self)
         check_size(self)
         check_least(self, image_size=1, epochs=1, batch_size=1, accumulate=1, save_every=1, max_pixels=1)
+        check_least(self, epoch_steps=0, max_steps=0)
         check_least(self, warmup_epochs=0, probe_every=0, probe_images=0, workers=0, seed=0)
         check_least(self, base_lr=0, warmup_lr=0, weight_decay=0, clip=0)
         if not 0 < self.crop_min <= 1:
@@ -78,13 +82,27 @@ class TrainConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} must both be at least 0 and less than 1")
 
+    def limit(self, steps: int):
+        """Hold the run to --max-steps, where an epoch has so many `steps`; what counts epochs shrinks in proportion."""
+        if self.max_steps and self.epochs * steps > self.max_steps:
+            epochs = max(1, self.max_steps // steps)
+            self.moved = in_proportion(type(self), vars(self), {"epochs": epochs})
+            for field, _, after in [("epochs", self.epochs, epochs), *self.moved]:
+                setattr(self, field, after)
+            self.epoch_steps = self.max_steps if self.max_steps < steps else self.epoch_steps
+            self.probe_images = min(self.probe_images or 512, 512)  # or the probes would take longer than the steps
+
     def notes(self) -> list:
         """What to know of the settings that count epochs: those that were moved, and those that cannot take effect."""
-        lines, epochs = [], f"--epochs {self.epochs}"
+        lines, epochs = list(self.told), f"--epochs {self.epochs}"
         if self.moved:
             (_, before, after), *others = self.moved
             changes = ", ".join(f"{flag(field)} {words(a)} -> {words(b)}" for field, a, b in others)
             lines.append(f"{epochs} {'shortens' if after < before else 'lengthens'} the recipe of {before}: {changes}")
+        if self.max_steps:
+            part = f" of {self.epoch_steps} steps" if self.epoch_steps else ""
+            probed = f"probes take {self.probe_images or 'all'} images at most"
+            lines.append(f"--max-steps {self.max_steps} leaves {self.epochs} epoch(s){part}; {probed}")
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs}"
             lines.append(f"{warmup} takes all of {epochs}: the learning rate does not reach its peak")
@@ -94,7 +112,8 @@ class TrainConfig:
 
 
 FREE_FIELDS = {"recipe", "root", "download", "skip_bad_images", "max_pixels", "device", "workers", "amp"}
-FREE_FIELDS |= {"probe_every", "probe_images", "save_every", "out", "resume"}
+FREE_FIELDS |= {"max_steps", "probe_every", "probe_images", "save_every", "out", "resume"}
+FREE_FIELDS |= {"tokens"}  # of evaluate.py's settings
 """Fields that may differ between a run and its continuation; of `amp`, the precision that it stands for must not."""
 
 

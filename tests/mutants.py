@@ -756,7 +756,7 @@ plumbing/encoders.py tests/test_encoders.py::test_encoders_of_any_size_are_loade
 - encoder.check_sides(*sides)
 + pass
 
-plumbing/encoders.py tests/test_encoders.py::test_a_file_cannot_ask_for_more_weights_than_it_has_bytes[mlp_ratio-1000000.0]
+plumbing/encoders.py tests/test_encoders.py::test_a_file_cannot_ask_for_more_weights_than_it_has_bytes
 - if count > limit:
 + if False:
 
@@ -772,7 +772,7 @@ plumbing/encoders.py tests/test_encoders.py::test_an_encoder_that_cannot_be_rebu
 - if found.fields != fields:
 + if False:
 
-plumbing/encoders.py tests/test_encoders.py::test_a_damaged_file_is_loaded_or_refused_by_one_line_and_takes_no_more_than_it_holds
+plumbing/encoders.py tests/test_encoders.py::test_a_damaged_file_loads_or_is_refused_and_takes_no_more_than_it_holds
 - not isinstance(state.get("kind"), str)
 + "kind" not in state
 

@@ -402,7 +402,7 @@ def damaged(state: dict, draw: random.Random) -> dict:
     return state
 
 
-def test_a_damaged_file_is_loaded_or_refused_by_one_line_and_takes_no_more_than_it_holds(tmp_path):
+def test_a_damaged_file_loads_or_is_refused_and_takes_no_more_than_it_holds(tmp_path):
     encoder, path, draw, loaded = vit(), tmp_path / "encoder.pt", random.Random(0), 0
     save_encoder(encoder, path)
     sound = torch.load(path, weights_only=True)

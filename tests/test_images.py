@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import seeds, shapes, write_folders
+from make import generator, seeds, shapes, write_folders
 from PIL import Image
 
 import plumbing.images
 from plumbing.datasets import load_data
-from plumbing.images import BatchPlan, MemoryImages
+from plumbing.images import BatchPlan, MemoryImages, shuffled
 from plumbing.settings import TrainConfig
 
 # --- batches ---------------------------------------------------------------------------------------------------------
@@ -134,3 +134,30 @@ def test_batch_plan_loads_every_part_of_a_step_that_draw_gives(monkeypatch):
 def test_batch_plan_draws_another_order_for_another_seed():
     orders = [BatchPlan(40, TrainConfig(batch_size=40, seed=seed)).draw(0)[0].tolist() for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
+
+
+# --- epochs of a given length ----------------------------------------------------------------------------------------
+
+
+@given(images=st.integers(1, 20), wanted=st.integers(1, 70), seed=seeds)
+def test_shuffled_takes_every_image_once_in_each_pass(images, wanted, seed):
+    order = shuffled(images, wanted, seed)
+    assert len(order) == wanted
+    passes = order.split(images)
+    assert all(sorted(part.tolist()) == list(range(images)) for part in passes if len(part) == images)
+    assert len(set(passes[-1].tolist())) == len(passes[-1])
+    assert torch.equal(order[:images], torch.randperm(images, generator=generator(seed))[:wanted])
+
+
+@given(images=st.integers(1, 30), batch=st.integers(1, 12), steps=st.integers(1, 9), seed=st.integers(0, 99))
+def test_an_epoch_may_have_any_number_of_steps(images, batch, steps, seed):
+    config = TrainConfig(batch_size=batch, epochs=3, epoch_steps=steps, seed=seed)
+    plan = BatchPlan(images, config)
+    drawn = list(plan.after(0))
+    assert len(plan) == steps and len(drawn) == 3 * steps
+    assert all(len(part) == batch for _, part in drawn)
+    one = torch.cat([part for _, part in drawn[:steps]]).bincount(minlength=images)
+    assert int(one.max() - one.min()) <= 1
+    later = list(plan.after(2 * steps - 1))
+    assert [seed for seed, _ in later] == [seed for seed, _ in drawn[2 * steps - 1 :]]
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(later, drawn[2 * steps - 1 :], strict=True))

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import re
 import typing
+from fractions import Fraction
 from typing import Literal
 
 import pytest
@@ -408,7 +409,25 @@ def test_every_field_of_a_method_is_a_flag_with_help_and_a_value_that_its_type_a
 
 def test_a_config_takes_every_choice_and_remembers_its_free_fields():
     """What may differ between a run and its continuation is a field, or `--resume` would refuse for a typing error."""
-    assert {field.name for field in dataclasses.fields(TrainConfig)} >= FREE_FIELDS
+    assert {field.name for field in dataclasses.fields(importlib.import_module("magma").Config)} >= FREE_FIELDS
     for name, kind in field_types(TrainConfig).items():
         for choice in choices_of(kind):
             assert getattr(TrainConfig(**{name: choice}), name) == choice
+
+
+@given(epochs=st.integers(1, 50), steps=st.integers(1, 40), most=st.integers(1, 300), epoch_steps=st.booleans())
+def test_max_steps_takes_as_many_steps_as_fit(epochs, steps, most, epoch_steps):
+    config = TrainConfig(epochs=epochs, max_steps=most, epoch_steps=steps if epoch_steps else 0, warmup_epochs=5)
+    config.limit(steps)
+    left = config.epoch_steps or steps
+    if epochs * steps <= most:
+        assert (config.epochs, left, config.warmup_epochs) == (epochs, steps, 5)
+    else:
+        assert most - left < config.epochs * left <= most
+        assert config.epochs == 1 or left == steps
+        assert config.warmup_epochs == round(Fraction(5 * config.epochs, epochs))
+        assert config.probe_images == 512
+    before = dataclasses.asdict(config)
+    config.limit(left)
+    assert dataclasses.asdict(config) == before
+    assert any(text.startswith(f"--max-steps {most} leaves {config.epochs} epoch") for text in config.notes())
