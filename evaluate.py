@@ -7,6 +7,8 @@ python evaluate.py RUN --protocol linear --recipe mae --base-lrs 0.03 0.1 0.3  s
 python evaluate.py RUN --protocol tran1 finetune --recipe finola   a transformer decoder, then all weights, from it
 python evaluate.py RUN --protocol finetune --scratch               the same network from random weights
 python evaluate.py RUN --protocol pictures                         reconstructions, attention, keys, features, curves
+python evaluate.py RUN --protocol features --data DIR              features of pictures, a row each, and their names
+python evaluate.py RUN --protocol export                           the weights for timm, and the lines that load them
 torchrun --nproc_per_node=8 evaluate.py RUN --protocol finetune    many GPUs, or many CPU processes
 python evaluate.py --help                                          all flags
 
@@ -22,6 +24,8 @@ clusters     do classes form clusters: figures without any training         froz
 pictures     what there is to see                                           figures.py
 finola       FINOLA's curvature, differential equations and embeddings      finola_figures.py
 energy       chains of an energy, what they leave of the error              energy_figures.py
+features     features of every picture, in files                            features.py
+export       weights for timm                                               export.py
 
 The recipes are the papers' (protocols/settings.py names the tables); docs/evaluating.md says what they leave open.
 """
@@ -51,6 +55,8 @@ from plumbing.processes import note, on_rank_zero, rank, start_distributed
 from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
 from protocols.energy_figures import draw_energy
+from protocols.export import export_encoder
+from protocols.features import write_features
 from protocols.figures import draw_pictures
 from protocols.finola_figures import draw_finola
 from protocols.heads import width_of
@@ -60,7 +66,7 @@ from protocols.training import applies, folder_of, run_protocol, trains_on_image
 
 HELP = ("python evaluate.py RUN [--protocol NAME ...] [--any-field value]",)
 HELP += ("Recipes of the protocols change many of these defaults.",)
-DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy}
+DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy, "features": write_features}
 
 
 def evaluate(argv: list):
@@ -76,6 +82,8 @@ def evaluate(argv: list):
     if not (run_folder / "encoder.pt").exists():
         raise UserError(f"{run_folder} holds no encoder.pt: a run writes it at the end of its first epoch")
     protocols, known = protocols_of(given), read_settings(run_folder)
+    if protocols == ["export"]:  # without any data
+        return export_encoder(run_folder, given)
     if of_run := "data" not in given:
         if "data" not in known:
             raise UserError(f"{run_folder} has no config.json to tell the data set; give --data")
@@ -93,7 +101,8 @@ def evaluate(argv: list):
     names = ("root", "image_size", "download", "skip_bad_images", "max_pixels")
     options = {name: given[name] for name in names if name in given}
     options |= {"device": device, "workers": given.get("workers", Config.workers)}
-    train, test = (load_data(given["data"], split=split, **options) for split in ("labelled", "test"))
+    first_split = "train" if protocols == ["features"] else "labelled"
+    train, test = (load_data(given["data"], split=split, **options) for split in (first_split, "test"))
     if of_run and rank() == 0:
         note_other_pictures(run_folder, train.listing)
     method, width = known.get("method", ""), width_of(encoder)
@@ -116,6 +125,8 @@ def protocols_of(given: dict) -> list:
         if protocol not in PROTOCOLS:
             raise UserError(unknown("protocol", protocol, PROTOCOLS))
     protocols = sorted(set(protocols), key=PROTOCOLS.index)
+    if len(protocols) > 1 and {"features", "export"} & set(protocols):
+        raise UserError(f"--protocol {protocols[-1]} is a command of its own: it judges nothing; give it alone")
     recipes = sorted({name for protocol in protocols for name in RECIPES.get(protocol, ())})
     if given.get("recipe") and given["recipe"] not in recipes:
         raise UserError(unknown(f"recipe of {' '.join(protocols)}", given["recipe"], recipes or ["none"]))

@@ -10,6 +10,8 @@ from plumbing.processes import note, world_size
 from plumbing.settings import TrainConfig, check_batch, check_positive, in_proportion
 
 PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "tran1", "tran4", "finetune")
+PROTOCOLS += ("features", "export")
+USUAL = ("knn", "linear")
 
 
 @dataclass
@@ -19,7 +21,7 @@ class Config(TrainConfig):
     Raises UserError where one makes no sense.
     """
 
-    protocol: tuple[str, ...] = ("knn", "linear")  # knn linear tran1 tran4 finetune clusters pictures finola energy
+    protocol: tuple[str, ...] = USUAL  # knn linear tran1 tran4 finetune clusters pictures finola energy features export
     recipe: str = ""  # linear: magma finola mae; tran1, tran4: finola; finetune: mae mae_code finola ebm mixedae
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
@@ -30,6 +32,7 @@ class Config(TrainConfig):
     pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters)
     scratch: bool = False  # finetune: start from random weights alone
     pool: Literal["", "cls", "mean"] = ""  # features: CLS token or mean of the patch tokens; else recipe's or encoder's
+    tokens: bool = False  # features: of every patch or place (N, T, D), instead of one vector an image
     k: int = 10  # knn: number of neighbours
     metric: Literal["euclidean", "cosine"] = "euclidean"  # knn: euclidean is MAGMA's
     cache: bool = True  # linear: encode whole images once, rather than crops and flips in each epoch
@@ -64,7 +67,7 @@ class Config(TrainConfig):
         raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)} makes no sense; give {expected}")
 
 
-OUTSIDE = ("untrained", "pixels", "scratch", "k", "metric")  # fields that no training depends on
+OUTSIDE = ("untrained", "pixels", "scratch", "tokens", "k", "metric")  # fields that no training depends on
 
 
 def decoder_width(dim: int) -> int:
@@ -117,6 +120,7 @@ RECIPES = {
         | {"cutmix": ByWidth(0.0, 0.25, 1.0)},
     },
 }
+DEFAULTS = {"features": {"amp": "off", "batch_size": 128}}  # of protocols without a recipe: what is not Config's
 OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
     "linear": {"magma": "magma", "finola": "finola"},
     "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},
@@ -129,7 +133,7 @@ def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
     `dim` as in `settings_of`.
     """
     if protocol not in RECIPES:
-        return {"recipe": ""}
+        return DEFAULTS.get(protocol, {}) | {"recipe": ""}
     recipes, own = RECIPES[protocol], OWN_RECIPE.get(protocol, {}).get(method, "mae")
     name = next(name for name in (given.get("recipe"), own, *recipes) if name in recipes)
     width = decoder_width(dim)
