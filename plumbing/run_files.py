@@ -125,12 +125,17 @@ def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"
         raise UserError(f"{out} holds an encoder but no last.pt to go on from; choose another folder by --out")
     if config.resume:
         note(f"no checkpoint in {out} yet, starting from the beginning")
-    settings = json_text({"method": identity["method"], **dataclasses.asdict(config)}, indent=2)
-    write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
+    write_settings(out, identity["method"], config)
     write_atomically(out / "log.jsonl", lambda file: file.write(log_header(identity, config).encode()))
     if listing:
         write_atomically(out / "images.tsv", lambda file: file.write(listing))
     return 0
+
+
+def write_settings(out: Path, method: str, config: TrainConfig):
+    """config.json: the settings of the last start. Where a run goes on, its data may have moved."""
+    settings = json_text({"method": method, **dataclasses.asdict(config)}, indent=2)
+    write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
 
 
 def log_header(identity: dict, config: TrainConfig) -> str:

@@ -26,6 +26,7 @@ from plumbing.run_files import (
     refuse_among_pictures,
     rewind_log,
     run_folder,
+    write_settings,
 )
 from plumbing.settings import TrainConfig
 
@@ -129,6 +130,7 @@ class Run:
             if rank() == 0:
                 if self.first_step:
                     self.save_weights()  # a kill may have come just before
+                    write_settings(out, self.method.name, config)
                 if self.first_step == total:
                     print("the run is finished: nothing is left to do")
                 if not self.log or self.log[-1]["epoch"] < epoch:

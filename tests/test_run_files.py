@@ -100,6 +100,16 @@ def test_a_run_goes_on_where_its_pictures_were_moved(root, tmp_path, monkeypatch
     assert without_times(log_of(tmp_path / "whole"))[1:] == without_times(log_of(tmp_path / "run"))[1:]
 
 
+def test_a_run_that_goes_on_tells_where_its_data_are_today(root, tmp_path, monkeypatch):
+    stop_after_two(monkeypatch, root, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / "config.json").read_text())
+    root.rename(tmp_path / "moved")
+    train_on(tmp_path / "moved", tmp_path / "run", "--resume")
+    after = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {name for name in after if after[name] != before[name]} == {"data", "resume"}
+    assert after["data"] == str(tmp_path / "moved")
+
+
 def grow(file):
     file.write_bytes(file.read_bytes() + b" ")
     return (
