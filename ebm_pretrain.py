@@ -50,6 +50,7 @@ from plumbing.errors import UserError
 from plumbing.probes import features_of, labelled, pooled_features, probe
 from plumbing.processes import autocast, average
 from plumbing.settings import TrainConfig, check_least, check_positive
+from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Corruptions: images (B, C, H, W) -> corrupted images. All draws come from `generator`, for each image on its own.
@@ -277,6 +278,7 @@ class Config(TrainConfig):
     decoder_dim: int = 512  # autoencoder, mae: width of the decoder
     decoder_depth: int = 8  # autoencoder, mae: blocks of the decoder
     decoder_heads: int = 16  # autoencoder, mae: attention heads of the decoder
+    start: str = ""  # weights to start from: an encoder.pt or last.pt; for a vit also MAE's or timm's
 
     def check(self):
         super().check()
@@ -304,6 +306,7 @@ RECIPES = {
     "imagenet --model convnext_tiny": LONG,  # Table B
     "imagenet --model swin_tiny": LONG,
     # Laptop recipes of ours.
+    "photos": LAPTOP | {"image_size": 64, "patch": 8, "grid": 8, "epochs": 10, "epoch_steps": 40},
     "shapes": LAPTOP | {"epochs": 5, "probe_every": 5},
     "cifar10": LAPTOP | {"epochs": 10},
 }
@@ -342,6 +345,7 @@ class EnergyPretraining(Method):
         self.register_buffer("std", torch.tensor(data.std).view(3, 1, 1), persistent=False)
         self.config, self.tasks = config, MIXTURE if config.task == "mixed" else (config.task,)
         self.to(images.device)
+        self.origin = start_from(self, config, VIT_SIZES)
         freeze_idle(self, images)
         if own and config.objective == "energy":
             check_second_derivative(self.energy, images)

@@ -44,6 +44,7 @@ from plumbing.errors import UserError
 from plumbing.probes import features_of, labelled
 from plumbing.processes import autocast
 from plumbing.settings import TrainConfig, check_least
+from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's mathematics. Maps are (B, C, H, W), x counts columns, y counts rows. Any float dtype and device.
@@ -337,6 +338,7 @@ class Config(TrainConfig):
     pool_heads: int = 8  # heads of the attentional pooling
     upsampler_width: int = 512  # channels of the convolutional upsampler's first block (Table 10)
     upsampler_blocks: int = 6  # transformer blocks of the upsampler of masked_b (Table 16)
+    start: str = ""  # weights to start from: an encoder.pt or last.pt with such a Mobile-Former
 
     def check(self):
         super().check()
@@ -357,6 +359,7 @@ RECIPES = {
     "imagenet": {},  # Table 12, the defaults of Config
     "imagenet --variant masked_e": MASKED,
     "imagenet --variant masked_b": MASKED,
+    "photos": LAPTOP | {"epochs": 20, "epoch_steps": 50, "base_lr": 16e-3, "crop_min": 0.3},
     "shapes": LAPTOP | {"epochs": 9, "base_lr": 24e-3, "crop_min": 0.8, "probe_every": 9},
     "cifar10": LAPTOP | {"epochs": 10, "base_lr": 16e-3, "crop_min": 0.3},
 }
@@ -400,6 +403,7 @@ class FinolaAutoencoder(Method):
             idle = {"right": column == last, "left": column == 0, "down": row == last, "up": row == 0}
             for name, unused in idle.items():  # DDP would wait for the gradient of an idle one for ever
                 getattr(self.finola, name).requires_grad_(not unused)
+        self.origin = start_from(self, config)
 
     @property
     def start(self) -> tuple[int, int]:

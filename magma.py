@@ -45,6 +45,7 @@ from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, gradient_
 from plumbing.errors import UserError
 from plumbing.processes import gather
 from plumbing.settings import TrainConfig, check_least, check_positive
+from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's mathematics. B images, D width of a feature. Pure functions for any float dtype and device.
@@ -235,6 +236,7 @@ class Config(TrainConfig):
     projector_dim: int = 2048  # hidden width of the projector of SimCLR and VICReg
     colour: float = 1.0  # strength of the colour jitter of SimCLR and VICReg
     blur: float = 0.5  # probability of blurring a view of SimCLR and VICReg
+    start: str = ""  # weights to start from: an encoder.pt or last.pt, MAE's or timm's
 
     in_epochs = (*TrainConfig.in_epochs, ("e_st", 0), ("e_dur", 1))
 
@@ -259,6 +261,7 @@ TABLE_4, TABLE_5 = {"model": "vit_tiny", "heads": 12}, {"model": "vit_tiny", "he
 TABLE_5 |= {"epochs": 1000, "batch_size": 256, "base_lr": 1e-3, "betas": (0.9, 0.999), "e_st": 10}
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
 LAPTOP |= {"pool": "mean", "warmup_epochs": 2, "e_st": 5}
+PHOTOS = {"image_size": 64, "patch": 8, "epochs": 20, "epoch_steps": 100, "batch_size": 32, "base_lr": 8e-3}
 VIEWS = {"batch_size": 128, "base_lr": 1e-3, "betas": (0.9, 0.999)}  # on a laptop
 SIMCLR_32, VICREG_32 = {"blur": 0.0, "colour": 0.5}, {"blur": 0.0}  # for pictures of 32 x 32
 
@@ -275,7 +278,10 @@ RECIPES = {
     **{f"{data} --ssl {ssl}": TABLE_5 for data in ("tinyimagenet", "stl10") for ssl in ("simclr", "vicreg")},
     "imagenet100 --ssl simclr": TABLE_5 | {"epochs": 200},
     "imagenet100 --ssl vicreg": TABLE_5 | {"epochs": 200},
-    # Laptop recipes of ours: many small steps.
+    # Laptop recipes of ours: many small steps. That for photos takes 64,000 crops of a folder, small or large.
+    "photos": LAPTOP | PHOTOS,
+    "photos --ssl simclr": VIEWS,
+    "photos --ssl vicreg": VIEWS,
     "shapes": LAPTOP | {"epochs": 24, "batch_size": 32, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 12},
     "shapes --ssl simclr": VIEWS | SIMCLR_32,
     "shapes --ssl vicreg": VIEWS | VICREG_32,
@@ -309,6 +315,7 @@ class Magma(Method):
             self.backbone, self.views, self.captions = vit, 2, ("image", "view", "view")
             self.projector = projector(config.ssl, vit.dim, config.projector_dim)
         self.config = config
+        self.origin = start_from(self, config, VIT_SIZES)
         self.start_epoch(0)
 
     @property

@@ -49,6 +49,7 @@ from plumbing.errors import UserError
 from plumbing.images import BatchPlan
 from plumbing.processes import world_size
 from plumbing.settings import TrainConfig, check_least, check_positive
+from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's mathematics. G groups of K images, N patches, D width of a token. Pure functions of tensors.
@@ -213,6 +214,7 @@ class Config(TrainConfig):
     reconstruction: float = 1.0  # weight of the reconstruction loss
     contrast: float = 0.1  # weight of the homologous contrastive loss
     temperature: float = 0.25  # of the homologous contrastive loss
+    start: str = ""  # weights to start from: an encoder.pt or last.pt, MAE's or timm's
 
     def check(self):
         super().check()
@@ -236,11 +238,13 @@ class Config(TrainConfig):
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
 LAPTOP |= {"warmup_epochs": 2, "segment_centred": True, "segment_scale": 2.0, "attention_blocks": (-1,)}
+PHOTOS = {"image_size": 64, "patch": 8, "epochs": 20, "epoch_steps": 100, "batch_size": 32, "base_lr": 8e-3}
 
 RECIPES = {
     "imagenet": {},  # Table A1, the defaults of Config
     "imagenet --model vit_large": {"batch_size": 2048},
-    # Laptop recipes of ours.
+    # Laptop recipes of ours. That for photos takes 64,000 crops of a folder, small or large.
+    "photos": LAPTOP | PHOTOS,
     "shapes": LAPTOP | {"epochs": 24, "batch_size": 32, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 12},
     "cifar10": LAPTOP | {"epochs": 30, "batch_size": 64, "base_lr": 8e-3},
 }
@@ -278,6 +282,7 @@ class MixedAE(Method):
         self.config, self.topk = config, config.topk or round(len(vit.positions) / k)
         blocks = () if config.mode == "mae" else config.attention_blocks or range(size["depth"])
         self.special_blocks = {block % size["depth"] for block in blocks}
+        self.origin = start_from(self, config, VIT_SIZES)
 
     @property
     def encoder(self) -> ViT:

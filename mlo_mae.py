@@ -46,12 +46,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, decays, mask_from_noise, take, visible_patches
 from plumbing.crops import mix_seed
-from plumbing.encoders import load_encoder
 from plumbing.errors import UserError
-from plumbing.images import BatchPlan
+from plumbing.images import BatchPlan, shuffled
 from plumbing.probes import features_of, labelled, probe
 from plumbing.processes import autocast, average, world_size
 from plumbing.settings import TrainConfig, check_least, check_positive
+from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The paper's mathematics
@@ -253,7 +253,7 @@ class Config(TrainConfig):
     head: Literal["linear", "code"] = "linear"  # that of the code has a norm and dropout 0.1 before it
     gamma: float = 1.0  # blo: weight of the reconstruction (Eq. 5)
     proximal: float = 0.01  # full: lambda, which holds the fine-tuned encoder near the pretrained one (Eq. 13)
-    start: str = ""  # an encoder.pt to go on from (section 3.6)
+    start: str = ""  # weights to go on from (section 3.6): an encoder.pt or last.pt, MAE's or timm's
 
     @property
     def learns_masks(self) -> bool:
@@ -286,6 +286,7 @@ LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3}
 
 RECIPES = {"imagenet": {}, "cifar10": CIFAR, "cifar100": CIFAR}  # Tables 11, the defaults of Config, and 12
 RECIPES |= {"shapes": LAPTOP | {"epochs": 6, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 6}}  # ours, and the next
+RECIPES |= {"photos": LAPTOP | {"image_size": 64, "patch": 8, "epochs": 6, "epoch_steps": 100, "base_lr": 8e-3}}
 RECIPES |= {"cifar10 --model vit_micro": LAPTOP | {"epochs": 5, "base_lr": 8e-3, "crop_min": 0.5, "probe_every": 5}}
 
 
@@ -302,7 +303,8 @@ class MultiLevelMAE(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
-        encoder = build_encoder(config, data)  # E, with D in the autoencoder
+        size, look = VIT_SIZES[config.model], {"mean": data.mean, "std": data.std}
+        encoder = ViT(config.image_size, config.patch, **size, pool="cls", **look)  # E, with D in the autoencoder
         decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
         self.autoencoder = MaskedAutoencoder(encoder, *decoder, config.mask_ratio)
         self.head = nn.Linear(encoder.dim, len(data.classes))  # C
@@ -310,6 +312,7 @@ class MultiLevelMAE(Method):
             self.head = nn.Sequential(nn.LayerNorm(encoder.dim, eps=1e-6), nn.Dropout(0.1), self.head)
         patches = math.prod(encoder.grid)
         self.masking = MaskingNetwork(patches, encoder.dim, config.hidden) if config.learns_masks else None  # T
+        self.origin = start_from(self, config, VIT_SIZES)
         self.tuned = copy.deepcopy(encoder) if config.objective == "full" else None  # F of Eq. 13
         self.register_buffer("fixed_noise", torch.rand(1, patches))  # of the one mask of --objective fixed
         self.register_buffer("validation_loss", torch.tensor(0.0))  # of the last step of level III
@@ -533,7 +536,7 @@ class MultiLevelMAE(Method):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Appendix: what each level loads, the start, small helpers
+# Appendix: what each level loads, small helpers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -559,15 +562,13 @@ class LevelPlan(BatchPlan):
         self.pools = ((allowed.nonzero()[:, 0], config.unrolling), (trained_on, 1), (held_out, 1))  # images, steps
 
     def __len__(self):
-        return len(self.pools[1][0]) // self.config.batch_size
+        return self.config.epoch_steps or len(self.pools[1][0]) // self.config.batch_size
 
     def draw(self, epoch: int) -> list:
         config, levels = self.config, []
         for level, (pool, times) in enumerate(self.pools):
-            generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, level))
-            wanted = len(self) * times * config.batch_size
-            passes = [torch.randperm(len(pool), generator=generator) for _ in range(math.ceil(wanted / len(pool)))]
-            levels.append(pool[torch.cat(passes)[:wanted]].view(len(self), times, config.batch_size))
+            order = shuffled(len(pool), len(self) * times * config.batch_size, mix_seed(config.seed, epoch, level))
+            levels.append(pool[order].view(len(self), times, config.batch_size))
         learns = [config.learns_masks and step % config.update_every == 0 for step in self.steps_of(epoch)]
         return [torch.cat([level[i] for level in levels[: 2 + learns[i]]]) for i in range(len(self))]
 
@@ -577,20 +578,6 @@ def split_labelled(data, config: Config) -> tuple[Tensor, Tensor]:
     chosen = labelled(data)
     order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(mix_seed(config.seed, 5)))]
     return order.tensor_split([round(config.validation * len(order))])
-
-
-def build_encoder(config: Config, data) -> ViT:
-    """The transformer that --model names, or the one in the file --start, which must be of that size."""
-    asked = VIT_SIZES[config.model] | {"patch": config.patch}
-    if not config.start:
-        return ViT(config.image_size, **asked, pool="cls", mean=data.mean, std=data.std)
-    encoder = load_encoder(config.start, config.image_size).train()
-    if not isinstance(encoder, ViT):
-        raise UserError(f"--start {config.start} holds a {type(encoder).__name__}; only a transformer can be masked")
-    if differing := [f"{name} {encoder.fields[name]}" for name in asked if encoder.fields[name] != asked[name]]:
-        raise UserError(f"--start {config.start} has {', '.join(differing)}; give the --model and --patch that fit it")
-    encoder.pool = encoder.fields["pool"] = "cls"
-    return encoder
 
 
 def entropy(probability: Tensor) -> Tensor:

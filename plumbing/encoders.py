@@ -1,5 +1,6 @@
 """Encoders that can be rebuilt from a file alone, and their way to other people's checkpoints."""
 
+import argparse
 import math
 import sys
 import threading
@@ -47,6 +48,12 @@ class Encoder(nn.Module):
         }  # all that rebuilds this module
         self.register_buffer("mean", torch.tensor(self.fields["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.fields["std"]).view(3, 1, 1), persistent=False)
+
+    def normalize_by(self, mean: tuple, std: tuple):
+        """Take another mean and deviation, those that weights from elsewhere were trained with, three numbers each."""
+        self.fields |= {"mean": three_numbers("mean", mean), "std": three_numbers("std", std, above=0)}
+        for name, buffer in (("mean", self.mean), ("std", self.std)):
+            buffer.copy_(torch.tensor(self.fields[name]).view(3, 1, 1))
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> zero mean and unit variance a channel over the data set.
@@ -210,3 +217,58 @@ def to_timm(encoder: nn.Module) -> dict:
     )
     weights["pos_embed"] = torch.cat([torch.zeros_like(encoder.positions[:1]), encoder.positions])[None]
     return weights
+
+
+def from_release(path) -> dict:
+    """The weights of MAE's release, or of timm's VisionTransformer, by the names and in the layout of `ViT`: {name:
+    tensor}. A decoder of MAE's has the names of `MaskedAutoencoder`; `pos_embed` and `decoder_pos_embed` stay.
+
+    `path` is a file of torch's, the weights bare or under "model" or "state_dict", or .safetensors. No code that it
+    may hold is run. The head of a classifier is left out. Whether the weights fit a network is not asked here, but by
+    `plumbing.start.start_from`.
+    Raises UserError where the file holds no transformer of these.
+    """
+    return by_our_names(read_weights(path), path)
+
+
+def read_weights(path):
+    """What a file of weights holds, of torch's or .safetensors. Raises UserError where it cannot be read."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        # MAE's training saves its settings beside the weights, as a Namespace: a bag of attributes, which has no code
+        # that reading it would run.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return load_checkpoint(path)
+    try:
+        from safetensors.torch import load_file  # not needed for anything else, so it need not be installed
+    except ImportError:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors; or give a .pth") from None
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:  # noqa: BLE001 (as for a checkpoint)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is not a file of safetensors ({reason})") from None
+
+
+def by_our_names(state, path) -> dict:
+    """`from_release` of what was read from a file."""
+    wrapped = [state[name] for name in ("model", "state_dict") if isinstance(state, dict) and name in state]
+    weights = next(iter(wrapped), state)
+    patches = weights.get("patch_embed.proj.weight") if isinstance(weights, dict) else None
+    if patches is None or not all(isinstance(name, str) for name in weights):
+        raise UserError(f"{path} holds no known weights; expected an encoder.pt or last.pt, MAE's, or timm's ViT")
+    if not is_sound(patches) or patches.ndim != 4 or patches.shape[1] != 3 or patches.shape[2] != patches.shape[3]:
+        raise UserError(f"{path} has a patch_embed.proj.weight that is no (width, 3, patch, patch) of floats")
+    kept = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    kept["patch_embed.proj.weight"] = rearrange(patches, "d c p q -> d (p q c)")
+    return {name.replace("decoder_pred.", "decoder_head."): value for name, value in kept.items()}
+
+
+def is_sound(value) -> bool:
+    """Whether this is a plain tensor of floats in memory, with a place of its own for each value."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    needed = value.numel() * value.element_size()
+    return value.is_floating_point() and needed <= value.untyped_storage().nbytes()

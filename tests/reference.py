@@ -375,3 +375,55 @@ def softsort(probability, count, temperature, weights):
         shift[place] = 1e-6
         out[place] = (value(probability + shift) - value(probability - shift)) / 2e-6
     return out
+
+
+def transformer(state, prefix, x, heads):
+    """The blocks `prefix`0, `prefix`1, ... of a state by timm's names, on tokens (M, D) of one image, head by head."""
+
+    def norm(x, name):
+        centred = x - x.mean(dim=1, keepdim=True)
+        variance = centred.square().mean(dim=1, keepdim=True)
+        return centred / (variance + 1e-6).sqrt() * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    for block in itertools.count():
+        name, dim = f"{prefix}{block}", x.shape[1]
+        if f"{name}.norm1.weight" not in state:
+            return x, norm, linear
+        qkv, seen = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv"), []
+        for head in range(heads):
+            q, k, v = (qkv[:, i * dim + head * dim // heads :][:, : dim // heads] for i in range(3))
+            scores = torch.exp(q @ k.T / math.sqrt(dim // heads))
+            seen.append(scores / scores.sum(dim=1, keepdim=True) @ v)
+        x = x + linear(torch.cat(seen, dim=1), f"{name}.attn.proj")
+        hidden = linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+        x = x + linear(hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2, f"{name}.mlp.fc2")
+
+
+def masked_autoencoder(state, images, noise, ratio, heads, decoder_heads, norm_pixels=True):
+    """MAE by the names of its release, image by image: normalised images (B, 3, H, W), noise (B, N), whose smallest
+    entries stay visible -> encoded tokens (B, 1 + M, D) of CLS and of visible patches by row, prediction (B, N, P),
+    loss, as one number."""
+    kernel, encoded, predictions = state["patch_embed.proj.weight"], [], []
+    patch, count = kernel.shape[-1], noise.shape[1]
+    pixels = patchify(images, patch)  # (p q c)
+    kernel = torch.stack([kernel[:, c, p, q] for p, q, c in itertools.product(range(patch), range(patch), range(3))])
+    hidden = torch.ones(noise.shape, dtype=torch.bool)
+    for b in range(len(images)):
+        visible = sorted(sorted(range(count), key=lambda n: float(noise[b, n]))[: int(count * (1 - ratio))])
+        hidden[b, visible] = False
+        tokens = pixels[b] @ kernel + state["patch_embed.proj.bias"] + state["pos_embed"][0, 1:]
+        cls = state["cls_token"][0] + state["pos_embed"][0, :1]
+        x, norm, linear = transformer(state, "blocks.", torch.cat([cls, tokens[visible]]), heads)
+        encoded.append(norm(x, "norm"))
+        small = linear(encoded[-1], "decoder_embed")
+        full = [small[1 + visible.index(n)] if n in visible else state["mask_token"][0, 0] for n in range(count)]
+        x = torch.stack([small[0], *full]) + state["decoder_pos_embed"][0]
+        x, norm, linear = transformer(state, "decoder_blocks.", x, decoder_heads)
+        predictions.append(linear(norm(x, "decoder_norm"), "decoder_pred")[1:])
+    prediction = torch.stack(predictions)
+    if norm_pixels:
+        pixels = (pixels - pixels.mean(dim=2, keepdim=True)) / (pixels.var(dim=2, keepdim=True) + 1e-6).sqrt()
+    return torch.stack(encoded), prediction, reconstruction_loss(prediction, pixels, hidden)

@@ -768,9 +768,13 @@ def test_pretraining_goes_on_from_an_encoder(tmp_path):
     """Section 3.6; whatever the pool it was trained with, MLO-MAE takes the CLS token."""
     first = vit(image_size=16, pool="mean")
     save_encoder(first, tmp_path / "encoder.pt")
-    with pytest.raises(UserError, match="has dim 16, depth 2, heads 2; give the --model and --patch that fit it"):
+    with pytest.raises(
+        UserError, match="but this run width 192, 12 blocks, patch 4, 3 heads; give --model vit_micro --patch 4"
+    ):
         tiny_levels(start=str(tmp_path / "encoder.pt"), model="vit_tiny")
-    with pytest.raises(UserError, match="has patch 4; give the --model and --patch that fit it"):
+    with pytest.raises(
+        UserError, match="but this run width 16, 2 blocks, patch 8, 2 heads; give --model vit_micro --patch 4"
+    ):
         tiny_levels(start=str(tmp_path / "encoder.pt"), patch=8)
     with pytest.raises(UserError, match="unknown --model 'vit_none'"):
         tiny_levels(start=str(tmp_path / "encoder.pt"), model="vit_none")
@@ -779,7 +783,7 @@ def test_pretraining_goes_on_from_an_encoder(tmp_path):
         assert torch.equal(value, again.encoder.state_dict()[name])
     assert again.encoder.training and again.encoder.pool == again.encoder.fields["pool"] == "cls"
     save_encoder(common.MobileFormer("micro"), tmp_path / "other.pt")
-    with pytest.raises(UserError, match="holds a MobileFormer; only a transformer can be masked"):
+    with pytest.raises(UserError, match="holds a MobileFormer, but this run trains a ViT"):
         tiny_levels(start=str(tmp_path / "other.pt"))
 
 
