@@ -140,6 +140,8 @@ def read_folders(
 
     check_same(paths, device)
     good = keep_good(paths, on_rank_zero(look), skip_bad_images)
+    if lacking := sorted(set(range(len(classes))) - {labels[i] for i in good}):
+        note(f"{home} has no image of {len(lacking)} of the {len(classes)} classes, such as {classes[lacking[0]]!r}")
     listing = b"".join(lines[i] for i in good if lines)
     paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])
     options = {"workers": workers, "device": device, "max_pixels": max_pixels}

@@ -153,6 +153,18 @@ def test_pictures_beside_the_class_folders_are_told(tmp_path, capsys):
     )
 
 
+def test_classes_without_a_picture_are_told(tmp_path, capsys):
+    root = write_folders(tmp_path, ("ant", "bee", "wasp"))
+    for path in (root / "val" / "ant").iterdir():
+        path.unlink()
+    for path in (root / "train" / "bee").iterdir():
+        path.write_bytes(b"x")
+    assert len(load_data(str(root), split="test")) == 4
+    assert capsys.readouterr().out == f"note: {root / 'val'} has no image of 1 of the 3 classes, such as 'ant'\n"
+    assert load_data(str(root), skip_bad_images=True).labels.tolist() == [0, 0, 0, 2, 2, 2]
+    assert f"note: {root / 'train'} has no image of 1 of the 3 classes, such as 'bee'\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["", "imagenet"])
 def test_a_flat_split_is_refused_with_the_number_of_its_pictures(name, tmp_path):
     """As the validation pictures of ImageNet come."""
@@ -268,10 +280,12 @@ def test_a_limit_on_threads_is_one_line(tmp_path, monkeypatch):
 
 
 def test_processes_that_see_different_pictures_are_stopped(tmp_path):
-    root = write_folders(tmp_path / "set")
-    assert processes.start(processes.data_of_two_disks, str(root), str(root)) == [6, 6]
-    (write_folders(tmp_path / "other") / "train" / "bee" / "0 é.png").unlink()
-    said = processes.start(processes.data_of_two_disks, str(root), str(tmp_path / "other"))
+    for place in ("here", "there"):
+        write_folders(tmp_path / place / "set")
+    places = [str(tmp_path / place) for place in ("here", "there")]
+    assert processes.start(processes.data_of_two_disks, *places) == [6, 6]
+    (tmp_path / "there" / "set" / "train" / "bee" / "0 é.png").unlink()
+    said = processes.start(processes.data_of_two_disks, *places)
     assert said == ["the processes see different images; do the folders change, or differ between machines?"] * 2
 
 
@@ -335,7 +349,7 @@ def plant(folder, draw, depth=0):
 def load_planted(root, seed):
     """Both splits of a random folder, and a first batch: how many were data, and how many were refused by one line.
 
-    What is data holds every file of a picture's name that lies in a class folder, under the name of that folder.
+    What is data holds every good picture that lies in a class folder, under the name of that folder and no other.
     """
     draw, kinds = random.Random(seed), {"read": 0, "refused": 0}
     root.mkdir()
@@ -350,18 +364,17 @@ def load_planted(root, seed):
     for split in ("train", "test"):
         try:
             data = load_data(str(root), split=split, skip_bad_images=seed % 2 == 0)
-            picked = {path: data.classes[label] for path, label in zip(data.paths, data.labels.tolist(), strict=True)}
-            home = root / ("train" if split == "train" else "val")
-            for path, name in picked.items():
-                assert Path(path).parent == home / name
+            home, places = root / ("train" if split == "train" else "val"), {}
+            for path, label in zip(data.paths, data.labels.tolist(), strict=True):
+                name = data.classes[label] if data.classes else ""
+                assert label >= 0 if data.classes else label == -1
+                assert Path(path).relative_to(home).parts[0] == name or not data.classes
+                assert places.setdefault(os.path.realpath(os.path.dirname(path)), name) == name  # one place, one class
+            picked = set(map(os.path.realpath, data.paths))
             for path in home.glob("*/*"):
-                if (
-                    path.is_file()
-                    and path.read_bytes() in GOOD
-                    and is_image(path.name)
-                    and not is_leftover(path.parent.name)
-                ):
-                    assert str(path) in picked
+                wanted = is_image(path.name) and not is_leftover(path.parent.name)
+                if wanted and path.is_file() and path.read_bytes() in GOOD:
+                    assert os.path.realpath(path) in picked
             assert data.classes == sorted(data.classes)
             ((images, labels),) = data.train_batches([(0, list(range(min(4, len(data)))))], 8)
             assert images.shape[1:] == (3, 8, 8) and torch.equal(labels, data.labels[:4])
