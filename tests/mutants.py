@@ -928,6 +928,14 @@ plumbing/class_folders.py tests/test_class_folders.py::test_a_class_that_leads_n
 - status = None if is_leftover(entry) else
 + status = None if is_leftover(entry) or not (folder / entry).exists() else
 
+plumbing/class_folders.py tests/test_class_folders.py::test_classes_without_a_picture_are_told
+- - {labels[i] for i in good})
++ - set(labels))
+
+plumbing/run_files.py tests/test_run_files.py::test_a_run_that_goes_on_tells_where_its_data_are_today
+- {"method": method, **dataclasses.asdict(config)}
++ {"method": method, **dataclasses.asdict(config), "data": "photos"}
+
 plumbing/class_folders.py tests/test_class_folders.py::test_one_folder_under_two_names_is_refused
 - (status.st_dev, status.st_ino), entry)
 + (status.st_dev, status.st_ino, entry), entry)
