@@ -1,5 +1,6 @@
-"""Folders of pictures, one folder a class: ImageNet, and a user's own."""
+"""Folders of pictures: ImageNet, with a folder for each class, and whatever a user has."""
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -68,14 +69,55 @@ def pick_classes(folder: Path, name: str, quiet: bool) -> tuple[list, list]:
     return classes, others
 
 
-def count_images(folder) -> int:
-    """How many pictures lie in a folder, at any depth."""
-    names = (name for _, _, names in os.walk(folder) for name in names)
-    return sum(is_image(name) for name in names)
-
-
 def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_ENDINGS) and not is_leftover(name)
+
+
+def images_below(folder: Path) -> tuple[list, list]:
+    """Paths of the pictures in a folder at any depth, and of what else lies there.
+
+    Linked folders are not entered: they could lead into another class, or round in a circle.
+    """
+    found, others = [], []
+
+    def stop(error: OSError):
+        raise error  # os.walk would pass a folder over that cannot be read
+
+    for place, folders, files in os.walk(folder, onerror=stop):
+        aside = [x for x in folders if is_leftover(x) or os.path.islink(os.path.join(place, x))]
+        folders[:] = sorted(set(folders) - set(aside))
+        for x in sorted([*files, *aside]):
+            (found if is_image(x) and x not in aside else others).append(os.path.join(place, x))
+    return found, others
+
+
+def held_out(names: list) -> set:
+    """Which of some pictures to test on where there is no val: 5 % of them, at most 5,000 and at least one.
+
+    A hash of each name decides, so that a picture that is added moves no other one (but where the two limits bind).
+    """
+    hashes = {name: hashlib.sha256(os.fsencode(name)).digest() for name in names}
+    order = sorted(names, key=hashes.get)
+    share = [name for name in order if int.from_bytes(hashes[name][:8]) < 0.05 * 2**64]
+    return set(share[:5000] or order[:1])
+
+
+def split_folders(root: Path, name: str) -> tuple[Path, Path | None]:
+    """Where the pictures to train on lie, and those to test on; None where a part of the former is held out for that.
+
+    Raises UserError where a data set of this name ("" for a user's own) lacks a folder.
+    """
+    train, val = root / "train", root / "val"
+    if not name and not val.is_dir():
+        here = Path(os.path.abspath(root))
+        if here.name == "train" and here.with_name("val").is_dir():
+            raise UserError(f"{root} has val beside it: give the folder above, {here.parent}")
+        return (train if train.is_dir() else root), None
+    for part in (train, val):
+        if not part.is_dir():
+            instead = "; give the --root that holds them" if name else ""
+            raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*{instead}")
+    return train, val
 
 
 def read_folders(
@@ -87,50 +129,50 @@ def read_folders(
     device="cpu",
     max_pixels: int = MAX_PIXELS,
 ) -> FolderImages:
-    """A folder with train/<class>/* and val/<class>/*, of a data set `name` or of one's own.
+    """train/<class>/* and val/<class>/* of a data set `name`; without a name, whatever folder of pictures a user has.
 
-    Classes are numbered in the order of the sorted folder names of train, for both splits. Every image is checked once.
+    Such a folder may lack val, and then a part of train is `held_out`; it may lack train, and then all of it is train.
+    Two folders or more, and no picture beside them, are classes, numbered in the order of their sorted names in train,
+    for both splits. Else there are none: every label is -1. Pictures may lie at any depth. Each is checked once.
     """
-    home = root / ("val" if split == "test" else "train")
-    for part in dict.fromkeys((root / "train", home)):
-        if not part.is_dir():
-            instead = "; give the --root that holds them" if name else ""
-            if (here := Path(os.path.abspath(root))).name in ("train", "val"):
-                instead = f"; give the folder above, {here.parent}"
-            raise UserError(f"no folder {part}; expected {root}/train/<class>/* and {root}/val/<class>/*{instead}")
-    classes, beside = pick_classes(root / "train", name, quiet=split == "test")
-    if split == "test":
-        own, beside = pick_classes(home, "", quiet=True)
-        if not name and (strange := sorted(set(own) - set(classes))):
-            raise UserError(
-                f"class {strange[0]!r} of {home} is not in {root / 'train'}; the splits must have the same classes"
-            )
-        if home.samefile(root / "train"):
-            note(f"{home} is the folder {root / 'train'}: the encoder is judged by images that it was trained on")
-    paths, labels, others = [], [], [str(home / x) for x in beside]
-    flat = sum(map(is_image, beside))
-    for label, class_name in enumerate(classes):
-        folder = home / class_name
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else []
-        found = [entry.path for entry in entries if is_image(entry.name)]
-        rest = [entry for entry in entries if not is_image(entry.name)]
-        inner = {x.path: count_images(x.path) for x in rest if not is_leftover(x.name) and os.path.isdir(x.path)}
-        deeper = next((f"{count} in the folder {path}" for path, count in inner.items() if count), "")
-        if not found and (split != "test" or deeper):
-            instead = f", but {deeper}; move them up" if deeper else ""
-            raise UserError(f"class folder {folder} holds no image ({' '.join(IMAGE_ENDINGS)}){instead}")
-        if deeper:
-            note(f"pictures below a class folder are left out, such as {deeper}; move them up to have them")
-        others += [entry.path for entry in rest if entry.path not in inner]
-        paths += found
-        labels += [label] * len(found)
+    train, val = split_folders(root, name)
+    tests, home = split == "test", train if val is None or split != "test" else val
+    classes, beside = pick_classes(train, name, quiet=tests)
+    flat = [x for x in beside if is_image(x)]
+    if not name and (flat or len(classes) < 2):
+        if flat and classes and not tests:
+            note(f"{len(flat)} picture(s) beside the folders of {train}, such as {flat[0]}: so these are no classes")
+        paths, others = images_below(home)
+        classes, labels = [], [-1] * len(paths)
+    else:
+        paths, labels, others = read_classes(home, classes, name, tests)
+        others += [str(train / x) for x in beside] if home == train else []
     if not paths:
+        flat = sum(map(is_image, os.listdir(home)))
         instead = f", but {flat} beside these; move each into the folder of its class" if flat else ""
-        raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) in a class folder of {home}{instead}")
+        where = "in a class folder of" if classes else "below"
+        raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) {where} {home}{instead}")
+    told = []
+    if val is None:
+        below = [path[len(str(train)) + 1 :] for path in paths]
+        chosen = held_out(below)
+        if len(chosen) == len(paths):
+            raise UserError(f"{paths[0]} is the only picture below {train}; give one more, to test on")
+        told.append(f"{len(chosen)} of {len(paths)} pictures are held out to test on, since there is no {root / 'val'}")
+        kept = [i for i, x in enumerate(below) if (x in chosen) == tests]
+        paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
+    if not classes:
+        told.append(f"no labels: {train} has no folders that are classes")
     if others:
-        note(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
-    if split != "test" and cache_folder() is None:
-        note("there is no home folder to remember in which pictures are good: each run looks at all of them")
+        told.append(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
+    if cache_folder() is None:
+        told.append("there is no home folder to remember in which pictures are good: each run looks at all of them")
+    if tests:
+        told = []
+        if val and val.samefile(train):
+            told = [f"{val} is the folder {train}: the encoder is judged by images that it was trained on"]
+    for text in told:
+        note(text)
     lines = []
 
     def look() -> dict:  # of process 0
@@ -146,3 +188,22 @@ def read_folders(
     paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])
     options = {"workers": workers, "device": device, "max_pixels": max_pixels}
     return FolderImages(paths, numbers, classes, **IMAGENET, listing=listing, **options)
+
+
+def read_classes(home: Path, classes: list, name: str, tests: bool) -> tuple[list, list, list]:
+    """Paths of the pictures in some class folders, their labels, and what else lies there.
+
+    Raises UserError for a class without a picture to train on, and for one that training lacks.
+    """
+    own, others = pick_classes(home, "", quiet=True)
+    if not name and (strange := sorted(set(own) - set(classes))):
+        raise UserError(f"class {strange[0]!r} of {home} is not in train; the splits must have the same classes")
+    paths, labels, others = [], [], [str(home / x) for x in others] if tests else []
+    for label, class_name in enumerate(classes):
+        found, rest = images_below(home / class_name) if (home / class_name).is_dir() else ([], [])
+        if not found and not tests:
+            raise UserError(f"class folder {home / class_name} holds no image ({' '.join(IMAGE_ENDINGS)})")
+        paths += found
+        labels += [label] * len(found)
+        others += rest
+    return paths, labels, others

@@ -1,10 +1,12 @@
-"""Folders of pictures, one a class: which classes and pictures there are, what is left out, what is refused."""
+"""Folders of pictures: which classes and pictures there are, what is left out, what is refused."""
 
 import contextlib
+import hashlib
 import io
 import os
 import random
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from make import write_folders, write_tinyimagenet
 from PIL import Image
 
 from plumbing.checking import cache_folder, survey
-from plumbing.class_folders import IMAGENET100, is_image, is_leftover
+from plumbing.class_folders import IMAGENET100, held_out, is_image, is_leftover
 from plumbing.datasets import load_data
 from plumbing.errors import UserError, printable
 
@@ -49,8 +51,10 @@ def test_folders_list_classes_and_files_in_order(tmp_path):
 def test_folders_refuse_what_is_not_a_data_set(tmp_path):
     with pytest.raises(UserError, match="unknown dataset 'cifar11'; did you mean 'cifar10'"):
         load_data("cifar11")
-    with pytest.raises(UserError, match="no folder .*train; expected"):
+    with pytest.raises(UserError, match=r"no image \(.jpg .* below "):
         load_data(str(tmp_path))
+    with pytest.raises(UserError, match="no folder .*train; expected"):
+        load_data("imagenet", tmp_path)
     write_folders(tmp_path)
     (tmp_path / "val" / "wasp").mkdir()
     with pytest.raises(UserError, match="class 'wasp' of .*val is not in .*train"):
@@ -126,31 +130,33 @@ def test_a_named_set_has_no_more_classes_than_it_has(name, count, tmp_path, caps
         load_data(name, home)
 
 
-def test_pictures_one_level_deeper_are_named_with_their_number(tmp_path, capsys):
+def test_pictures_at_any_depth_below_a_class_folder_are_of_that_class(tmp_path, capsys):
     root = write_folders(tmp_path)
-    deeper = root / "train" / "bee" / "images"
-    deeper.mkdir()
+    deeper = root / "train" / "bee" / "images" / "2019"
+    deeper.mkdir(parents=True)
+    (deeper / ".ipynb_checkpoints").mkdir()
     for path in sorted((root / "train" / "bee").glob("*.png"))[:2]:
+        (deeper / ".ipynb_checkpoints" / path.name).write_bytes(path.read_bytes())
         path.rename(deeper / path.name)
-    assert len(load_data(str(root))) == 4
-    assert (
-        f"note: pictures below a class folder are left out, such as 2 in the folder {deeper}" in capsys.readouterr().out
+    data = load_data(str(root))
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [Path(path).parent for path in data.paths[4:]] == [deeper, deeper]
+    left_out = (
+        f"note: 1 other files or folders below {root / 'train'} are left out, such as {deeper}/.ipynb_checkpoints"
     )
-    for path in (root / "train" / "bee").glob("*.png"):
-        path.rename(deeper / path.name)
-    with pytest.raises(UserError, match=rf"bee holds no image \(.*\), but 3 in the folder {deeper}; move them up$"):
-        load_data(str(root))
+    assert left_out in capsys.readouterr().out
 
 
-def test_pictures_beside_the_class_folders_are_told(tmp_path, capsys):
+def test_pictures_beside_the_folders_make_them_no_classes(tmp_path, capsys):
     root = write_folders(tmp_path)
     loose = root / "train" / "loose.png"
     loose.write_bytes((root / "train" / "bee" / "0 é.png").read_bytes())
-    assert load_data(str(root)).classes == ["ant", "bee"]
-    assert (
-        f"note: 1 other files or folders below {root / 'train'} are left out, such as {loose}"
-        in capsys.readouterr().out
-    )
+    data = load_data(str(root))
+    assert (data.classes, data.labels.tolist()) == ([], [-1] * 7)
+    note = f"note: 1 picture(s) beside the folders of {root / 'train'}, such as loose.png: so these are no classes\n"
+    assert note in capsys.readouterr().out
+    assert len(load_data("imagenet", root)) == 6  # where the folders are known to be classes
+    assert f"1 other files or folders below {root / 'train'} are left out, such as {loose}" in capsys.readouterr().out
 
 
 def test_classes_without_a_picture_are_told(tmp_path, capsys):
@@ -181,10 +187,10 @@ def test_a_flat_split_is_refused_with_the_number_of_its_pictures(name, tmp_path)
 
 def test_the_folder_above_is_asked_for_where_train_itself_is_given(tmp_path, monkeypatch):
     root = write_folders(tmp_path / "set")
-    with pytest.raises(UserError, match=rf"no folder .*train.train; .*; give the folder above, {root}$"):
+    with pytest.raises(UserError, match=rf"train has val beside it: give the folder above, {root}$"):
         load_data(str(root / "train"))
-    monkeypatch.chdir(root / "val")
-    with pytest.raises(UserError, match=rf"no folder train; .*; give the folder above, {root}$"):
+    monkeypatch.chdir(root / "train")
+    with pytest.raises(UserError, match=rf"^\. has val beside it: give the folder above, {root}$"):
         load_data(".")
     with pytest.raises(UserError, match="no folder .*; give the --root that holds them$"):
         load_data("imagenet", tmp_path)
@@ -226,14 +232,17 @@ def test_one_folder_under_two_names_is_refused(tmp_path):
         load_data(str(root))
 
 
-def test_links_in_a_circle_among_pictures_are_left_out(tmp_path, capsys):
+def test_linked_folders_are_not_entered(tmp_path, capsys):
+    """They could lead into another class, or round in a circle; class folders and pictures may be links."""
     root = write_folders(tmp_path)
-    (root / "train" / "bee" / "circle").symlink_to("circle")
-    assert len(load_data(str(root))) == 6
-    assert "note: 1 other files" in capsys.readouterr().out
-    (root / "train" / "up").symlink_to("..")
-    with pytest.raises(UserError, match=r"class folder .*up holds no image \(.*\), but 6 in the folder .*up.train"):
+    for name, target in (("circle", "circle"), ("up", ".."), ("other", "../ant"), ("a.jpg", "../ant")):
+        (root / "train" / "bee" / name).symlink_to(target)
+    with pytest.raises(UserError, match="1 of 7 images cannot be read: .*circle"):
+        (root / "train" / "bee" / "circle.jpg").symlink_to("circle.jpg")
         load_data(str(root))
+    (root / "train" / "bee" / "circle.jpg").unlink()
+    assert load_data(str(root)).labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert "note: 4 other files" in capsys.readouterr().out
 
 
 def test_training_pictures_as_test_pictures_are_told(tmp_path, capsys):
@@ -504,3 +513,92 @@ def test_a_damaged_memory_of_good_pictures_makes_all_be_looked_at(text, tmp_path
     if text != "[-1, 99]":  # this is one, of other pictures
         with pytest.raises(UserError, match="1 of 6 images cannot be read"):
             load_data(str(root))
+
+
+# --- pictures without labels -----------------------------------------------------------------------------------------
+
+
+def flatten(root):
+    """The pictures of class folders side by side."""
+    for path in sorted(root.rglob("*.png")):
+        path.rename(root / f"{path.parent.name} {path.name}")
+    for folder in sorted(root.rglob("*"), reverse=True):
+        if folder.is_dir():
+            folder.rmdir()
+
+
+def only_train(root):
+    shutil.rmtree(root / "val")
+
+
+def without_train(root):
+    only_train(root)
+    for folder in list((root / "train").iterdir()):
+        folder.rename(root / folder.name)
+    (root / "train").rmdir()
+
+
+def one_deep_folder(root):
+    flatten(root)
+    (root / "2019" / "05").mkdir(parents=True)
+    for path in sorted(root.glob("*.png")):
+        path.rename(root / "2019" / "05" / path.name)
+
+
+KINDS = {  # what becomes of train/ant, train/bee, val/ant, val/bee: classes, is there a val
+    "flat": (flatten, [], False),
+    "one folder, deep": (one_deep_folder, [], False),
+    "flat train and val": (lambda root: [flatten(root / part) for part in ("train", "val")], [], True),
+    "train alone": (only_train, ["ant", "bee"], False),
+    "flat train alone": (lambda root: (only_train(root), flatten(root / "train")), [], False),
+    "classes without train": (without_train, ["ant", "bee"], False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_of_many_kinds_are_read(kind, tmp_path, capsys):
+    root = write_folders(tmp_path / "set", train=20, val=5)
+    change, classes, has_val = KINDS[kind]
+    every = {path.read_bytes() for path in root.rglob("*.png")}
+    change(root)
+    left = list(root.rglob("*.png"))
+    train, test = (load_data(str(root), split=split) for split in ("train", "test"))
+    assert train.classes == test.classes == classes
+    assert sorted([*train.paths, *test.paths]) == sorted(map(str, left))
+    for data in (train, test):
+        names = [Path(path).parent.name for path in data.paths]
+        assert data.labels.tolist() == ([classes.index(name) for name in names] if classes else [-1] * len(names))
+    if has_val:
+        assert (len(train), len(test)) == (40, 10)
+    else:
+        assert 1 <= len(test) <= 0.2 * len(left)
+    said = capsys.readouterr().out
+    assert (f"{len(test)} of {len(left)} pictures are held out" in said) == (not has_val)
+    assert ("note: no labels: " in said) == (not classes)
+    images, labels = next(train.train_batches([(0, torch.arange(4))], 8))
+    assert images.shape == (4, 3, 8, 8) and torch.equal(labels, train.labels[:4])
+    assert {Path(path).read_bytes() for path in left} <= every
+
+
+@given(st.sets(st.text("abc/é.", min_size=1, max_size=6), min_size=1, max_size=60), st.text("xyz", min_size=1))
+def test_a_picture_that_is_added_moves_no_other_one(names, added):
+    before, after = held_out(sorted(names)), held_out([*names, added])
+    assert 1 <= len(before) <= len(names)
+    share = {name for name in names if int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) < 0.05 * 2**64}
+    assert before == share or (not share and len(before) == 1)
+    if share:
+        assert after - {added} == before
+    assert held_out(sorted(names, reverse=True)) == before
+
+
+def test_the_share_that_is_held_out_is_five_percent_and_has_a_limit():
+    assert 900 < len(held_out([str(i) for i in range(20_000)])) < 1100
+    many = held_out([str(i) for i in range(120_000)])
+    assert len(many) == 5000
+    assert many < {str(i) for i in range(120_000) if int(hashlib.sha256(b"%d" % i).hexdigest()[:16], 16) < 0.05 * 2**64}
+
+
+def test_one_picture_alone_is_refused(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is the only picture below .*; give one more, to test on"):
+        load_data(str(tmp_path))
