@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.errors import UserError
+from plumbing.errors import UserError, printable
 
 
 def write_atomically(path: Path, write):
@@ -106,5 +106,7 @@ def load_checkpoint(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{path} is not a checkpoint ({reason})") from None
+        # What torch puts before this tells how to run the code of a file.
+        text = str(error).rpartition("WeightsUnpickler error: ")[2]
+        reason = next(iter(text.split(" Please use")[0].splitlines()), "") or type(error).__name__
+        raise UserError(f"{path} is not a checkpoint ({printable(reason)[:200]})") from None

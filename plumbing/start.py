@@ -121,13 +121,17 @@ def of_run(path: Path, weights: dict, encoder: Encoder) -> Start:
 
 def encoder_fields(path: Path, state: dict) -> dict:
     """Fields and kind of what an encoder.pt holds. Raises UserError where these are none."""
+    fields, kind = state.get("fields"), state.get("kind")
+    statistics = [fields.get(name) for name in IMAGENET] if isinstance(fields, dict) and isinstance(kind, str) else [()]
     try:
-        fields = dict(state["fields"])
+        # Types first: to look into a tensor of a foreign file, number by number, could take any time and memory.
+        if not all(isinstance(x, tuple | list) and all(isinstance(y, int | float) for y in x) for x in statistics):
+            raise UserError("no numbers")
+        mean, std = three_numbers("mean", statistics[0]), three_numbers("std", statistics[-1], above=0)
         height_and_width(fields.get("image_size", 1))
-        statistics = {"mean": three_numbers("mean", fields["mean"]), "std": three_numbers("std", fields["std"], 0)}
-        return fields | statistics | {"kind": state["kind"]}
-    except (UserError, KeyError, TypeError, ValueError, IndexError, RuntimeError):  # whatever it has in their place
+    except UserError:
         raise UserError(f"{path} does not fit this version (it lacks fields, or they make no sense)") from None
+    return fields | {"kind": printable(kind)[:40], "mean": mean, "std": std}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,13 +152,13 @@ def refuse_other_size(path: Path, encoder: Encoder, given: Start, config, sizes:
     """Raise UserError, with the flags that would fit, where the encoder of a file is of another kind or size."""
     ours = type(encoder).__name__
     if (kind := given.fields.get("kind", ours)) != ours:
-        raise UserError(f"--start {path} holds a {printable(str(kind))[:40]}, but this run trains a {ours}")
+        raise UserError(f"--start {path} holds a {kind}, but this run trains a {ours}")
     patches = given.encoder.get("patch_embed.proj.weight")
     if "patch" not in encoder.fields or not is_sound(patches) or patches.ndim != 2:
         return  # `misfit` tells what is wrong
     depth = len({name.split(".")[1] for name in map(str, given.encoder) if name.startswith("blocks.")})
     found = {"dim": len(patches), "depth": depth, "patch": math.isqrt(patches.shape[1] // 3)}
-    if isinstance(given.fields.get("heads"), int):  # else no one knows
+    if type(given.fields.get("heads")) is int:  # else no one knows
         found["heads"] = given.fields["heads"]
     own = {name: encoder.fields[name] for name in found}
     if found == own:
