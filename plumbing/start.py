@@ -165,9 +165,10 @@ def refuse_other_size(path: Path, encoder: Encoder, given: Start, config, sizes:
         return
     free = {"patch"} | ({"heads"} if hasattr(config, "heads") else set())  # have a flag of their own
     names = [name for name, size in sizes.items() if all(size[x] == found[x] for x in found.keys() - free)]
-    flags = "".join(f" --{x} {found[x]}" for x in ("patch", "heads") if x in free and x in found)
     its, ours = (", ".join(SIZE_WORDS[name].format(x) for name, x in size.items()) for size in (found, own))
-    hint = f"give --model {names[0]}{flags}" if names else f"no --model is of that size: {', '.join(sizes)}"
+    hint = f"give --model {names[0]} --patch {found['patch']}" if names else f"no --model has it: {', '.join(sizes)}"
+    if names and "heads" in free & found.keys() and found["heads"] != own["heads"]:
+        hint += f" --heads {found['heads']}"
     raise UserError(f"--start {path} has {its}, but this run {ours}; {hint}")
 
 

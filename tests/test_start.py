@@ -382,13 +382,13 @@ def test_a_network_of_another_size_is_refused_with_the_flags_that_fit(tmp_path, 
     assert refusal(f"{run} {path}") == expected
     torch.save({"model": released(side=28, patch=14, dim=64, depth=3)}, path)
     sizes = ", ".join(common.VIT_SIZES)
-    expected = f"--start {path} has width 64, 3 blocks, patch 14, {ours}; no --model is of that size: {sizes}"
+    expected = f"--start {path} has width 64, 3 blocks, patch 14, {ours}; no --model has it: {sizes}"
     assert refusal(f"{run} {path}") == expected
     save_encoder(common.ViT(8, 4, 96, 6, heads=6), path)  # of ours, which tells its heads
     ours = "but this run width 96, 6 blocks, patch 4, 3 heads"
     expected = f"--start {path} has width 96, 6 blocks, patch 4, 6 heads, {ours}; give --model vit_micro --patch 4"
     assert refusal(f"{run} {path}") == f"{expected} --heads 6"
-    expected = f"{expected.split(';')[0]}; no --model is of that size: {sizes}"  # these have no --heads
+    expected = f"{expected.split(';')[0]}; no --model has it: {sizes}"  # these have no --heads
     for method in ("mixedae", "mlo_mae", "ebm_pretrain"):
         assert refusal(f"{method} --image-size 16 --out {tmp_path}/run --start {path}") == expected
 
