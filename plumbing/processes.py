@@ -40,6 +40,12 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
+def give_back_memory():
+    """Make glibc hand its holes back to the system: over many batches they can come to a multiple of what is in use."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 """Programs that start several processes without torchrun's variables, by what they say of the number:
 {variable: program}. SLURM_NTASKS would not do: it is that of an allocation, in which a command may run once."""

@@ -21,7 +21,7 @@ from plumbing.errors import UserError
 from plumbing.files import json_text, write_atomically
 from plumbing.images import FolderImages, MemoryImages
 from plumbing.probes import pooled_features
-from plumbing.processes import autocast, note, pick_precision
+from plumbing.processes import autocast, give_back_memory, note, pick_precision
 from plumbing.run_files import digest_of, lock_run
 from protocols.heads import token_features
 from protocols.rows import Subject
@@ -138,10 +138,13 @@ def tokens_of(encoder: nn.Module, images: Tensor) -> Tensor:
 def rows_of(data, done: int, subject: Subject, config: Config):
     """The features of all images from number `done` on, a batch at a time: float32 arrays (B, D), or (B, T, D)."""
     encode = tokens_of if config.tokens else pooled_features
-    for images, _ in data.plain_batches(torch.arange(done, len(data)), config.image_size, config.batch_size):
+    batches = data.plain_batches(torch.arange(done, len(data)), config.image_size, config.batch_size)
+    for number, (images, _) in enumerate(batches):
         with autocast(config.amp, images.device):
             rows = encode(subject.encoder, images)
         yield rows.float().cpu().contiguous().numpy().astype("<f4", copy=False)
+        if number % 8 == 0:
+            give_back_memory()
 
 
 def rows_in(part: Path, count: int) -> tuple[int, int]:

@@ -162,6 +162,29 @@ def data_of_two_disks(*places):
         return str(error)
 
 
+def features_with_fault(argv, hits, fault, at):
+    """evaluate.py's command line; where batch number `at` of features is to be written, kill (SIGKILL, after half of
+    it) or full (no more room on the disk). A file named after the fault in the folder `hits` tells that it came."""
+    import evaluate
+    import protocols.features
+
+    append, seen = protocols.features.append, []
+
+    def append_and_fail(file, rows):
+        seen.append(1)
+        if len(seen) == at:
+            (Path(hits) / fault).touch()
+            if fault == "kill":
+                os.write(file.fileno(), rows.tobytes()[: rows.nbytes // 2 + 3])
+                os.kill(os.getpid(), signal.SIGKILL)
+            size = os.fstat(file.fileno()).st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, resource.RLIM_INFINITY))
+        append(file, rows)
+
+    protocols.features.append = append_and_fail
+    return evaluate.main(argv)
+
+
 def mine(x):
     """This rank's share of the rows of a global batch: ranks see different data, or the test could not fail."""
     return x.chunk(dist.get_world_size())[dist.get_rank()]

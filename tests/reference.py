@@ -427,3 +427,19 @@ def masked_autoencoder(state, images, noise, ratio, heads, decoder_heads, norm_p
     if norm_pixels:
         pixels = (pixels - pixels.mean(dim=2, keepdim=True)) / (pixels.var(dim=2, keepdim=True) + 1e-6).sqrt()
     return torch.stack(encoded), prediction, reconstruction_loss(prediction, pixels, hidden)
+
+
+def timm_features(state, images, heads, global_pool):
+    """timm's VisionTransformer with `fc_norm=False` from its state dict alone, image by image, patch by patch:
+    normalised images (B, 3, H, W) -> (B, D)."""
+    kernel, features = state["patch_embed.proj.weight"], []
+    patch, (height, width) = kernel.shape[-1], images.shape[2:]
+    for image in images:
+        tokens = [state["cls_token"][0, 0]]
+        for top, left in itertools.product(range(0, height, patch), range(0, width, patch)):
+            seen = kernel * image[:, top : top + patch, left : left + patch]
+            tokens.append(seen.sum(dim=(1, 2, 3)) + state["patch_embed.proj.bias"])
+        x, norm, _ = transformer(state, "blocks.", torch.stack(tokens) + state["pos_embed"][0], heads)
+        x = norm(x, "norm")
+        features.append(x[0] if global_pool == "token" else x[1:].mean(dim=0))
+    return torch.stack(features)
