@@ -995,6 +995,94 @@ plumbing/runs.py tests/test_run_files.py::test_a_start_that_is_refused_is_not_in
 plumbing/runs.py tests/test_run_files.py::test_a_checkpoint_with_odd_parts_is_one_clear_error
 - if first_step > total:
 + if first_step > total + 10**10:
+
+plumbing/encoders.py tests/test_start.py::test_a_start_gives_the_numbers_of_the_official_code
+- rearrange(patches, "d c p q -> d (p q c)")
++ rearrange(patches, "d c p q -> d (c p q)")
+
+plumbing/encoders.py tests/test_start.py::test_what_goes_to_timm_comes_back
+- if not name.startswith("head.")
++ if name
+
+plumbing/encoders.py tests/test_start.py::test_a_start_gives_the_numbers_of_the_official_code
+- name.replace("decoder_pred.", "decoder_head.")
++ name
+
+plumbing/encoders.py tests/test_start.py::test_settings_of_maes_training_beside_the_weights_are_read_and_run_nothing
+- safe_globals([argparse.Namespace])
++ safe_globals([])
+
+plumbing/encoders.py tests/test_start.py::test_what_has_no_place_here_is_refused_by_its_name_and_nothing_is_changed
+- value.is_floating_point() and needed <= value.untyped_storage().nbytes()
++ value.is_floating_point()
+
+plumbing/files.py tests/test_start.py::test_code_in_a_file_is_never_run
+- str(error).rpartition("WeightsUnpickler error: ")[2]
++ str(error)
+
+plumbing/settings.py tests/test_start.py::test_a_run_is_made_longer_and_its_continuation_knows_the_file
+- "resume", "start"}
++ "resume"}
+
+plumbing/start.py tests/test_start.py::test_what_has_no_place_here_is_refused_by_its_name_and_nothing_is_changed
+- limit = 0.01
++ limit = 1.0
+
+plumbing/start.py tests/test_start.py::test_what_has_no_place_here_is_refused_by_its_name_and_nothing_is_changed
+- if error <= limit and given[0, 0].abs().max() <= limit
++ if error <= limit
+
+plumbing/start.py tests/test_start.py::test_what_has_no_place_here_is_refused_by_its_name_and_nothing_is_changed
+- if not x.to(value.dtype).isfinite().all():
++ if not x.isfinite().all():
+
+plumbing/start.py tests/test_start.py::test_every_method_of_transformers_starts_from_maes_release
+- encoder.normalize_by(given.fields["mean"], given.fields["std"])
++ pass
+
+plumbing/start.py tests/test_start.py::test_a_decoder_of_another_depth_or_with_learned_positions_starts_anew
+- taken |= {} if misfit(values, found) else found
++ taken |= found
+
+plumbing/start.py tests/test_start.py::test_a_decoder_of_another_depth_or_with_learned_positions_starts_anew
+- rest = {}  # a decoder with positions of another kind
++ pass
+
+plumbing/start.py tests/test_start.py::test_a_last_pt_of_the_same_method_brings_all_of_it
+- path.with_name("encoder.pt")
++ path.with_name("encoder.pth")
+
+plumbing/start.py tests/test_start.py::test_a_run_is_made_longer_and_its_continuation_knows_the_file
+- hashlib.file_digest(file, "sha256").hexdigest()[:32]
++ str(path)
+
+plumbing/start.py tests/test_start.py::test_another_size_of_images_has_positions_of_its_own_and_a_note
+- side = (cells[0] * encoder.patch, cells[1] * encoder.patch)
++ pass
+
+plumbing/start.py tests/test_start.py::test_a_network_of_another_size_is_refused_with_the_flags_that_fit
+- found["heads"] != own["heads"]
++ False
+
+magma.py tests/test_start.py::test_a_run_is_made_longer_and_its_continuation_knows_the_file
+- self.origin = start_from(self, config, VIT_SIZES)
++ start_from(self, config, VIT_SIZES)
+
+mlo_mae.py tests/test_start.py::test_every_method_of_transformers_starts_from_maes_release
+- self.tuned = copy.deepcopy(encoder) if
++ self.tuned = ViT(config.image_size, config.patch, **size, pool="cls", **look) if
+
+finola.py tests/test_start.py::test_a_last_pt_of_the_same_method_brings_all_of_it
+- self.origin = start_from(self, config)
++ self.origin = ""
+
+ebm_pretrain.py tests/test_start.py::test_every_method_of_transformers_starts_from_maes_release
+- self.origin = start_from(self, config, VIT_SIZES)
++ self.origin = ""
+
+mixedae.py tests/test_start.py::test_every_method_of_transformers_starts_from_maes_release
+- self.origin = start_from(self, config, VIT_SIZES)
++ self.origin = ""
 """
 
 
