@@ -53,6 +53,11 @@ def pick_classes(folder: Path, name: str, quiet: bool) -> tuple[list, list]:
         classes.append(entry)
         if (twin := known.setdefault((status.st_dev, status.st_ino), entry)) != entry:
             raise UserError(f"{folder / twin} and {folder / entry} are one folder, linked: remove one of them")
+        if os.path.islink(folder / entry):
+            home, target = (Path(os.path.realpath(x)) for x in (folder, folder / entry))
+            above, within = home.is_relative_to(target), target.is_relative_to(home)
+            if above or (within and not is_leftover(target.relative_to(home).parts[0])):
+                raise UserError(f"{folder / entry} is a link to {target}, whose images have a class already: remove it")
     if name == "imagenet100":
         classes = [x for x in classes if x.removeprefix("n") in set(IMAGENET100)]
     if not (expected := CLASSES.get(name)):
@@ -183,7 +188,8 @@ def read_folders(
     check_same(paths, device)
     good = keep_good(paths, on_rank_zero(look), skip_bad_images)
     if lacking := sorted(set(range(len(classes))) - {labels[i] for i in good}):
-        note(f"{home} has no image of {len(lacking)} of the {len(classes)} classes, such as {classes[lacking[0]]!r}")
+        where = home if val or not tests else f"what is held out of {home}"
+        note(f"{where} has no image of {len(lacking)} of the {len(classes)} classes, such as {classes[lacking[0]]!r}")
     listing = b"".join(lines[i] for i in good if lines)
     paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])
     options = {"workers": workers, "device": device, "max_pixels": max_pixels}

@@ -232,6 +232,17 @@ def test_one_folder_under_two_names_is_refused(tmp_path):
         load_data(str(root))
 
 
+@pytest.mark.parametrize("target", ["..", ".", "bee/deeper", "../../set"])
+def test_a_class_that_holds_images_of_another_is_refused(target, tmp_path):
+    """A link to a folder above would give all images a second class, those to test on as well."""
+    root = write_folders(tmp_path / "set")
+    (root / "train" / "bee" / "deeper").mkdir()
+    (root / "train" / "bee" / "deeper" / "1.png").write_bytes((root / "train" / "bee" / "0 é.png").read_bytes())
+    (root / "train" / "link").symlink_to(target)
+    with pytest.raises(UserError, match="train.link is a link to .*, whose images have a class already: remove it$"):
+        load_data(str(root))
+
+
 def test_linked_folders_are_not_entered(tmp_path, capsys):
     """They could lead into another class, or round in a circle; class folders and pictures may be links."""
     root = write_folders(tmp_path)
