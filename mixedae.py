@@ -279,7 +279,7 @@ class MixedAE(Method):
         self.autoencoder = MaskedAutoencoder(vit, *decoder, 1 - 1 / k, config.norm_pixels)
         segments = config.segment_scale * segment_code(k, vit.dim, config.segment_centred)
         self.register_buffer("segments", segments, persistent=False)
-        self.config, self.topk = config, config.topk or round(len(vit.positions) / k)
+        self.group, self.config, self.topk = k, config, config.topk or round(len(vit.positions) / k)
         blocks = () if config.mode == "mae" else config.attention_blocks or range(size["depth"])
         self.special_blocks = {block % size["depth"] for block in blocks}
         self.origin = start_from(self, config, VIT_SIZES)

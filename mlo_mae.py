@@ -303,6 +303,7 @@ class MultiLevelMAE(Method):
 
     def __init__(self, config: Config, data):
         super().__init__()
+        self.held_out, self.trained_on = split_labelled(data, config)  # images of level III and of level II
         size, look = VIT_SIZES[config.model], {"mean": data.mean, "std": data.std}
         encoder = ViT(config.image_size, config.patch, **size, pool="cls", **look)  # E, with D in the autoencoder
         decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
@@ -317,7 +318,6 @@ class MultiLevelMAE(Method):
         self.register_buffer("fixed_noise", torch.rand(1, patches))  # of the one mask of --objective fixed
         self.register_buffer("validation_loss", torch.tensor(0.0))  # of the last step of level III
         self.config, self.ratio = config, config.mask_ratio
-        self.held_out, self.trained_on = split_labelled(data, config)  # images of level III and of level II
 
     @property
     def encoder(self) -> ViT:
@@ -575,6 +575,8 @@ class LevelPlan(BatchPlan):
 
 def split_labelled(data, config: Config) -> tuple[Tensor, Tensor]:
     """The labelled images, split by the seed: indices of level III's share, and of the rest, for level II."""
+    if len(data.classes) < 2:
+        raise UserError("mlo_mae learns from labels: give pictures in the folders of two classes or more")
     chosen = labelled(data)
     order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(mix_seed(config.seed, 5)))]
     return order.tensor_split([round(config.validation * len(order))])

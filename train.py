@@ -67,8 +67,9 @@ def train(argv: list):
     results = fit(method, data, test, config)
     if rank() == 0 and results:
         out = shlex.quote(str(run_folder(method.name, config)))
-        print(format_table(results, "accuracy (%)"))
-        print(f"see {out}/pictures.png; next: python evaluate.py {out} --protocol linear pictures --untrained --pixels")
+        print(format_table(results, "accuracy (%)" if len(data.classes) else "without labels"))
+        judge = "linear pictures --untrained --pixels" if len(data.classes) else "pictures features"
+        print(f"see {out}/pictures.png; next: python evaluate.py {out} --protocol {judge}")
 
 
 def main(argv: list) -> int:

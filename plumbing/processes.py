@@ -21,9 +21,23 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+_by_itself = False  # whether this process computes what the others do not wait for
+
+
 def world_size() -> int:
-    """The number of processes, 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """The number of processes, 1 without torchrun and within `by_itself`."""
+    return dist.get_world_size() if dist.is_initialized() and not _by_itself else 1
+
+
+@contextlib.contextmanager
+def by_itself():
+    """While this is on, this process takes itself for the only one: nothing is gathered from the others."""
+    global _by_itself
+    before, _by_itself = _by_itself, True
+    try:
+        yield
+    finally:
+        _by_itself = before
 
 
 def note(text: str):

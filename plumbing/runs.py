@@ -12,12 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from plumbing.crops import mix_seed
 from plumbing.encoders import check_encoder, save_encoder
 from plumbing.errors import NonFiniteLoss, Stopped, UserError, printable, what_is_left
 from plumbing.files import append_line, json_text, load_checkpoint, write_atomically
+from plumbing.images import shuffled
 from plumbing.pictures import check_drawing, save_pictures
 from plumbing.probes import pooled_features, probe, raw_pixels
-from plumbing.processes import agree, note, noted_signals, on_rank_zero, rank, world_size
+from plumbing.processes import agree, by_itself, note, noted_signals, on_rank_zero, rank, world_size
 from plumbing.run_files import (
     identity_of,
     lock_run,
@@ -29,6 +31,8 @@ from plumbing.run_files import (
     write_settings,
 )
 from plumbing.settings import TrainConfig
+
+SHOWN = ("loss", "knn", "linear", "accuracy", "held_out_loss", "effective_rank")  # at each probe
 
 
 class Meter:
@@ -176,11 +180,15 @@ class Run:
         self.meter, self.started, self.done = Meter(), time.perf_counter(), 0
 
     def results(self) -> dict:
-        """The probes' accuracies: {"trained": {...}, "untrained": {...}, "pixels": {...}}, those that were measured."""
+        """What was measured: {"trained": {...}, "untrained": {...}, "pixels": {...}}, accuracies in percent.
+
+        Without labels these are the loss on held-out pictures and the effective rank of the features.
+        """
         log = on_rank_zero(lambda: self.log)
         first = next((line for line in log if line["epoch"] == 0), {})
         found = {"trained": log[-1], "untrained": first, "pixels": first.get("pixels", {})}
-        return {row: {name: line[name] for name in ("linear", "knn")} for row, line in found.items() if "knn" in line}
+        names = ("linear", "knn") if len(self.train.classes) else ("held_out_loss", "effective_rank")
+        return {row: {x: line[x] for x in names} for row, line in found.items() if names[1] in line}
 
     def log_epoch(self, epoch: int, **extra):
         """One line of the log, with probes and pictures where they are due; epoch 0 is the untrained encoder."""
@@ -190,6 +198,8 @@ class Run:
         if config.probe_every and (epoch == config.epochs or epoch % config.probe_every == 0):
             method.eval()
             line |= method.probe(self.encode, self.train, self.test, config)
+            if not len(self.train.classes):
+                line["held_out_loss"] = self.held_out_loss()
             if epoch == 0 and "knn" in line:
                 line["pixels"] = probe(raw_pixels, self.train, self.test, config.image_size, config.probe_images)
             some, _ = next(iter(self.test.plain_batches(range(min(8, len(self.test))), config.image_size)))
@@ -200,10 +210,28 @@ class Run:
             method.train()
         self.log.append(line)
         append_line(self.out / "log.jsonl", json_text(line))
-        shown = {name: line[name] for name in ("loss", "knn", "linear", "accuracy") if line.get(name) is not None}
+        shown = {name: line[name] for name in SHOWN if line.get(name) is not None}
         if len(shown) > 1 or (shown and self.bar.disable):
             shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
             tqdm.write(f"epoch {epoch}/{config.epochs}  {shown}")
+
+    def held_out_loss(self) -> float:
+        """The loss on at most 512 pictures that are not trained on, cropped, mixed and masked the same way each time.
+
+        In batches as large as those of training, whose size a loss may depend on: a few pictures come several times.
+        """
+        config, method, losses = self.config, self.method, []
+        size = min(config.batch_size // config.accumulate, 512)
+        size -= size % getattr(method, "group", 1)
+        order = shuffled(len(self.test), max(1, min(512, len(self.test)) // size) * size, config.seed)
+        plan = [(mix_seed(config.seed, i, 4), part) for i, part in enumerate(order.split(size))]
+        scale = (config.crop_min, 1.0)
+        batches = self.test.train_batches(plan, config.image_size, scale, config.flip, method.views)
+        for (seed, _), (images, labels) in zip(plan, batches, strict=True):
+            torch.manual_seed(seed)
+            with torch.no_grad(), self.stepper.autocast(), by_itself():
+                losses.append(method(images, labels)["loss"].float())
+        return float(torch.stack(losses).mean())
 
     def encode(self, images: Tensor) -> Tensor:
         with self.stepper.autocast():
@@ -247,7 +275,7 @@ def print_start(method, train, config: TrainConfig, stepper, out: Path, epoch: i
     peak = max(stepper.rate(step) for step in (0, min(config.warmup_epochs * steps, config.epochs * steps - 1)))
     print(f"method      {method.name}: {millions[0]:.2f} M parameters, encoder {millions[1]:.2f} M")
     data = printable(config.data)
-    print(f"data        {data}: {len(train)} images, {len(train.classes)} classes, size {config.image_size}")
+    print(f"data        {data}: {len(train)} images, {len(train.classes) or 'no'} classes, size {config.image_size}")
     print(f"device      {device} ({place}), {precision}, {world_size()} process(es)")
     print(f"batch       {config.batch_size} images, {config.accumulate} part(s); learning rate {peak:.3g}")
     print(f"epochs      {epoch} of {config.epochs} done, {steps} steps each; writes {printable(str(out))}")

@@ -1,6 +1,7 @@
 """What the tests are made of: seeded tensors, small modules and methods, and data sets in their official layouts."""
 
 import contextlib
+import dataclasses
 import json
 from unittest import mock
 
@@ -49,6 +50,12 @@ def shapes(count=40, size=8, mean=(0.4,) * 3, std=(0.3,) * 3, seed=0):
     """A data set of a few built-in pictures."""
     images, labels, masks = render_shapes(count, size, seed)
     return MemoryImages(images, labels, list(SHAPES), mean, std, masks)
+
+
+def unlabelled(count=40, size=8):
+    """Built-in pictures without labels, as those of a flat folder."""
+    data = shapes(count, size)
+    return dataclasses.replace(data, labels=torch.full_like(data.labels, -1), classes=[])
 
 
 def statistics(mean=(0.5,) * 3, std=(0.25,) * 3):

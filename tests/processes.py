@@ -276,6 +276,13 @@ def fit_tiny(out, flags):
     return {"weights": method.state_dict(), "rows": len(results)}
 
 
+def fit_without_labels(out, flags):
+    """What `fit` returns of Magma on built-in pictures without labels."""
+    from make import fit_magma, unlabelled
+
+    return fit_magma(out, *flags, data=unlabelled())[1]
+
+
 def evaluate_main(argv):
     """Run evaluate.py's command line on this rank, in the group that is already there; returns the exit code."""
     import evaluate

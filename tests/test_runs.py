@@ -6,13 +6,16 @@ import json
 import re
 
 import numpy as np
+import processes
 import pytest
 import torch
-from make import TINY, fit_magma, log_of, narrow_networks, same_weights, shapes, without_times
+from make import TINY, fit_magma, log_of, narrow_networks, same_weights, shapes, unlabelled, without_times
 from PIL import Image
 
 import common
 import magma
+import mixedae
+import mlo_mae
 from plumbing.encoders import Encoder, load_encoder
 from plumbing.errors import NonFiniteLoss, UserError
 from plumbing.files import load_checkpoint
@@ -279,3 +282,73 @@ def test_a_probe_without_a_value_is_null_in_the_log_and_a_dash_in_the_table(tmp_
     assert results["trained"] == {"linear": None, "knn": None}
     assert log_of(tmp_path / "run")[1]["knn"] is None
     assert re.search(r"trained encoder +- +-", format_table(results))
+
+
+# --- pictures without labels -----------------------------------------------------------------------------------------
+
+
+def test_a_run_without_labels_tells_the_held_out_loss_and_the_rank(tmp_path, capsys):
+    method, results = fit_magma(tmp_path / "run", data=unlabelled())
+    log = log_of(tmp_path / "run")[1:]
+    assert [set(line) & {"knn", "linear", "pixels"} for line in log] == [set()] * 5
+    assert [{"held_out_loss", "effective_rank"} <= set(line) for line in log] == [True, False, True, False, True]
+    names = ("held_out_loss", "effective_rank")
+    expected = {
+        row: {name: line[name] for name in names} for row, line in (("trained", log[-1]), ("untrained", log[0]))
+    }
+    assert results == expected
+    assert results["trained"]["held_out_loss"] < results["untrained"]["held_out_loss"]
+    assert 1 <= results["trained"]["effective_rank"] <= 24
+    assert re.search(r"held-out loss +effective rank\ntrained encoder", format_table(results))
+    assert "40 images, no classes, size 8" in capsys.readouterr().out
+    _, again = fit_magma(tmp_path / "run", "--resume", data=unlabelled())
+    assert again == results
+
+
+@pytest.mark.parametrize("count", [1, 7, 20])
+def test_the_held_out_loss_is_that_of_batches_as_large_as_in_training(count, tmp_path):
+    """With the same crops and masks each time; few pictures come several times. The last one is not seen to differ."""
+    seen, test = [], unlabelled(count)
+
+    class Method(magma.Magma):
+        def forward(self, images, labels=None):
+            out = super().forward(images, labels)
+            if not self.training:
+                seen.append((len(images), float(out["loss"]), images.sum().item()))
+            return out
+
+    with narrow_networks():
+        config = read_flags(magma.Config, magma.RECIPES, [*TINY.split(), "--out", str(tmp_path / "run")])
+        torch.manual_seed(0)
+        results = common.fit(Method(config, unlabelled()), unlabelled(), test, config)
+    batches = max(1, count // 8)
+    assert [size for size, _, _ in seen] == [8] * batches * 3
+    first, _, last = (seen[i * batches : (i + 1) * batches] for i in range(3))
+    assert [row[2] for row in first] == [row[2] for row in last]
+    for row, found in (("untrained", first), ("trained", last)):
+        mean = sum(loss for _, loss, _ in found) / batches
+        assert results[row]["held_out_loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_few_held_out_pictures_are_mixed_in_whole_groups(tmp_path):
+    recipe = ["--image-size", "8", "--epochs", "1", "--batch-size", "8", "--warmup-epochs", "0", "--probe-every", "1"]
+    with narrow_networks():
+        config = read_flags(mixedae.Config, mixedae.RECIPES, [*recipe, "--out", str(tmp_path / "run"), "--cell", "1"])
+        torch.manual_seed(0)
+        results = common.fit(mixedae.MixedAE(config, unlabelled()), unlabelled(), unlabelled(3), config)
+    assert 0 < results["trained"]["held_out_loss"] < 10
+
+
+def test_two_processes_tell_the_held_out_loss_without_waiting_for_each_other(tmp_path):
+    """MAGMA's --gather and U-MAE's term take part from all processes in training; process 0 alone probes."""
+    flags = ["--gather", "--uniformity", "0.1", "--epochs", "2", "--amp", "off"]
+    two = processes.start(processes.fit_without_labels, str(tmp_path / "two"), flags)
+    one = processes.start(processes.fit_without_labels, str(tmp_path / "one"), flags, ranks=1)
+    assert two[0] == two[1]
+    assert two[0]["untrained"] == pytest.approx(one[0]["untrained"], rel=1e-4)
+
+
+def test_levels_need_labels(tmp_path):
+    config = read_flags(mlo_mae.Config, mlo_mae.RECIPES, ["--out", str(tmp_path / "run")])
+    with pytest.raises(UserError, match="mlo_mae learns from labels: give pictures in the folders of two classes"):
+        mlo_mae.MultiLevelMAE(config, unlabelled())
