@@ -143,7 +143,7 @@ def rows_of(data, done: int, subject: Subject, config: Config):
         with autocast(config.amp, images.device):
             rows = encode(subject.encoder, images)
         yield rows.float().cpu().contiguous().numpy().astype("<f4", copy=False)
-        if number % 8 == 0:
+        if number % 4 == 0:
             give_back_memory()
 
 

@@ -120,7 +120,7 @@ RECIPES = {
         | {"cutmix": ByWidth(0.0, 0.25, 1.0)},
     },
 }
-DEFAULTS = {"features": {"amp": "off", "batch_size": 128}}  # of protocols without a recipe: what is not Config's
+DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}  # of protocols without a recipe: what is not Config's
 OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
     "linear": {"magma": "magma", "finola": "finola"},
     "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},

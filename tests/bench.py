@@ -10,6 +10,7 @@ regularizer   MAGMA's term against a training step, and against the obvious B x 
 crop          batched random resized crops against grid_sample and against Pillow, image by image
 loop          all that a training step does besides forward, backward and optimiser
 probe         a linear probe on features that are kept against one that encodes in every epoch
+features      20,000 small JPEGs to features against decoding alone; the memory for 1,000 and for 20,000
 knn           exact nearest neighbours of 10,000 features among 50,000
 augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-tuning step
 mixed         MixedAE's step against MAE's, and top-k against plain attention
@@ -45,12 +46,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import common
 import ebm_pretrain
+import evaluate
 import finola
 import magma
 import mixedae
 import mlo_mae
 from plumbing.crops import crop_boxes, random_resized_crop
-from plumbing.datasets import STATISTICS
+from plumbing.datasets import STATISTICS, load_data
+from plumbing.encoders import save_encoder
 from plumbing.images import MemoryImages
 from plumbing.probes import knn_accuracy
 from plumbing.processes import pick_precision, start_distributed
@@ -241,6 +244,45 @@ def probe(device):
         (long, _), (_, kept), (anew, again) = run(True, 100), run(True, 2), run(False, 2)
     row("  (encoding anew: fifty times two epochs)", f"{long:.1f} s", f"{50 * anew:.0f} s", f"{50 * anew / long:.0f}")
     row("  accuracy after two epochs", f"{kept:.2f} %", f"{again:.2f} %", "")
+
+
+def write_jpegs(root: Path, count: int):
+    """Pictures of 160 x 120 with a few large patches of colour, one of twenty to test on."""
+    for part in ("train", "val"):
+        (root / part).mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        picture = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((160, 120))
+        picture.save(root / ("train" if i % 20 else "val") / f"{i:06d}.jpg")
+
+
+def decode_and_encode(root: str, run: str) -> tuple:
+    """Seconds to decode all pictures of a folder alone, and by --protocol features; MB at the most. In a process."""
+    torch.set_num_threads(1)
+    splits = [load_data(root, split=split, workers=8) for split in ("train", "test")]
+    found = []
+    for work in (
+        lambda: [len(x) for data in splits for x, _ in data.plain_batches(range(len(data)), 32, 32)],
+        lambda: evaluate.main([run, "--protocol", "features", "--data", root, "--device", "cpu", "--out", root]),
+    ):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return *found, most_memory()
+
+
+def features(device):
+    row("features of JPEGs by vit_micro, one thread", "decoding alone", "features", "ratio", "most memory")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder  # where it is remembered which pictures are good
+        encoder = common.ViT(32, 4, **common.VIT_SIZES["vit_micro"])
+        save_encoder(encoder, Path(folder) / "encoder.pt")
+        for count in (1_000, 20_000):
+            write_jpegs(root := Path(folder) / f"{count}", count)
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                alone, spent, memory = pool.apply(decode_and_encode, (str(root), folder))
+            rates = [f"{count / x:,.0f} a second" for x in (alone, spent)]
+            row(f"  {count:,} pictures", *rates, f"{spent / alone:.2f}", f"{memory:.0f} MB")
 
 
 def knn(device):
@@ -703,7 +745,7 @@ def gpu(device, budget: float = 90.0):
 
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
 BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
-BENCHES |= {"levels": three_levels, "gpu": gpu}
+BENCHES |= {"features": features, "levels": three_levels, "gpu": gpu}
 
 
 def main():

@@ -836,6 +836,70 @@ protocols/frozen.py tests/test_frozen.py::test_neighbours_of_huge_and_tiny_featu
 - F.normalize(x / moderate(x.abs().amax(dim=1, keepdim=True)), dim=1)
 + F.normalize(x, dim=1)
 
+protocols/features.py tests/test_features.py::test_a_file_that_was_cut_anywhere_is_completed_to_the_same_bytes
+- return (done, start + done * row) if
++ return (done, start + (done + 1) * row) if
+
+protocols/features.py tests/test_features.py::test_what_a_fault_left_is_gone_on_with
+- torch.arange(done, len(data))
++ torch.arange(0, len(data))
+
+protocols/features.py tests/test_features.py::test_what_features_depend_on_is_never_mixed
+- {"encoder": type(subject.encoder).__name__, "weights": digest(subject.encoder)} | fields
++ {"encoder": type(subject.encoder).__name__} | fields
+
+protocols/features.py tests/test_features.py::test_what_features_depend_on_is_never_mixed
+- digest_of(data.listing) if data.listing else config.data
++ config.data
+
+protocols/features.py tests/test_features.py::test_every_name_that_a_file_can_have_is_one_line_and_comes_back
+- \x1c-\x1e\x85
++ \x85
+
+protocols/features.py tests/test_features.py::test_a_finished_file_is_not_computed_again
+- if path.exists():
++ if False:
+
+protocols/features.py tests/test_features.py::test_tokens_are_the_patches_of_a_transformer_or_the_places_of_a_map
+- return rearrange(out, "b d h w -> b (h w) d")
++ return rearrange(out, "b d h w -> b (w h) d")
+
+protocols/features.py tests/test_features.py::test_all_pictures_are_taken_and_labels_stand_where_there_are_some
+- if len(data.classes) > 1 and
++ if len(data.classes) > 0 and
+
+protocols/settings.py tests/test_features.py::test_precision_is_float32_unless_it_is_asked_for
+- DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}
++ DEFAULTS = {"features": {"amp": "bf16", "batch_size": 32}}
+
+plumbing/settings.py tests/test_features.py::test_the_settings_of_features_do_not_keep_an_older_run_from_going_on
+- FREE_FIELDS |= {"tokens"}
++ FREE_FIELDS |= set()
+
+evaluate.py tests/test_features.py::test_all_pictures_are_taken_and_labels_stand_where_there_are_some
+- first_split = "train" if
++ first_split = "labelled" if
+
+protocols/export.py tests/test_export.py::test_the_printed_lines_give_the_features_of_the_encoder
+- num_classes=0, global_pool={pool}, fc_norm=False,
++ num_classes=0, global_pool={pool},
+
+protocols/export.py tests/test_export.py::test_the_printed_lines_give_the_features_of_the_encoder
+- if fields["pool"] == "mean" else
++ if fields["pool"] != "mean" else
+
+protocols/export.py tests/test_export.py::test_what_is_there_is_never_overwritten
+- if not isinstance(old, dict) or not same(old, weights):
++ if not isinstance(old, dict):
+
+protocols/export.py tests/test_export.py::test_an_encoder_that_timm_has_not_is_refused
+- if type(encoder) is not ViT:
++ if False:
+
+plumbing/encoders.py tests/test_export.py::test_an_independent_forward_of_the_weights_is_the_encoder
+- "d (p q c) -> d c p q"
++ "d (q p c) -> d c p q"
+
 protocols/frozen.py tests/test_frozen.py::test_clusters_of_huge_features_are_those_of_others_and_one_centre_has_no_index
 - alone = unit.square().sum()
 + alone = len(unit)
@@ -935,6 +999,10 @@ plumbing/class_folders.py tests/test_class_folders.py::test_classes_without_a_pi
 plumbing/run_files.py tests/test_run_files.py::test_a_run_that_goes_on_tells_where_its_data_are_today
 - {"method": method, **dataclasses.asdict(config)}
 + {"method": method, **dataclasses.asdict(config), "data": "photos"}
+
+plumbing/class_folders.py tests/test_class_folders.py::test_a_class_that_holds_images_of_another_is_refused
+- above, within = home.is_relative_to(target), target
++ above, within = False, target
 
 plumbing/class_folders.py tests/test_class_folders.py::test_one_folder_under_two_names_is_refused
 - (status.st_dev, status.st_ino), entry)
