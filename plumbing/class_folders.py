@@ -140,6 +140,7 @@ def read_folders(
     Two folders or more, and no picture beside them, are classes, numbered in the order of their sorted names in train,
     for both splits. Else there are none: every label is -1. Pictures may lie at any depth. Each is checked once.
     """
+    root = root if root.parts else Path.cwd()  # "." has no name of its own to put before those of its files
     train, val = split_folders(root, name)
     tests, home = split == "test", train if val is None or split != "test" else val
     classes, beside = pick_classes(train, name, quiet=tests)
