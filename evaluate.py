@@ -30,28 +30,22 @@ export       weights for timm                                               expo
 The recipes are the papers' (protocols/settings.py names the tables); docs/evaluating.md says what they leave open.
 """
 
-import dataclasses
 import functools
-import json
 import math
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common import load_data
 from plumbing.command import run_command
 from plumbing.datasets import DATASETS
 from plumbing.encoders import load_encoder
-from plumbing.errors import UserError, printable, unknown
+from plumbing.errors import UserError, unknown
 from plumbing.files import append_line, json_text
 from plumbing.pictures import plain_style
-from plumbing.probes import labelled
-from plumbing.processes import note, on_rank_zero, rank, start_distributed
+from plumbing.processes import on_rank_zero, rank, start_distributed
 from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
 from protocols.energy_figures import draw_energy
@@ -61,6 +55,7 @@ from protocols.figures import draw_pictures
 from protocols.finola_figures import draw_finola
 from protocols.heads import width_of
 from protocols.rows import Subject
+from protocols.run_folders import check_labels, note_other_pictures, read_settings, record
 from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
 from protocols.training import applies, folder_of, run_protocol, trains_on_images
 
@@ -103,6 +98,7 @@ def evaluate(argv: list):
     options |= {"device": device, "workers": given.get("workers", Config.workers)}
     first_split = "train" if protocols == ["features"] else "labelled"
     train, test = (load_data(given["data"], split=split, **options) for split in (first_split, "test"))
+    check_labels(protocols, train)
     if of_run and rank() == 0:
         note_other_pictures(run_folder, train.listing)
     method, width = known.get("method", ""), width_of(encoder)
@@ -131,31 +127,6 @@ def protocols_of(given: dict) -> list:
     if given.get("recipe") and given["recipe"] not in recipes:
         raise UserError(unknown(f"recipe of {' '.join(protocols)}", given["recipe"], recipes or ["none"]))
     return protocols
-
-
-def read_settings(run_folder: Path) -> dict:
-    """What config.json says of a run; {} where there is none."""
-    path = run_folder / "config.json"
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
-    kinds = {"data": str, "root": str, "method": str, "image_size": int}
-    fits = isinstance(found, dict) and all(isinstance(found.get(name, kind()), kind) for name, kind in kinds.items())
-    if not fits:
-        raise UserError(f"{path} holds no settings of a run")
-    return found
-
-
-def note_other_pictures(run_folder: Path, listing: bytes):
-    """Tell of images that are not the run's: a relative --data may be another folder here."""
-    path = run_folder / "images.tsv"
-    known = set(path.read_bytes().split(b"\n")) if path.exists() else ()
-    if known and (others := set(listing.split(b"\n")) - known):
-        first = printable(os.fsdecode(min(others).partition(b"\t")[2]))
-        note(f"{len(others)} training images, such as {first}, are not those of {run_folder}; give another --data")
 
 
 def subjects_of(encoder, train, test, device, config: Config, protocols: list) -> list:
@@ -203,16 +174,6 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
         if rank() == 0:
             line = record(protocol, config, subjects[0], results, time.perf_counter() - started)
             append_line(run_folder / "eval.jsonl", json_text(line))
-
-
-def record(protocol: str, config: Config, subject: Subject, results: dict, seconds: float) -> dict:
-    """A line of eval.jsonl: what was found, of how many images, and how to find it again."""
-    limit = 0 if trains_on_images(protocol, subject, config) else config.probe_images
-    line = {"protocol": protocol, "data": config.data}
-    line |= {f"{split}_images": len(labelled(getattr(subject, split), limit)) for split in ("train", "test")}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    line |= {"results": results, "seconds": round(seconds, 1), "versions": versions}
-    return line | {"command": " ".join(sys.argv), "settings": dataclasses.asdict(config)}
 
 
 def notes_on(table: dict, protocols: list) -> list:

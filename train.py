@@ -68,7 +68,7 @@ def train(argv: list):
     if rank() == 0 and results:
         out = shlex.quote(str(run_folder(method.name, config)))
         print(format_table(results, "accuracy (%)" if len(data.classes) else "without labels"))
-        judge = "linear pictures --untrained --pixels" if len(data.classes) else "pictures features"
+        judge = "linear pictures --untrained --pixels" if len(data.classes) else "features"
         print(f"see {out}/pictures.png; next: python evaluate.py {out} --protocol {judge}")
 
 

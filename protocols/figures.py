@@ -201,7 +201,8 @@ def feature_map(features: Tensor, labels: Tensor, classes: list, title: str):
     legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     for text, dot, label in zip(legend.get_texts(), legend.legend_handles, shown.tolist(), strict=True):
         dot.set_sizes([50])
-        name = str(classes[label])  # matplotlib's own way to give it would take what stands between two $ for a formula
+        name = str(classes[label]) if label >= 0 else "no label"
+        # matplotlib's own way to give it would take what stands between two $ for a formula
         text.set(text=name if len(name) <= 24 else f"{name[:23]}…", parse_math=False)
     axes.set(xlabel="first principal component", ylabel="second principal component", xticks=[], yticks=[])
     return figure

@@ -57,8 +57,11 @@ class Subject:
         return self.kept[key]
 
     def one_a_class(self, config: Config) -> Tensor:
-        """The first test image of each of at most eight classes (B, 3, H, W). Raises UserError where there is none."""
-        labels = self.test.labels.cpu()
+        """The first test image of each of at most eight classes (B, 3, H, W); without classes, the first eight.
+
+        Raises UserError where no image has a label of a class.
+        """
+        labels = self.test.labels.cpu() if len(self.test.classes) else torch.arange(len(self.test))
         if not (labels >= 0).any():
             raise UserError("no test image has a label, so there is none to draw")
         first = [int(torch.nonzero(labels == label)[0]) for label in labels[labels >= 0].unique()[:8]]

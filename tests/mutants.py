@@ -1044,7 +1044,7 @@ plumbing/run_files.py tests/test_run_files.py::test_a_run_folder_is_called_by_th
 - data = Path(os.path.abspath(config.data)).name or "root"
 + data = Path(config.data).name
 
-protocols/run_folders.py tests/test_evaluate.py::test_other_pictures_than_the_runs_are_told_where_none_are_asked_for
+evaluate.py tests/test_evaluate.py::test_other_pictures_than_the_runs_are_told_where_none_are_asked_for
 - if of_run and rank() == 0:
 + if rank() == 0:
 

@@ -17,6 +17,7 @@ from plumbing.run_files import read_log
 from plumbing.shapes import render_shapes
 from protocols.energy_figures import CHAIN, chain_curves, look_into_energy, share_left
 from protocols.rows import Subject, method_for
+from protocols.run_folders import read_settings
 from protocols.settings import Config
 
 
@@ -64,7 +65,7 @@ def runs(tmp_path_factory):
 
 def look(run, **fields):
     """A run's method, the subject that it is judged by, and the settings."""
-    known, encoder = evaluate.read_settings(run), load_encoder(run / "encoder.pt")
+    known, encoder = read_settings(run), load_encoder(run / "encoder.pt")
     test = load_data(known["data"], split="test")
     subject = Subject("trained", encoder, test, test, torch.device("cpu"))
     config = Config(image_size=32, amp="off", workers=0, **fields)

@@ -303,3 +303,21 @@ def test_other_pictures_than_the_runs_are_told_where_none_are_asked_for(run_fold
     images.unlink()  # a run of before they were listed
     assert evaluate.main(argv) == 0
     assert "note:" not in capsys.readouterr().out
+
+
+def test_protocols_that_need_labels_say_so_where_there_are_none(tmp_path, capsys):
+    root = tmp_path / "flat"
+    root.mkdir()
+    for i in range(12):
+        Image.new("RGB", (9, 9), (i * 20, 9, 99)).save(root / f"{i}.png")
+    flags = "--image-size 8 --patch 4 --batch-size 4 --epochs 1 --warmup-epochs 0 --workers 0 --device cpu".split()
+    data = ["--data", str(root), "--recipe", "shapes"]
+    assert train.main(["magma", *data, *flags, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "without labels         held-out loss   effective rank\ntrained encoder" in said
+    assert f"next: python evaluate.py {tmp_path / 'run'} --protocol features" in said
+    for protocol in ("knn", "linear", "clusters", "tran1", "finetune"):
+        assert evaluate.main([str(tmp_path / "run"), "--protocol", protocol, "--workers", "0"]) == 2
+        text = capsys.readouterr().err
+        assert text == f"error: {protocol}: these images have no labels; --protocol features or pictures need none\n"
+    assert evaluate.main([str(tmp_path / "run"), "--protocol", "pictures", "--workers", "0"]) == 0

@@ -288,7 +288,7 @@ def test_a_probe_without_a_value_is_null_in_the_log_and_a_dash_in_the_table(tmp_
 
 
 def test_a_run_without_labels_tells_the_held_out_loss_and_the_rank(tmp_path, capsys):
-    method, results = fit_magma(tmp_path / "run", data=unlabelled())
+    _, results = fit_magma(tmp_path / "run", data=unlabelled())
     log = log_of(tmp_path / "run")[1:]
     assert [set(line) & {"knn", "linear", "pixels"} for line in log] == [set()] * 5
     assert [{"held_out_loss", "effective_rank"} <= set(line) for line in log] == [True, False, True, False, True]

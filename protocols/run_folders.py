@@ -1,0 +1,61 @@
+"""What a run folder tells a protocol, and the line that a protocol leaves in it."""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from plumbing.errors import UserError, printable
+from plumbing.probes import labelled
+from plumbing.processes import note
+from protocols.rows import Subject
+from protocols.settings import Config
+from protocols.training import trains_on_images
+
+UNLABELLED = ("pictures", "finola", "energy", "features", "export")  # protocols that ask for no labels
+
+
+def read_settings(run_folder: Path) -> dict:
+    """What config.json says of a run; {} where there is none."""
+    path = run_folder / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    kinds = {"data": str, "root": str, "method": str, "image_size": int}
+    fits = isinstance(found, dict) and all(isinstance(found.get(name, kind()), kind) for name, kind in kinds.items())
+    if not fits:
+        raise UserError(f"{path} holds no settings of a run")
+    return found
+
+
+def note_other_pictures(run_folder: Path, listing: bytes):
+    """Tell of images that are not the run's: a relative --data may be another folder here."""
+    path = run_folder / "images.tsv"
+    known = set(path.read_bytes().split(b"\n")) if path.exists() else ()
+    if known and (others := set(listing.split(b"\n")) - known):
+        first = printable(os.fsdecode(min(others).partition(b"\t")[2]))
+        note(f"{len(others)} training images, such as {first}, are not those of {run_folder}; give another --data")
+
+
+def check_labels(protocols: list, train):
+    """Raise UserError where a protocol needs labels and the images have none."""
+    if needy := [protocol for protocol in protocols if protocol not in UNLABELLED and not len(train.classes)]:
+        raise UserError(f"{' '.join(needy)}: these images have no labels; --protocol features or pictures need none")
+
+
+def record(protocol: str, config: Config, subject: Subject, results: dict, seconds: float) -> dict:
+    """A line of eval.jsonl: what was found, of how many images, and how to find it again."""
+    limit = 0 if trains_on_images(protocol, subject, config) else config.probe_images
+    line = {"protocol": protocol, "data": config.data}
+    line |= {f"{split}_images": len(labelled(getattr(subject, split), limit)) for split in ("train", "test")}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    line |= {"results": results, "seconds": round(seconds, 1), "versions": versions}
+    return line | {"command": " ".join(sys.argv), "settings": dataclasses.asdict(config)}
