@@ -616,7 +616,7 @@ def test_one_picture_alone_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_what_is_held_out_does_not_depend_on_how_the_folder_was_spelled(flat, tmp_path, monkeypatch):
+def test_the_spelling_of_a_folder_does_not_change_what_is_held_out(flat, tmp_path, monkeypatch):
     root = write_folders(tmp_path, ("ant", "bee"), train=20).joinpath("train").rename(tmp_path / "photos")
     for path in sorted(root.rglob("*.png")) if flat else ():
         path.rename(root / f"{path.parent.name}{path.name}")
