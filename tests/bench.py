@@ -22,6 +22,7 @@ gpu           on a GPU: the five methods at the papers' sizes, and MAE against a
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import io
@@ -259,6 +260,7 @@ def write_jpegs(root: Path, count: int):
 def decode_and_encode(root: str, run: str) -> tuple:
     """Seconds to decode all pictures of a folder alone, and by --protocol features; MB at the most. In a process."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the processes that decode, as outside of here
     splits = [load_data(root, split=split, workers=8) for split in ("train", "test")]
     found = []
     for work in (
@@ -279,8 +281,8 @@ def features(device):
         save_encoder(encoder, Path(folder) / "encoder.pt")
         for count in (1_000, 20_000):
             write_jpegs(root := Path(folder) / f"{count}", count)
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                alone, spent, memory = pool.apply(decode_and_encode, (str(root), folder))
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                alone, spent, memory = pool.submit(decode_and_encode, str(root), folder).result()
             rates = [f"{count / x:,.0f} a second" for x in (alone, spent)]
             row(f"  {count:,} pictures", *rates, f"{spent / alone:.2f}", f"{memory:.0f} MB")
 

@@ -9,7 +9,6 @@ import re
 import runpy
 import symtable
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -241,8 +240,8 @@ def test_every_method_has_a_piece_to_lift_out():
 
 
 def test_every_block_of_python_is_tried():
-    """As a piece, its imports, one of the other two tests below, or in tests/test_decoding.py."""
-    tried = {code for piece in PIECES for code in piece[3:]} | {*USE, *LOAD, *BRIGHTEN}
+    """As a piece, its imports, one of the tests below, or in tests/test_decoding.py and tests/test_features.py."""
+    tried = {code for piece in PIECES for code in piece[3:]} | {*USE, *LOAD, *BRIGHTEN, *FEATURES}
     assert {code for text in PAGES.values() for code in blocks(text, "python")} == tried
 
 
@@ -251,6 +250,7 @@ def test_every_block_of_python_is_tried():
 USE = blocks(section(PAGES["README.md"], "Use the encoder"), "python")
 LOAD = blocks(section(PAGES["docs/data.md"], "In Python"), "python")
 BRIGHTEN = blocks(section(PAGES["docs/data.md"], "Your own pictures"), "python")
+FEATURES = blocks(section(PAGES["docs/evaluating.md"], "Features of pictures"), "python")
 
 
 def test_data_comes_as_the_page_says(tmp_path):
@@ -265,49 +265,3 @@ def test_the_encoder_of_a_run_gives_features(tmp_path):
     save_encoder(encoder, path)
     images = rand(2, 3, 32, 32)
     torch.testing.assert_close(run(USE[0], tmp_path, images=images)["features"], encoder(images))
-
-
-class VisionTransformer(nn.Module):
-    """timm's, as far as README uses it (its names and layouts, timm 1.0.31), in torch's own modules."""
-
-    def __init__(self, img_size, patch_size, embed_dim, depth, num_heads, num_classes, global_pool, fc_norm):
-        super().__init__()
-        assert (num_classes, global_pool, fc_norm) == (0, "avg", False)  # with its defaults it has other weights
-        self.heads, tokens = num_heads, 1 + (img_size // patch_size) ** 2
-        proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": proj})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim))
-        self.blocks = nn.ModuleList(self.block(embed_dim) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-
-    def block(self, dim):
-        attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
-        mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
-        norms = {name: nn.LayerNorm(dim, eps=1e-6) for name in ("norm1", "norm2")}
-        return nn.ModuleDict({"attn": attn, "mlp": mlp, **norms})
-
-    def forward(self, images):
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        for block in self.blocks:
-            qkv = block["attn"]["qkv"](block["norm1"](x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            attended = nn.functional.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)
-            x = x + block["attn"]["proj"](attended)
-            hidden = nn.functional.gelu(block["mlp"]["fc1"](block["norm2"](x)))
-            x = x + block["mlp"]["fc2"](hidden)
-        return self.norm(x)[:, 1:].mean(dim=1)
-
-
-def test_the_encoder_goes_to_timm_as_the_readme_says(tmp_path, monkeypatch):
-    """The features are the same there, and they are not without the normalisation that README asks for."""
-    fake = types.ModuleType("timm.models.vision_transformer")
-    fake.VisionTransformer = VisionTransformer
-    for name in ("timm", "timm.models", fake.__name__):
-        monkeypatch.setitem(sys.modules, name, fake)
-    torch.manual_seed(0)
-    encoder = common.ViT(32, 4, **common.VIT_SIZES["vit_micro"], mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
-    images = rand(2, 3, 32, 32)
-    names = run(USE[1], tmp_path, encoder=encoder, images=images)
-    torch.testing.assert_close(names["features"], encoder(images))
-    assert (names["vit"](images) - encoder(images)).abs().max() > 0.1
