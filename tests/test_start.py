@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import importlib
 import math
 import random
 import re
@@ -24,12 +25,14 @@ from make import (
     tiny_mixedae,
     vit,
 )
+from torch.distributed.run import parse_args as torchrun_arguments
 
 import common
 import train
 from plumbing.class_folders import IMAGENET
 from plumbing.encoders import from_release, is_sound, load_encoder, save_encoder, to_timm
 from plumbing.errors import UserError
+from plumbing.settings import field_types, flag
 from plumbing.start import start_from
 
 BASE = {"side": 224, "patch": 16, "dim": 768, "depth": 12, "decoder": (512, 8)}  # mae_vit_base_patch16
@@ -560,6 +563,17 @@ def test_a_run_is_made_longer_and_its_continuation_knows_the_file(tmp_path, caps
     fit_magma(tmp_path / "other", "--seed", "1")
     with pytest.raises(UserError, match=r"was trained otherwise \(origin --start \w+ -> --start \w+\)"):
         fit_magma(tmp_path / "whole", *flags, "--resume", "--start", str(tmp_path / "other" / "last.pt"))
+
+
+def test_torchrun_hands_every_flag_on_behind_two_dashes():
+    """Without them Python 3.11's argparse takes `--start` for a short form of torchrun's own --start-method."""
+    for name in common.METHODS:
+        flags = [flag(field) for field in field_types(importlib.import_module(name).Config)]
+        argv = [x for one in flags for x in (one, "1")]
+        found = torchrun_arguments(["--nproc_per_node=2", "--", "train.py", name, *argv])
+        assert found.training_script == "train.py" and found.training_script_args == [name, *argv]
+        argv = [x for x in argv if x != "--start"]
+        assert torchrun_arguments(["train.py", *argv]).training_script_args == argv  # all others need none
 
 
 # --- odd files -------------------------------------------------------------------------------------------------------
