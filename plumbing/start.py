@@ -60,20 +60,24 @@ def start_from(method: nn.Module, config, sizes: dict | None = None) -> str:
     method.load_state_dict(taken, strict=False)
     if "mean" in given.fields:
         encoder.normalize_by(given.fields["mean"], given.fields["std"])
-    parts = {part_of(name): 0 for name, _ in method.named_parameters() if not name.startswith(prefix)}
-    kept = {part_of(name) for name in taken}
-    groups = {"taken over": ["encoder", *(part for part in parts if part in kept)]}
-    groups |= {"starts anew": [part for part in parts if part not in kept]}
-    told = [f"{', '.join(names)} {verb}" for verb, names in groups.items() if names]
-    told += [f"images are normalised by {given.whose} mean and deviation"]
+    config.told = (f"--start {path}: {what_happened(method, prefix, given, taken, side)}",)
+    return f"--start {digest}"
+
+
+def what_happened(method: nn.Module, prefix: str, given: Start, taken: dict, side) -> str:
+    """The note of a start: what was taken over, how images are normalised, what was computed or assumed."""
+    encoder, kept = method.encoder, {part_of(name) for name in taken}
+    parts = dict.fromkeys(part_of(name) for name, _ in method.named_parameters() if not name.startswith(prefix))
+    told = [f"{', '.join(['encoder', *(part for part in parts if part in kept)])} taken over"]
+    if anew := [part for part in parts if part not in kept]:
+        told.append(f"{', '.join(anew)} starts anew")
+    told.append(f"images are normalised by {given.whose} mean and deviation")
     if side and height_and_width(side) != encoder.image_sides:
         old, new = ("{} x {}".format(*sides) for sides in (height_and_width(side), encoder.image_sides))
-        told += [f"fixed positions computed for {new} pixels, it was trained at {old}"]
-    heads = encoder.fields.get("heads")
-    if given.positions is not None and encoder.dim != 64 * heads:
-        told += [f"{heads} heads, which the file does not tell"]
-    config.told = (f"--start {path}: {'; '.join(told)}",)
-    return f"--start {digest}"
+        told.append(f"fixed positions computed for {new} pixels, it was trained at {old}")
+    if given.positions is not None and encoder.dim != 64 * encoder.fields["heads"]:
+        told.append(f"{encoder.fields['heads']} heads, which the file does not tell")
+    return "; ".join(told)
 
 
 def part_of(name: str) -> str:
