@@ -60,7 +60,7 @@ from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
 from protocols.training import applies, folder_of, run_protocol, trains_on_images
 
 HELP = ("python evaluate.py RUN [--protocol NAME ...] [--any-field value]",)
-HELP += ("Recipes of the protocols change many of these defaults.",)
+HELP += ("Recipes of the protocols change many of these defaults; RUN --protocol NAME --help shows what holds.",)
 DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy, "features": write_features}
 
 
@@ -71,12 +71,17 @@ def evaluate(argv: list):
             raise UserError(f"give the run folder first: python evaluate.py RUN {' '.join(argv)}")
         flag_parser(Config, *HELP).print_help()
         return
-    run_folder, given = Path(argv[0]), given_flags(Config, argv[1:], *HELP)
+    asked = [word for word in argv[1:] if word not in ("-h", "--help")]
+    run_folder, given = Path(argv[0]), given_flags(Config, asked, *HELP)
     if not run_folder.is_dir():
         raise UserError(f"no run folder {run_folder}; give one that train.py wrote, such as runs/magma-shapes")
     if not (run_folder / "encoder.pt").exists():
         raise UserError(f"{run_folder} holds no encoder.pt: a run writes it at the end of its first epoch")
     protocols, known = protocols_of(given), read_settings(run_folder)
+    if known.get("recipe") == "photos":
+        given = {"recipe": "photos"} | given
+    if len(asked) < len(argv) - 1:
+        return show_help(protocols, given, known, load_encoder(run_folder / "encoder.pt"))
     if protocols == ["export"]:  # without any data
         return export_encoder(run_folder, given)
     if of_run := "data" not in given:
@@ -112,6 +117,13 @@ def evaluate(argv: list):
         if rank() == 0 and any(table.values()):
             print(format_table({name: values for name, values in table.items() if values}))
             print("".join(f"{line}\n" for line in notes_on(table, protocols)), end="")
+
+
+def show_help(protocols: list, given: dict, known: dict, encoder):
+    """The flags, with the values that the last of some protocols takes for this run where they are not given."""
+    config = settings_of(protocols[-1], {"image_size": 1} | given, known.get("method", ""), width_of(encoder), 2**53)
+    recipe = f" by the recipe {config.recipe!r}" if config.recipe else ""
+    flag_parser(config, HELP[0], f"Defaults are those of --protocol {protocols[-1]}{recipe}.").print_help()
 
 
 def protocols_of(given: dict) -> list:

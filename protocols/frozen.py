@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import learning_rate
-from plumbing.crops import mix_seed
 from plumbing.errors import NonFiniteLoss, UserError
+from plumbing.images import BatchPlan
 from plumbing.probes import knn_accuracy, moderate, ridge_accuracy, unfit
 from plumbing.processes import note, on_rank_zero
 from plumbing.tables import ROWS, column_of
@@ -80,12 +80,13 @@ def fit_on_features(head: LinearHeads, features: Tensor, labels: Tensor, classes
 
     Batches, learning rates and loss are those of `Classifier` in `common.fit`. Raises NonFiniteLoss if no head is left.
     """
-    optimizer, steps = make_optimizer(head_groups(head, config), config), len(labels) // config.batch_size
+    optimizer, plan = make_optimizer(head_groups(head, config), config), BatchPlan(len(labels), config)
+    config.limit(len(plan))
     head.train()
+    steps = len(plan)
     for epoch in range(config.epochs):
-        generator = torch.Generator().manual_seed(mix_seed(config.seed, epoch, 0))
-        order = torch.randperm(len(labels), generator=generator).to(features.device)
-        for step, index in enumerate(order[: steps * config.batch_size].split(config.batch_size)):
+        for step, (index,) in enumerate(plan.draw(epoch)):
+            index = index.to(features.device)
             rate = learning_rate(epoch * steps + step, steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]

@@ -22,7 +22,7 @@ class Config(TrainConfig):
     """
 
     protocol: tuple[str, ...] = USUAL  # knn linear tran1 tran4 finetune clusters pictures finola energy features export
-    recipe: str = ""  # linear: magma finola mae; tran1, tran4: finola; finetune: mae mae_code finola ebm mixedae
+    recipe: str = ""  # linear: magma finola mae; tran1: finola; finetune: mae mae_code finola ebm mixedae; all: photos
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
@@ -92,6 +92,9 @@ FINETUNE = STRONG | {"betas": (0.9, 0.999), "weight_decay": 0.05, "batch_size": 
 FINETUNE |= {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1, "pool": "mean"}
 TRAN = STRONG | {"base_lr": 5e-4, "weight_decay": 0.1, "batch_size": 4096, "epochs": 200, "warmup_epochs": 10}
 TRAN |= {"dropout": ByWidth(0.1, 0.2, 0.2), "erase": ByWidth(0.0, 0.0, 0.25), "betas": (0.9, 0.999)}
+# Ours, for folders of any size: 1,000 or 2,000 small steps.
+PHOTOS = {"batch_size": 32, "epochs": 20, "epoch_steps": 50, "warmup_epochs": 2, "crop_min": 0.4, "smoothing": 0.1}
+PHOTOS |= {"weight_decay": 0.05, "pool": "mean"}
 RECIPES = {
     "linear": {
         # MAGMA, "Evaluation protocol"
@@ -105,9 +108,12 @@ RECIPES = {
         "mae": LINEAR
         | {"optimizer": "lars", "batch_size": 16384, "epochs": 90, "warmup_epochs": 10}
         | {"batchnorm": True, "cache": False, "pool": "cls"},
+        "photos": LINEAR
+        | {"optimizer": "sgd", "batch_size": 32, "epochs": 20, "epoch_steps": 100, "warmup_epochs": 0}
+        | {"milestones": (12, 16)},
     },
-    "tran1": {"finola": TRAN},  # FINOLA, Table 13
-    "tran4": {"finola": TRAN},
+    "tran1": {"finola": TRAN, "photos": PHOTOS | {"base_lr": 8e-3}},  # FINOLA, Table 13
+    "tran4": {"finola": TRAN, "photos": PHOTOS | {"base_lr": 8e-3}},
     "finetune": {
         "mae": FINETUNE | {"base_lr": 1e-3, "layer_decay": 0.75},  # MAE, Table 9, ViT-B
         "mae_code": FINETUNE | {"base_lr": 5e-4, "layer_decay": 0.65, "erase": 0.25},  # its release, ViT-B
@@ -118,6 +124,7 @@ RECIPES = {
         | {"base_lr": 5e-4, "batch_size": 512, "epochs": ByWidth(200, 150, 100), "drop_path": 0.0, "head": "tran1"}
         | {"layer_decay": ByWidth(0.9, 0.9, 0.85), "mixup": ByWidth(0.0, 0.2, 0.8), "dropout": 0.2, "erase": 0.25}
         | {"cutmix": ByWidth(0.0, 0.25, 1.0)},
+        "photos": PHOTOS | {"base_lr": 16e-3, "layer_decay": 0.75},
     },
 }
 DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}  # of protocols without a recipe: what is not Config's

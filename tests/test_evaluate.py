@@ -310,9 +310,9 @@ def test_protocols_that_need_labels_say_so_where_there_are_none(tmp_path, capsys
     root.mkdir()
     for i in range(12):
         Image.new("RGB", (9, 9), (i * 20, 9, 99)).save(root / f"{i}.png")
-    flags = "--image-size 8 --patch 4 --batch-size 4 --epochs 1 --warmup-epochs 0 --workers 0 --device cpu".split()
+    flags = "--image-size 8 --patch 4 --batch-size 4 --epochs 1 --warmup-epochs 0 --workers 0 --device cpu"
     data = ["--data", str(root), "--recipe", "shapes"]
-    assert train.main(["magma", *data, *flags, "--out", str(tmp_path / "run")]) == 0
+    assert train.main(["magma", *data, *flags.split(), "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "without labels         held-out loss   effective rank\ntrained encoder" in said
     assert f"next: python evaluate.py {tmp_path / 'run'} --protocol features" in said
@@ -321,3 +321,34 @@ def test_protocols_that_need_labels_say_so_where_there_are_none(tmp_path, capsys
         text = capsys.readouterr().err
         assert text == f"error: {protocol}: these images have no labels; --protocol features or pictures need none\n"
     assert evaluate.main([str(tmp_path / "run"), "--protocol", "pictures", "--workers", "0"]) == 0
+
+
+def test_help_shows_the_values_that_a_protocol_takes_for_a_run(run_folder, capsys):
+    for flags, expected in (
+        (
+            "--protocol finetune",
+            ["finetune by the recipe 'mae'", "(default: 0.75)", "RandAugment, of 10; 0 for off (default: 9.0)"],
+        ),
+        (
+            "--protocol finetune --recipe photos --epochs 4",
+            ["by the recipe 'photos'", "(default: 0.016)", "(default: 4)"],
+        ),
+        ("--protocol linear", ["linear by the recipe 'magma'", "(default: 60 80)"]),
+        ("--protocol knn", ["--protocol knn."]),
+    ):
+        assert evaluate.main([str(run_folder), *flags.split(), "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert all(part in text for part in expected), text
+    assert not (run_folder / "eval.jsonl").exists()
+
+
+def test_a_run_by_the_recipe_of_photos_is_judged_by_that_recipe(tmp_path, capsys):
+    root = write_folders(tmp_path / "set", train=6, val=3)
+    flags = "--recipe photos --image-size 8 --patch 4 --batch-size 4 --max-steps 2 --workers 0 --device cpu"
+    assert train.main(["magma", "--data", str(root), *flags.split(), "--out", str(tmp_path / "run")]) == 0
+    judged = "--protocol linear finetune --epochs 2 --epoch-steps 3 --batch-size 4 --workers 0 --device cpu"
+    assert evaluate.main([str(tmp_path / "run"), *judged.split()]) == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
+    assert [line["settings"]["recipe"] for line in lines] == ["photos", "photos"]
+    assert [line["settings"]["epoch_steps"] for line in lines] == [3, 3]
+    assert len(read_log(tmp_path / "run" / "finetune-set" / "log.jsonl")[1]) == 3
