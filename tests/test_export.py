@@ -9,11 +9,8 @@ import pytest
 import reference
 import torch
 from make import MapEncoder, rand, vit
-from texts import PAGES, blocks, section
 
-import common
 import evaluate
-from plumbing.datasets import STATISTICS as DATA
 from plumbing.encoders import save_encoder
 from protocols.export import loading_lines, timm_weights
 
@@ -205,9 +202,3 @@ def test_several_processes_export_once(tmp_path):
 def test_a_line_shows_the_mlp_ratio_only_where_it_is_not_timms(tmp_path):
     assert "mlp_ratio" not in loading_lines(vit().fields, tmp_path)
     assert "mlp_ratio=2.5" in loading_lines(vit(mlp_ratio=2.5).fields, tmp_path)
-
-
-def test_the_page_shows_what_is_printed_for_a_run_of_magma():
-    fields = common.ViT(32, 4, **common.VIT_SIZES["vit_micro"], **DATA["shapes"]).fields
-    (shown,) = blocks(section(PAGES["docs/evaluating.md"], "Weights for timm"), "")
-    assert shown == loading_lines(fields, "runs/magma-shapes/timm.pth") + "\n"

@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make import MapEncoder, seeds, settings_for, striped, subject_of, vit, write_folders, write_stl10
 from PIL import Image
-from texts import PAGES, blocks, section
 
 import evaluate
 import protocols.features
@@ -81,14 +80,6 @@ def test_a_row_is_the_picture_of_its_name_and_its_label(run, data, capsys):
         assert labels.dtype == np.int64 and classes == ["ant", "bee"]
         assert [classes[label] for label in labels] == [name.split("/")[1] for name in names]
     assert not (run / "eval.jsonl").exists()
-
-
-def test_the_files_are_read_as_the_page_says(run, data):
-    assert evaluate.main(command(run, data)) == 0
-    (code,) = blocks(section(PAGES["docs/evaluating.md"], "Features of pictures"), "python")
-    names = {}
-    exec(code.replace("RUN", str(run)).replace("DIR", "photos"), names)  # noqa: S102
-    assert names["features"].shape == (24, 16) and len(names["names"]) == 24
 
 
 def test_the_features_are_the_same_at_any_batch_size(run, data, tmp_path):

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from make import rand
+from make import rand, settings_for, subject_of, vit
 from texts import PAGES, blocks, section, source
 from torch import nn
 
 import common
+from plumbing.datasets import STATISTICS
 from plumbing.encoders import save_encoder
+from protocols.export import loading_lines
+from protocols.features import write_features
 
 # --- pure functions --------------------------------------------------------------------------------------------------
 
@@ -240,7 +243,7 @@ def test_every_method_has_a_piece_to_lift_out():
 
 
 def test_every_block_of_python_is_tried():
-    """As a piece, its imports, one of the tests below, or in tests/test_decoding.py and tests/test_features.py."""
+    """As a piece, its imports, one of the other tests below, or in tests/test_decoding.py."""
     tried = {code for piece in PIECES for code in piece[3:]} | {*USE, *LOAD, *BRIGHTEN, *FEATURES}
     assert {code for text in PAGES.values() for code in blocks(text, "python")} == tried
 
@@ -265,3 +268,16 @@ def test_the_encoder_of_a_run_gives_features(tmp_path):
     save_encoder(encoder, path)
     images = rand(2, 3, 32, 32)
     torch.testing.assert_close(run(USE[0], tmp_path, images=images)["features"], encoder(images))
+
+
+def test_features_are_read_as_the_page_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_features(tmp_path, {}, subject_of(vit()), settings_for("features", "RUN", data="DIR"))
+    names = run(FEATURES[0], tmp_path)
+    assert names["features"].shape == (96, 16) and names["names"] == [str(i) for i in range(96)]
+
+
+def test_the_page_shows_what_export_prints_for_a_run_of_magma():
+    fields = common.ViT(32, 4, **common.VIT_SIZES["vit_micro"], **STATISTICS["shapes"]).fields
+    (shown,) = blocks(section(PAGES["docs/evaluating.md"], "Weights for timm"), "")
+    assert shown == loading_lines(fields, "runs/magma-shapes/timm.pth") + "\n"
