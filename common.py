@@ -656,7 +656,7 @@ class Method(nn.Module):
         return {name: sum(part[name] for part in logged) / len(logged) for name in logged[0]}
 
     def probe(self, encode, train, test, config: TrainConfig) -> dict:
-        """What an epoch is judged by: accuracies to log. `encode` is the encoder under autocast."""
+        """What an epoch is judged by: figures to log. `encode` is the encoder under autocast."""
         return probe(encode, train, test, config.image_size, config.probe_images)
 
     def pictures(self, images: Tensor) -> Tensor:
@@ -669,11 +669,11 @@ METHODS |= {"mlo_mae": "MultiLevelMAE"}  # file: class
 
 
 def fit(method: Method, train, test, config: TrainConfig) -> dict:
-    """Train a method and return the probes' accuracies: {"trained": {...}, "untrained": {...}, "pixels": {...}}.
+    """Train a method and return what was measured: {"trained": {...}, "untrained": {...}, "pixels": {...}}.
 
-    Runs in one process or in each of several (torchrun). Writes the run folder `config.out`: config.json, log.jsonl,
-    last.pt, encoder.pt, pictures.png. Everything random in step t comes from generators seeded by (seed, t, rank), so a
-    run that was killed and resumed equals one that was not.
+    Runs in one process or in each of several (torchrun). Writes the run folder `config.out` (docs/runs.md lists its
+    files). Everything random in step t comes from generators seeded by (seed, t, rank), so a run that was killed and
+    resumed equals one that was not.
     Raises UserError for a configuration that cannot run, NonFiniteLoss, and Stopped after a signal.
     """
     config.check()  # it may have been changed since it was made

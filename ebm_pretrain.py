@@ -124,7 +124,8 @@ def grayscale(images: Tensor) -> Tensor:
     Grey is luma by the weights of ITU-R BT.601.
     """
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype).view(3, 1, 1)
-    return (images * weights.to(images.device, non_blocking=True)).sum(dim=1, keepdim=True).expand_as(images)
+    weights = weights.to(images.device, non_blocking=True)  # a copy that the CPU does not wait for
+    return (images * weights).sum(dim=1, keepdim=True).expand_as(images)
 
 
 def mixed(corrupted: list, generator=None) -> Tensor:

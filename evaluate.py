@@ -31,7 +31,6 @@ The recipes are the papers' (protocols/settings.py names the tables); docs/evalu
 """
 
 import functools
-import math
 import sys
 import time
 from pathlib import Path
@@ -84,7 +83,8 @@ def evaluate(argv: list):
         return show_help(protocols, given, known, load_encoder(run_folder / "encoder.pt"))
     if protocols == ["export"]:  # without any data
         return export_encoder(run_folder, given)
-    if of_run := "data" not in given:
+    of_run = "data" not in given
+    if of_run:
         if "data" not in known:
             raise UserError(f"{run_folder} has no config.json to tell the data set; give --data")
         if known["data"] not in DATASETS and not Path(known["data"]).is_dir():
@@ -116,11 +116,13 @@ def evaluate(argv: list):
     finally:
         if rank() == 0 and any(table.values()):
             print(format_table({name: values for name, values in table.items() if values}))
-            print("".join(f"{line}\n" for line in notes_on(table, protocols)), end="")
+            for line in notes_on(table, protocols):
+                print(line)
 
 
 def show_help(protocols: list, given: dict, known: dict, encoder):
     """The flags, with the values that the last of some protocols takes for this run where they are not given."""
+    # No data are read: a size that passes, and more images than any batch.
     config = settings_of(protocols[-1], {"image_size": 1} | given, known.get("method", ""), width_of(encoder), 2**53)
     recipe = f" by the recipe {config.recipe!r}" if config.recipe else ""
     flag_parser(config, HELP[0], f"Defaults are those of --protocol {protocols[-1]}{recipe}.").print_help()
@@ -180,9 +182,8 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
         for subject in subjects if protocol not in DRAWING else ():
             if applies(protocol, subject, config):
                 found = run_protocol(protocol, subject, config)
-                # JSON knows no nan: a head that diverged, a ratio over zero.
-                results[subject.name] = {name: v if math.isfinite(v) else None for name, v in found.items()}
-                table[subject.name] |= results[subject.name]
+                results[subject.name] = found
+                table[subject.name] |= found
         if rank() == 0:
             line = record(protocol, config, subjects[0], results, time.perf_counter() - started)
             append_line(run_folder / "eval.jsonl", json_text(line))

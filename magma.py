@@ -425,6 +425,7 @@ def jitter(images: Tensor, strength: dict, generator=None) -> Tensor:
     def factor(name):
         return draw(max(0.0, 1 - strength[name]), 1 + strength[name])
 
+    # Copies that the CPU does not wait for.
     luma = torch.tensor([0.299, 0.587, 0.114], dtype=images.dtype).to(**like, non_blocking=True).expand(3, 3)
     identity = torch.eye(3, **like)
     brightness, contrast, saturation = factor("brightness"), factor("contrast"), factor("saturation")

@@ -27,8 +27,9 @@ Train it:  python train.py mlo_mae                                    on built-i
 
 Choices that change a number (docs/mlo_mae.md has all of them, and what the authors' code does):
 * Level I's loss is a mean over masked patches, as in the code, not a sum as in Eq. 1 (`--normalization sum`).
-* The hypergradient is exact, has the learning rates of Eq. 9 to 11 (`--no-lr-factors`) and is taken where the step
-  started, in the code where it ended. It reaches T through the weights of Eq. 1 alone (`--mask-gradient`).
+* The hypergradient is exact for plain gradient steps, has the learning rates of Eq. 9 to 11 (`--no-lr-factors`) and is
+  taken where the step started, in the code where it ended. It reaches T through the weights of Eq. 1 alone
+  (`--mask-gradient`).
 * Level I sees the 80 % of the training images that level II sees, in the code all (`--level1-data all`).
 * Learning rates and unrolling steps are those of Tables 11 and 12; section 3.3 and the code have others.
 """
@@ -181,10 +182,10 @@ def hypergradient(
     level_1(encoder, masking), level_2(encoder, head) and level_3(encoder, head) are losses of parameters; `encoder` and
     `head` are pairs, before and after their step:
         E' = E - lr_encoder dL1/dE(E, T),   C' = C - lr_head dL2/dC(E', C).
-    The first term of Eq. 9 is 0, as level III does not see T. `paths` are those that count: encoder is val -> E' ->
-    T, head is val -> C' -> E' -> T. With both learning rates at 1 they weigh as in the authors' code. `method` is
-    exact or finite_difference, with its `radius`. `mean` averages over the processes: each sees a part of the
-    batches, and a product of derivatives is not the mean of its parts.
+    (Eq. 11 is printed without the second minus.) The first term of Eq. 9 is 0, as level III does not see T. `paths` are
+    those that count: encoder is val -> E' -> T, head is val -> C' -> E' -> T. With both learning rates at 1 they weigh
+    as in the authors' code. `method` is exact or finite_difference, with its `radius`. `mean` averages over the
+    processes: each sees a part of the batches, and a product of derivatives is not the mean of its parts.
     """
     (encoder_before, encoder_after), (head_before, head_after) = encoder, head
     # Little lies between the head and level II's loss (reverse), and between T's weights and level I's (forward).
@@ -542,7 +543,8 @@ class MultiLevelMAE(Method):
 
 class LevelPlan(BatchPlan):
     """Which images a cycle loads: a batch for each step of level I, one for level II, and one for level III where T
-    learns in it. An epoch is one pass of level II over its images, `trained_on`; level III has those `held_out`.
+    learns in it. An epoch is one pass of level II over its images, `trained_on`, or --epoch-steps cycles; level III has
+    those `held_out`.
 
     An example: ten images, 8 and 9 held out, batch_size 2, unrolling 2, update_every 2. An epoch has four cycles. For
     the first `draw` gives (4, 2) indices: two batches for level I and one for level II, out of 0 to 7, and one for

@@ -2,8 +2,8 @@
 
 python train.py magma                                   built-in pictures, a few minutes on a laptop
 python train.py magma --data cifar10 --root DIR         a data set on disk
-python train.py magma --data DIR                        your own pictures: DIR/train/<class>/*, DIR/val/<class>/*
-python train.py magma --data DIR --recipe shapes        the same, at laptop size
+python train.py magma --data DIR --recipe photos        your own pictures, with classes or without, at laptop size
+python train.py magma --data DIR                        the same, by the paper's settings for ImageNet
 python train.py magma --epochs 48 --out runs/longer     any field of the method's Config is a flag
 python train.py magma --resume                          go on with a run that was stopped
 torchrun --nproc_per_node=8 train.py magma              many GPUs, or many CPU processes

@@ -100,8 +100,8 @@ def load_data(
     except OSError as error:  # no permission, a broken link, a folder that is gone
         raise UserError(f"the data of {name} cannot be read ({reason_of(error)})") from None
     if "/" in name:
-        raise UserError(f"no folder {name}; expected one with train/<class>/* and val/<class>/*")
-    raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder with train/<class>/* and val/<class>/*")
+        raise UserError(f"no folder {name}; expected one with pictures")
+    raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder of pictures")
 
 
 def find_home(name: str, root: Path, download: bool = False) -> Path:

@@ -23,13 +23,17 @@ except ImportError:  # Windows
     fcntl = None
 
 
+def data_name(data: str) -> str:
+    """What a data set is called in the names of folders, where those of "." and "/" would be empty."""
+    return Path(os.path.abspath(data)).name or "root"
+
+
 def run_folder(name: str, config: TrainConfig) -> Path:
     """Where a method's run is written."""
-    data = Path(os.path.abspath(config.data)).name or "root"  # the names of "." and "/" are empty
-    return Path(config.out or f"runs/{name}-{data}")
+    return Path(config.out or f"runs/{name}-{data_name(config.data)}")
 
 
-LATER = {"epoch_steps": 0, "start": ""}  # settings that were added, as runs of before had them
+LATER = {"epoch_steps": 0, "start": ""}  # settings added later, with the value that earlier runs had
 
 
 def identity_of(method, train, config: TrainConfig, stepper) -> dict:
@@ -68,7 +72,8 @@ def refuse_other_pictures(out: Path, listing: bytes):
 def refuse_among_pictures(out: Path, config: TrainConfig):
     """Raise UserError for a run folder that would be a class of its own data, with a picture, at the next start."""
     root = Path(config.data if os.path.isdir(config.data) else config.root)
-    for part in (root / "train", root / "val"):
+    parts = [part for part in (root / "train", root / "val") if part.is_dir()]
+    for part in parts or [root] * os.path.isdir(config.data):  # a folder without train is all pictures
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(part)):
             raise UserError(f"the run folder {out} lies among the images of {part}; choose another by --out")
 

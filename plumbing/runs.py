@@ -78,7 +78,7 @@ def restore_run(method, stepper, out: Path, first_step: int) -> Meter:
         method.load_state_dict(state["weights"])
         stepper.optimizer.load_state_dict(state["optimizer"])
         stepper.scaler.load_state_dict(state["scaler"])
-        return Meter({name: float(total) for name, total in state["sums"].items()}, int(state["count"]))
+        return Meter({name: float(value) for name, value in state["sums"].items()}, int(state["count"]))
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -218,11 +218,12 @@ class Run:
     def held_out_loss(self) -> float:
         """The loss on at most 512 pictures that are not trained on, cropped, mixed and masked the same way each time.
 
-        In batches as large as those of training, whose size a loss may depend on: a few pictures come several times.
+        In batches as large as those of training in one process, since a loss may depend on their size: a few pictures
+        come several times.
         """
         config, method, losses = self.config, self.method, []
         size = min(config.batch_size // config.accumulate, 512)
-        size -= size % getattr(method, "group", 1)
+        size -= size % getattr(method, "group", 1)  # MixedAE mixes groups of so many
         order = shuffled(len(self.test), max(1, min(512, len(self.test)) // size) * size, config.seed)
         plan = [(mix_seed(config.seed, i, 4), part) for i, part in enumerate(order.split(size))]
         scale = (config.crop_min, 1.0)

@@ -25,7 +25,7 @@ from plumbing.processes import world_size
 class TrainConfig:
     """The settings of the loop; each method's Config adds its own. Raises UserError where one makes no sense."""
 
-    data: str = "shapes"  # name of a data set, or a folder with train/<class>/* and val/<class>/*
+    data: str = "shapes"  # name of a data set, or a folder of pictures
     recipe: str = ""  # data set whose recipe is taken, by default that of --data: shapes has laptop sizes
     root: str = "data"  # folder that holds the files of a named data set
     download: bool = False  # fetch the files of a named data set where they are missing
@@ -34,7 +34,7 @@ class TrainConfig:
     image_size: int = 224  # side of the crops, in pixels
     crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
     flip: float = 0.5  # probability of a mirror image
-    epochs: int = 100  # passes over the training images
+    epochs: int = 100  # passes over the training images, or so many times epoch_steps
     epoch_steps: int = 0  # steps of an epoch, 0 for one pass; more of them take the images several times
     max_steps: int = 0  # most steps of the run, 0 for no limit: fewer epochs or a part of one, to try a command
     batch_size: int = 256  # images a step, over all processes and accumulated parts

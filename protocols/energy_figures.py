@@ -8,6 +8,7 @@ from ebm_pretrain import EnergyPretraining, sample
 from plumbing.errors import UserError
 from plumbing.probes import labelled
 from plumbing.processes import autocast
+from plumbing.run_files import data_name
 from protocols.figures import Album, panels
 from protocols.rows import Subject, method_for
 from protocols.settings import Config
@@ -22,7 +23,7 @@ def draw_energy(run_folder: Path, known: dict, subject: Subject, config: Config)
         raise UserError(
             "--protocol energy needs --objective energy with --steps 1 or more: this run has no chain to follow"
         )
-    album = Album(Path(config.out) / "energy", f"energy on {Path(config.data).name}")
+    album = Album(Path(config.out) / "energy", f"energy on {data_name(config.data)}")
     images = subject.one_a_class(config)
     for task in method.tasks:
         torch.manual_seed(config.seed)

@@ -22,7 +22,7 @@ from plumbing.files import json_text, write_atomically
 from plumbing.images import FolderImages, MemoryImages
 from plumbing.probes import pooled_features
 from plumbing.processes import autocast, give_back_memory, note, pick_precision
-from plumbing.run_files import digest_of, lock_run
+from plumbing.run_files import data_name, digest_of, lock_run
 from protocols.heads import token_features
 from protocols.rows import Subject
 from protocols.settings import Config
@@ -45,7 +45,7 @@ def write_features(run_folder: Path, known: dict, subject: Subject, config: Conf
     if config.pool and not isinstance(subject.encoder, ViT):
         raise UserError(f"--pool {config.pool} is for transformers, this encoder is a {kind}: leave it out")
     subject.use_pool(config)
-    name, written = Path(os.path.abspath(config.data)).name or "root", []
+    name, written = data_name(config.data), []
     for split in ("train", "test"):
         data, folder = getattr(subject, split), f"{name}-{split}" + "-tokens" * config.tokens
         if len(data):

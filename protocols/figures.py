@@ -15,7 +15,7 @@ from plumbing.errors import UserError
 from plumbing.files import write_atomically
 from plumbing.pictures import save_pictures
 from plumbing.processes import autocast
-from plumbing.run_files import read_log
+from plumbing.run_files import data_name, read_log
 from plumbing.tables import column_of
 from protocols.rows import Subject, method_of
 from protocols.settings import Config
@@ -24,7 +24,7 @@ from protocols.settings import Config
 def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
     """Write all that there is to see of a run into its folder `pictures`; returns the paths, and no figures."""
     encoder, notes, name = subject.encoder, [], known.get("method", "encoder")
-    album = Album(Path(config.out) / "pictures", f"{name} on {Path(config.data).name}")
+    album = Album(Path(config.out) / "pictures", f"{name} on {data_name(config.data)}")
     subject.use_pool(config)
     images = subject.one_a_class(config)
 
@@ -58,7 +58,7 @@ def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Confi
 
     features, labels = subject.features("test", config)
     album.chart("features", feature_map(features, labels, subject.test.classes, f"{album.title}: test features"))
-    title = f"{name} on {Path(known.get('data', '')).name}"  # what it was trained on
+    title = f"{name} on {data_name(known.get('data', ''))}"  # what it was trained on
     curves = learning_curves(read_log(run_folder / "log.jsonl")[1], title, known)
     if curves:
         album.chart("curves", curves)

@@ -18,6 +18,7 @@ from finola import (
 )
 from plumbing.probes import labelled
 from plumbing.processes import autocast
+from plumbing.run_files import data_name
 from protocols.figures import Album, beside, panels, stretch, wide
 from protocols.rows import Subject, method_for
 from protocols.settings import Config
@@ -28,7 +29,7 @@ COMPONENTS = (1, 4, 16, 64, 192, 768)  # of Fig. 15
 def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
     """FINOLA's analysis of a run, into its folder `finola`; returns the paths and the figures for the table."""
     method = method_for("finola", "finola", subject, run_folder, known, config)
-    album = Album(Path(config.out) / "finola", f"{method.config.variant} on {Path(config.data).name}")
+    album = Album(Path(config.out) / "finola", f"{method.config.variant} on {data_name(config.data)}")
     images, found = subject.one_a_class(config), look_into_finola(method, subject, config)
     if "q" in found:
         with torch.no_grad(), autocast(config.amp, subject.device):

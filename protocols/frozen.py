@@ -81,7 +81,6 @@ def fit_on_features(head: LinearHeads, features: Tensor, labels: Tensor, classes
     Batches, learning rates and loss are those of `Classifier` in `common.fit`. Raises NonFiniteLoss if no head is left.
     """
     optimizer, plan = make_optimizer(head_groups(head, config), config), BatchPlan(len(labels), config)
-    config.limit(len(plan))
     head.train()
     steps = len(plan)
     for epoch in range(config.epochs):

@@ -22,7 +22,7 @@ class Config(TrainConfig):
     """
 
     protocol: tuple[str, ...] = USUAL  # knn linear tran1 tran4 finetune clusters pictures finola energy features export
-    recipe: str = ""  # linear: magma finola mae; tran1: finola; finetune: mae mae_code finola ebm mixedae; all: photos
+    recipe: str = ""  # linear: magma finola mae; tran*: finola; finetune: mae mae_code finola ebm mixedae; all: photos
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
@@ -170,9 +170,11 @@ def settings_of(protocol: str, given: dict, method: str, dim: int, images: int) 
     config = Config(**values)
     config.moved = moved
     if trained:
-        check_batch(config)  # `fit` prints the notes of the settings
-    for text in config.notes() if protocol in RECIPES and not trained else ():
-        note(f"{protocol}: {text}")
+        check_batch(config)  # `fit` holds it to --max-steps, and prints the notes of the settings
+    elif protocol in RECIPES:
+        config.limit(config.epoch_steps or images // config.batch_size)
+        for text in config.notes():
+            note(f"{protocol}: {text}")
     if config.batchnorm and config.batch_size < 2 * parts:
         raise UserError(f"--batchnorm needs two images in each part of a batch, {config.batch_size} are too few")
     return config

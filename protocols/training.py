@@ -14,6 +14,7 @@ from plumbing.errors import UserError
 from plumbing.files import load_checkpoint
 from plumbing.probes import features_of, labelled, pooled_features
 from plumbing.processes import autocast, note, on_rank_zero
+from plumbing.run_files import data_name
 from protocols.augment import mix_labels, rand_augment, random_erase
 from protocols.frozen import run_clusters, run_knn, run_linear, without_value
 from protocols.heads import (
@@ -159,7 +160,8 @@ def train_classifier(protocol: str, subject: Subject, config: Config) -> dict:
     method = Classifier(protocol, copy.deepcopy(subject.encoder), head, classes, config).to(subject.device)
     # What the training does not depend on must not keep it from being resumed.
     fields = {name: getattr(Config, name) for name in OUTSIDE} | {"out": str(folder_of(protocol, subject, config))}
-    config = dataclasses.replace(config, protocol=(protocol,), **fields)
+    moved, config = config.moved, dataclasses.replace(config, protocol=(protocol,), **fields)
+    config.moved = moved  # which is no field
     fit(method, subject.train, subject.test, config)
     method.eval()
     result = on_rank_zero(lambda: method.probe(None, subject.train, subject.test, config))
@@ -172,7 +174,8 @@ def start_from_probe(head: nn.Module, kind: str, subject: Subject, config: Confi
     state = load_checkpoint(path) if path.exists() else {}
     try:
         found = state["identity"]
-        last = found["images"] // found["batch_size"] * found["epochs"]  # its last step
+        steps = found.get("epoch_steps") or found["images"] // found["batch_size"]
+        last = steps * found["epochs"]
         fits = (found["origin"], found["data"], state["step"]) == (digest(subject.encoder), config.data, last)
         weights = {name[5:]: value for name, value in state["weights"].items() if name.startswith("head.")}
     except (KeyError, TypeError, AttributeError, ArithmeticError):  # no file, or one of something else
@@ -189,5 +192,5 @@ def start_from_probe(head: nn.Module, kind: str, subject: Subject, config: Confi
 
 def folder_of(protocol: str, subject: Subject, config: Config) -> Path:
     """The run folder of a protocol that trains on images."""
-    name = f"{protocol}-{Path(config.data).name}"
+    name = f"{protocol}-{data_name(config.data)}"
     return Path(config.out) / (name if subject.name == "trained" else f"{name}-{subject.name}")

@@ -333,9 +333,7 @@ def test_the_held_out_loss_is_that_of_batches_as_large_as_in_training(count, tmp
 def test_a_few_held_out_pictures_are_mixed_in_whole_groups(tmp_path):
     recipe = "--image-size 8 --epochs 1 --batch-size 8 --warmup-epochs 0 --probe-every 1 --cell 1"
     with narrow_networks():
-        config = read_flags(
-            mixedae.Config, mixedae.RECIPES, [*recipe.split(), "--out", str(tmp_path / "run")]
-        )
+        config = read_flags(mixedae.Config, mixedae.RECIPES, [*recipe.split(), "--out", str(tmp_path / "run")])
         torch.manual_seed(0)
         results = common.fit(mixedae.MixedAE(config, unlabelled()), unlabelled(), unlabelled(3), config)
     assert 0 < results["trained"]["held_out_loss"] < 10
