@@ -266,6 +266,23 @@ def test_no_run_is_written_among_its_pictures(place, root, tmp_path):
     assert sorted(root.rglob("*")) == before
 
 
+@pytest.mark.parametrize("place", ["", "run", "bee/run"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_no_run_is_written_into_a_folder_that_is_all_pictures(place, flat, root, tmp_path):
+    for path in sorted((root / "train").rglob("*.png")):
+        kept = root / (path.name if flat else path.parent.name) / (path.parent.name if flat else path.name)
+        new = root / f"{path.parent.name} {path.name}" if flat else kept
+        new.parent.mkdir(exist_ok=True)
+        path.rename(new)
+    shutil.rmtree(root / "train")
+    shutil.rmtree(root / "val")
+    before = sorted(root.rglob("*"))
+    with pytest.raises(UserError, match=r"^the run folder .* lies among the images of .*photos; choose another"):
+        train_on(root, root / place)
+    assert sorted(root.rglob("*")) == before
+    train_on(root, tmp_path / "run")
+
+
 def test_a_run_may_be_written_beside_its_pictures(root):
     train_on(root, root / "trained")
     assert load_data(str(root)).classes == ["ant", "bee"]

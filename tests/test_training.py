@@ -114,14 +114,16 @@ def test_finetuning_learns_and_logs_its_test_accuracy(tmp_path):
 # --- FINOLA's decoder, probed and then fine-tuned --------------------------------------------------------------------
 
 
-def test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("steps", [0, 2])
+def test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended(steps, tmp_path, monkeypatch, capsys):
     """FINOLA, Appendix C: the decoder weights are initialised from the tran-1 probing stage."""
     subject, started, fit = subject_of(vit(depth=3)), [], training.fit
+    quick = QUICK | {"epoch_steps": steps}
     monkeypatch.setattr(training, "fit", lambda m, *a: started.append(copy.deepcopy(m.head.state_dict())) or fit(m, *a))
-    run_protocol("finetune", subject, settings_for("finetune", tmp_path / "a", head="tran1", **QUICK))
+    run_protocol("finetune", subject, settings_for("finetune", tmp_path / "a", head="tran1", **quick))
     assert "holds no finished probe of this encoder; --protocol tran1 makes one" in capsys.readouterr().out
-    run_protocol("tran1", subject, settings_for("tran1", tmp_path / "b", **QUICK))
-    run_protocol("finetune", subject, settings_for("finetune", tmp_path / "b", head="tran1", **QUICK))
+    run_protocol("tran1", subject, settings_for("tran1", tmp_path / "b", **quick))
+    run_protocol("finetune", subject, settings_for("finetune", tmp_path / "b", head="tran1", **quick))
     assert len(started) == 3
     probed = load_checkpoint(tmp_path / "b" / "tran1-stripes" / "last.pt")["weights"]
     for name, value in started[2].items():
@@ -130,7 +132,7 @@ def test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended(tmp_path,
 
     with torch.no_grad():
         subject.encoder.norm.bias += 1  # another encoder: neither its old decoder nor an old run of its own is taken
-    config = settings_for("finetune", tmp_path / "b", head="tran1", **QUICK)
+    config = settings_for("finetune", tmp_path / "b", head="tran1", **quick)
     capsys.readouterr()
     with pytest.raises(UserError, match=r"finetune-stripes was trained otherwise \(origin \w+ -> \w+\)"):
         run_protocol("finetune", subject, dataclasses.replace(config, resume=True))
