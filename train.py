@@ -66,10 +66,10 @@ def train(argv: list):
     method = getattr(module, METHODS[name])(config, data).to(device)
     results = fit(method, data, test, config)
     if rank() == 0 and results:
-        out = shlex.quote(str(run_folder(method.name, config)))
+        out, seen = (shlex.quote(str(run_folder(method.name, config) / name)) for name in ("", "pictures.png"))
         print(format_table(results, "accuracy (%)" if len(data.classes) else "without labels"))
         judge = "linear pictures --untrained --pixels" if len(data.classes) else "features"
-        print(f"see {out}/pictures.png; next: python evaluate.py {out} --protocol {judge}")
+        print(f"see {seen}; next: python evaluate.py {out} --protocol {judge}")
 
 
 def main(argv: list) -> int:

@@ -15,6 +15,7 @@ from plumbing.processes import note, on_rank_zero
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 CLASSES = {"tinyimagenet": 200, "imagenet100": 100, "imagenet": 1000}  # of sets whose classes are folders
+UNREAD = (".heic", ".heif", ".avif", ".gif", ".bmp", ".tif", ".tiff")  # of pictures that are left out
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 # What macOS, Windows, network drives and Python leave in folders, besides all that begins with a dot.
 LEFTOVERS = {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "@recycle"}
@@ -147,7 +148,9 @@ def read_folders(
     flat = [x for x in beside if is_image(x)]
     if not name and (flat or len(classes) < 2):
         if flat and classes and not tests:
-            note(f"{len(flat)} picture(s) beside the folders of {train}, such as {flat[0]}: so these are no classes")
+            note(
+                f"pictures lie beside the folders of {train}, such as {flat[0]}: so the folders are not taken for classes"
+            )
         paths, others = images_below(home)
         classes, labels = [], [-1] * len(paths)
     else:
@@ -156,6 +159,8 @@ def read_folders(
     if not paths:
         flat = sum(map(is_image, os.listdir(home)))
         instead = f", but {flat} beside these; move each into the folder of its class" if flat else ""
+        if unread := [path for path in others if path.lower().endswith(UNREAD)]:
+            instead = f", but {len(unread)} like {unread[0]}; convert them to JPEG"
         where = "in a class folder of" if classes else "below"
         raise UserError(f"no image ({' '.join(IMAGE_ENDINGS)}) {where} {home}{instead}")
     told = []
@@ -167,8 +172,13 @@ def read_folders(
         told.append(f"{len(chosen)} of {len(paths)} pictures are held out to test on, since there is no {root / 'val'}")
         kept = [i for i, x in enumerate(below) if (x in chosen) == tests]
         paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
+        if len(chosen) < 30:
+            told[0] += "; so few say little: a val of your own would say more"
     if not classes:
         told.append(f"no labels: {train} has no folders that are classes")
+    if unread := [path for path in others if path.lower().endswith(UNREAD)]:
+        told.append(f"{len(unread)} pictures like {unread[0]} are left out: convert them to JPEG to have them")
+        others = [path for path in others if path not in set(unread)]
     if others:
         told.append(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
     if cache_folder() is None:

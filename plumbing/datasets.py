@@ -100,7 +100,8 @@ def load_data(
     except OSError as error:  # no permission, a broken link, a folder that is gone
         raise UserError(f"the data of {name} cannot be read ({reason_of(error)})") from None
     if "/" in name:
-        raise UserError(f"no folder {name}; expected one with pictures")
+        instead = "it is a file: give the folder it lies in" if Path(name).is_file() else "give a folder of pictures"
+        raise UserError(f"no folder {name}; {instead}")
     raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder of pictures")
 
 

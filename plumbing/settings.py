@@ -26,7 +26,7 @@ class TrainConfig:
     """The settings of the loop; each method's Config adds its own. Raises UserError where one makes no sense."""
 
     data: str = "shapes"  # name of a data set, or a folder of pictures
-    recipe: str = ""  # data set whose recipe is taken, by default that of --data: shapes has laptop sizes
+    recipe: str = ""  # whose settings are taken, by default those for --data: photos is for any folder, on a laptop
     root: str = "data"  # folder that holds the files of a named data set
     download: bool = False  # fetch the files of a named data set where they are missing
     skip_bad_images: bool = False  # leave out images that cannot be read instead of stopping
@@ -98,7 +98,8 @@ class TrainConfig:
         if self.moved:
             (_, before, after), *others = self.moved
             changes = ", ".join(f"{flag(field)} {words(a)} -> {words(b)}" for field, a, b in others)
-            lines.append(f"{epochs} {'shortens' if after < before else 'lengthens'} the recipe of {before}: {changes}")
+            given = f"--max-steps {self.max_steps}" if self.max_steps else epochs
+            lines.append(f"{given} {'shortens' if after < before else 'lengthens'} the recipe of {before}: {changes}")
         if self.max_steps:
             part = f" of {self.epoch_steps} steps" if self.epoch_steps else ""
             probed = f"probes take {self.probe_images or 'all'} images at most"
@@ -283,4 +284,7 @@ def check_batch(config: TrainConfig, images: int | None = None):
             f"change --batch-size or --accumulate"
         )
     if images is not None and config.batch_size > images:
-        raise UserError(f"a batch of {config.batch_size} is larger than the data set of {images}; lower --batch-size")
+        laptop = "" if config.recipe else ", or take a laptop's settings by --recipe photos"
+        raise UserError(
+            f"a batch of {config.batch_size} is larger than the data set of {images}; lower --batch-size{laptop}"
+        )

@@ -499,8 +499,8 @@ plumbing/images.py tests/test_images.py::test_batch_plan_splits_the_same_global_
 + self.config.batch_size, mix_seed(self.config.seed, 0))
 
 protocols/frozen.py tests/test_frozen.py::test_cached_linear_probe_equals_one_that_encodes_in_every_epoch
-- manual_seed(mix_seed(config.seed, epoch, 0))
-+ manual_seed(mix_seed(config.seed, 0))
+- enumerate(plan.draw(epoch))
++ enumerate(plan.draw(0))
 
 plumbing/runs.py tests/test_common.py::test_a_resumed_run_goes_on_with_its_loss_scale
 - stepper.scaler.load_state_dict(state["scaler"])
@@ -511,7 +511,7 @@ common.py tests/test_common.py::test_the_loop_scales_the_learning_rate_of_each_g
 + self.rate(step)
 
 protocols/frozen.py tests/test_frozen.py::test_class_cosines_match_naive_loop_over_pairs
-- (within - len(unit))
+- (within - alone)
 + within
 
 protocols/frozen.py tests/test_frozen.py::test_the_gap_of_cosines_is_that_of_centred_features
@@ -573,7 +573,7 @@ protocols/training.py tests/test_training.py::test_classifier_freezes_the_encode
 +             self.encoder.eval()
 
 protocols/training.py tests/test_training.py::test_finetuning_does_not_start_from_a_probe_that_is_not_finished
-- , state.get("step")) == (digest(subject.encoder), config.data, last)
+- , state["step"]) == (digest(subject.encoder), config.data, last)
 + ) == (digest(subject.encoder), config.data)
 
 protocols/training.py tests/test_training.py::test_a_network_from_random_weights_has_no_layer_decay
@@ -1041,8 +1041,8 @@ plumbing/run_files.py tests/test_run_files.py::test_no_run_is_written_among_its_
 + if out.is_relative_to(part):
 
 plumbing/run_files.py tests/test_run_files.py::test_a_run_folder_is_called_by_the_folder_of_its_data
-- data = Path(os.path.abspath(config.data)).name or "root"
-+ data = Path(config.data).name
+- return Path(os.path.abspath(data)).name or "root"
++ return Path(data).name
 
 evaluate.py tests/test_evaluate.py::test_other_pictures_than_the_runs_are_told_where_none_are_asked_for
 - if of_run and rank() == 0:
@@ -1147,6 +1147,66 @@ ebm_pretrain.py tests/test_start.py::test_every_method_of_transformers_starts_fr
 mixedae.py tests/test_start.py::test_every_method_of_transformers_starts_from_maes_release
 - self.origin = start_from(self, config, VIT_SIZES)
 + self.origin = ""
+
+plumbing/class_folders.py tests/test_class_folders.py::test_the_share_that_is_held_out_is_five_percent_and_has_a_limit
+- 0.05 * 2**64
++ 0.06 * 2**64
+
+plumbing/class_folders.py tests/test_class_folders.py::test_the_share_that_is_held_out_is_five_percent_and_has_a_limit
+- set(share[:5000] or order[:1])
++ set(share or order[:1])
+
+plumbing/class_folders.py tests/test_class_folders.py::test_folders_of_many_kinds_are_read
+- if (x in chosen) == tests]
++ if (x in chosen) >= tests]
+
+plumbing/class_folders.py tests/test_class_folders.py::test_linked_folders_are_not_entered
+- is_leftover(x) or os.path.islink(os.path.join(place, x))
++ is_leftover(x)
+
+plumbing/images.py tests/test_images.py::test_shuffled_takes_every_image_once_in_each_pass
+- return torch.cat(passes)[:wanted]
++ return torch.cat(passes)[-wanted:]
+
+plumbing/images.py tests/test_images.py::test_an_epoch_may_have_any_number_of_steps
+- self.config.epoch_steps or self.images // self.config.batch_size
++ self.images // self.config.batch_size
+
+plumbing/settings.py tests/test_settings.py::test_max_steps_takes_as_many_steps_as_fit
+- epochs = max(1, self.max_steps // steps)
++ epochs = max(1, self.max_steps // steps - 1)
+
+plumbing/settings.py tests/test_settings.py::test_max_steps_takes_as_many_steps_as_fit
+- self.epoch_steps = self.max_steps if self.max_steps < steps
++ self.epoch_steps = self.max_steps if self.max_steps <= steps
+
+plumbing/probes.py tests/test_probes.py::test_effective_rank_is_that_of_rankmes_equations
+- torch.finfo(values.dtype).tiny) + 1e-7
++ torch.finfo(values.dtype).tiny)
+
+plumbing/probes.py tests/test_probes.py::test_a_probe_without_labels_tells_the_rank_alone
+- if len(data.classes) else torch.arange(len(data))
++ if True else torch.arange(len(data))
+
+plumbing/runs.py tests/test_runs.py::test_a_few_held_out_pictures_are_mixed_in_whole_groups
+- size -= size % getattr(method, "group", 1)
++ size = min(size, len(self.test))
+
+plumbing/runs.py tests/test_runs.py::test_the_held_out_loss_is_that_of_batches_as_large_as_in_training
+- torch.manual_seed(seed)
++ pass
+
+plumbing/run_files.py tests/test_run_files.py::test_no_run_is_written_into_a_folder_that_is_all_pictures
+- for part in parts or [root] * os.path.isdir(config.data):
++ for part in parts:
+
+protocols/run_folders.py tests/test_evaluate.py::test_protocols_that_need_labels_say_so_where_there_are_none
+- and not len(train.classes)]
++ and len(train.classes) == 1]
+
+protocols/training.py tests/test_training.py::test_finetuning_from_a_probed_decoder_starts_where_the_probe_ended
+- found.get("epoch_steps") or found["images"]
++ found["images"]
 """
 
 

@@ -27,7 +27,7 @@ from plumbing.errors import UserError, printable
 def test_folders_name_the_files_that_are_left_out(tmp_path, capsys):
     write_folders(tmp_path)
     (tmp_path / "train" / "ant" / "note.txt").write_text("an ant")
-    (tmp_path / "train" / "bee" / "bee.gif").write_bytes(b"GIF89a")
+    (tmp_path / "train" / "bee" / "bee.mp4").write_bytes(b"GIF89a")
     assert len(load_data(str(tmp_path))) == 6
     assert re.match(
         r"note: 2 other files or folders below .*train are left out, such as .*note.txt\n$", capsys.readouterr().out
@@ -153,7 +153,8 @@ def test_pictures_beside_the_folders_make_them_no_classes(tmp_path, capsys):
     loose.write_bytes((root / "train" / "bee" / "0 é.png").read_bytes())
     data = load_data(str(root))
     assert (data.classes, data.labels.tolist()) == ([], [-1] * 7)
-    note = f"note: 1 picture(s) beside the folders of {root / 'train'}, such as loose.png: so these are no classes\n"
+    beside = f"note: pictures lie beside the folders of {root / 'train'}, such as loose.png"
+    note = f"{beside}: so the folders are not taken for classes\n"
     assert note in capsys.readouterr().out
     assert len(load_data("imagenet", root)) == 6  # where the folders are known to be classes
     assert f"1 other files or folders below {root / 'train'} are left out, such as {loose}" in capsys.readouterr().out
@@ -607,6 +608,23 @@ def test_the_share_that_is_held_out_is_five_percent_and_has_a_limit():
     many = held_out([str(i) for i in range(120_000)])
     assert len(many) == 5000
     assert many < {str(i) for i in range(120_000) if int(hashlib.sha256(b"%d" % i).hexdigest()[:16], 16) < 0.05 * 2**64}
+
+
+def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path, capsys):
+    """Such as those of a phone, which would else be missed by nobody."""
+    root = write_folders(tmp_path / "set")
+    for name in (".DS_Store", "IMG_1.HEIC", "IMG_2.heic", "a.gif"):
+        (root / "train" / "bee" / name).touch()
+    load_data(str(root))
+    said = capsys.readouterr().out
+    like = (
+        f"note: 3 pictures like {root / 'train' / 'bee' / 'IMG_1.HEIC'} are left out: convert them to JPEG to have them"
+    )
+    assert like in said and "note: 1 other files" in said
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "IMG_1.HEIC").touch()
+    with pytest.raises(UserError, match=r"no image .* below .*phone, but 1 like .*IMG_1.HEIC; convert them to JPEG$"):
+        load_data(str(tmp_path / "phone"))
 
 
 def test_one_picture_alone_is_refused(tmp_path):

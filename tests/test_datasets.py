@@ -24,7 +24,7 @@ def test_no_other_word_for_a_split_gives_training_pictures(split, tmp_path):
 def test_a_data_set_may_be_a_path_and_nothing_is_none(tmp_path, monkeypatch):
     root = write_folders(tmp_path / "set")
     assert len(load_data(root)) == 6
-    with pytest.raises(UserError, match="no folder .*none; expected one with train/<class>"):
+    with pytest.raises(UserError, match="no folder .*none; give a folder of pictures"):
         load_data(root / "none")
     monkeypatch.chdir(root)
     with pytest.raises(UserError, match="unknown dataset ''; choose from shapes"):  # an empty variable of a shell

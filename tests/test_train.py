@@ -32,7 +32,7 @@ def run_main(*argv, capsys):
     [
         ("magna", "unknown method 'magna'; did you mean 'magma'? choose from "),
         ("--epochs 1 magma", "give the method first: python train.py METHOD --epochs 1 magma"),
-        ("magma --data {tmp}/none", "no folder {tmp}/none; expected one with train/<class>/*"),
+        ("magma --data {tmp}/none", "no folder {tmp}/none; give a folder of pictures"),
         ("mlo_mae --image-size 16 --start {tmp}/none.pt", "there is no file {tmp}/none.pt"),
         ("magma --data cifar11", "unknown dataset 'cifar11'; did you mean 'cifar10'?"),
         ("magma --epoch 3", "unknown flag '--epoch'; did you mean --epochs?"),
