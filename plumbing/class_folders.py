@@ -148,9 +148,8 @@ def read_folders(
     flat = [x for x in beside if is_image(x)]
     if not name and (flat or len(classes) < 2):
         if flat and classes and not tests:
-            note(
-                f"pictures lie beside the folders of {train}, such as {flat[0]}: so the folders are not taken for classes"
-            )
+            first = f"pictures lie beside the folders of {train}, such as {flat[0]}"
+            note(f"{first}: so the folders are not taken for classes")
         paths, others = images_below(home)
         classes, labels = [], [-1] * len(paths)
     else:
