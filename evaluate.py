@@ -45,6 +45,7 @@ from plumbing.errors import UserError, unknown
 from plumbing.files import append_line, json_text
 from plumbing.pictures import plain_style
 from plumbing.processes import on_rank_zero, rank, start_distributed
+from plumbing.run_files import refuse_among_pictures, taken
 from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
 from protocols.energy_figures import draw_energy
@@ -97,7 +98,7 @@ def evaluate(argv: list):
         raise UserError(f"{run_folder} has no config.json to tell the size of the images; give --image-size")
     if not isinstance(size, int):
         raise UserError(f"{run_folder} has an encoder of {size[0]} x {size[1]} images; give a square --image-size")
-    given = {"out": str(run_folder)} | given | {"image_size": size}
+    own_out, given = "out" not in given, {"out": str(run_folder)} | given | {"image_size": size}
     names = ("root", "image_size", "download", "skip_bad_images", "max_pixels")
     options = {name: given[name] for name in names if name in given}
     options |= {"device": device, "workers": given.get("workers", Config.workers)}
@@ -108,6 +109,8 @@ def evaluate(argv: list):
         note_other_pictures(run_folder, train.listing)
     method, width = known.get("method", ""), width_of(encoder)
     configs = {protocol: settings_of(protocol, given, method, width, len(train)) for protocol in protocols}
+    if not own_out:
+        refuse_among_pictures(Path(given["out"]), next(iter(configs.values())))
     subjects = subjects_of(encoder, train, test, device, next(iter(configs.values())), protocols)
     check_folders(configs, subjects)
     table = {subject.name: {} for subject in subjects}
@@ -161,7 +164,7 @@ def check_folders(configs: dict, subjects: list):
         for subject in subjects:
             if applies(protocol, subject, config) and trains_on_images(protocol, subject, config):
                 out = folder_of(protocol, subject, config)
-                if not config.resume and on_rank_zero(out.exists):
+                if not config.resume and on_rank_zero(lambda out=out: taken(out)):
                     raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
 
 

@@ -175,6 +175,8 @@ def read_folders(
             told[0] += "; so few say little: a val of your own would say more"
     if not classes:
         told.append(f"no labels: {train} has no folders that are classes")
+    if not name and train != root and (aside := folders_aside(root)):
+        told.append(f"train and val alone are read of {root}, and not {aside[0]}, where pictures lie too")
     if unread := [path for path in others if path.lower().endswith(UNREAD)]:
         told.append(f"{len(unread)} pictures like {unread[0]} are left out: convert them to JPEG to have them")
         others = [path for path in others if path not in set(unread)]
@@ -204,6 +206,12 @@ def read_folders(
     paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])
     options = {"workers": workers, "device": device, "max_pixels": max_pixels}
     return FolderImages(paths, numbers, classes, **IMAGENET, listing=listing, **options)
+
+
+def folders_aside(root: Path) -> list:
+    """Folders beside train and val that hold pictures."""
+    folders = [x for x in sorted(root.iterdir()) if x.name not in ("train", "val") and x.is_dir()]
+    return [x for x in folders if not is_leftover(x.name) and any(map(is_image, os.listdir(x)))]
 
 
 def read_classes(home: Path, classes: list, name: str, tests: bool) -> tuple[list, list, list]:

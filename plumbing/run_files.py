@@ -15,7 +15,7 @@ import torch
 from plumbing.errors import UserError
 from plumbing.files import json_text, load_checkpoint, write_atomically
 from plumbing.processes import note, world_size
-from plumbing.settings import FREE_FIELDS, TrainConfig
+from plumbing.settings import FREE_FIELDS, TrainConfig, flag, words
 
 try:
     import fcntl
@@ -75,7 +75,12 @@ def refuse_among_pictures(out: Path, config: TrainConfig):
     parts = [part for part in (root / "train", root / "val") if part.is_dir()]
     for part in parts or [root] * os.path.isdir(config.data):  # a folder without train is all pictures
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(part)):
-            raise UserError(f"the run folder {out} lies among the images of {part}; choose another by --out")
+            raise UserError(f"the folder {out} lies among the images of {part}; choose another by --out")
+
+
+def taken(out: Path) -> bool:
+    """Whether a run folder holds anything but what a start that was refused may have left."""
+    return any(path.name != ".lock" and path.suffix != ".tmp" for path in (out.iterdir() if out.exists() else ()))
 
 
 def lock_run(out: Path, resume: bool):
@@ -85,8 +90,7 @@ def lock_run(out: Path, resume: bool):
     exists, or another process is writing it.
     """
     try:
-        left = [path for path in (out.iterdir() if out.exists() else ()) if path.suffix != ".tmp"]
-        if not resume and {path.name for path in left} - {".lock"}:  # these alone are of a start that was refused
+        if not resume and taken(out):
             raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a")  # noqa: SIM115 (stays open for as long as the run)
@@ -124,7 +128,9 @@ def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"
         differing += ["images"] if old.get("images") != identity["images"] else []
         if differing:
             changes = ", ".join(f"{name} {old.get(name)} -> {identity.get(name)}" for name in differing)
-            raise UserError(f"{out} was trained otherwise ({changes}); go on with what it was trained with")
+            given = [x for x in differing if x in old and hasattr(config, str(x))]
+            flags = "".join(f" {flag(x)} {words(old[x])}" for x in given if not isinstance(old[x], bool))
+            raise UserError(f"{out} was trained otherwise ({changes}); go on with what it was trained with{flags}")
         return step
     if (out / "encoder.pt").exists():
         raise UserError(f"{out} holds an encoder but no last.pt to go on from; choose another folder by --out")

@@ -115,9 +115,10 @@ class Run:
             on_rank_zero(lock)
             self.signals = stack.enter_context(noted_signals())
             listing = getattr(self.train, "listing", b"")
+            mine = [out / name for name in ("config.json", "log.jsonl", "images.tsv", "pictures.png")]
+            self.to_remove = [] if any(path.exists() for path in mine) else mine
             self.first_step = on_rank_zero(lambda: open_run(out, self.identity, config, listing))
-            if self.first_step == 0 and rank() == 0:
-                stack.push(self.leave_no_trace)
+            stack.push(self.leave_no_trace)
             self.meter, self.log, epoch = Meter(), [], self.first_step // self.steps
             if self.first_step:
                 self.meter = restore_run(self.method, self.stepper, out, self.first_step)
@@ -149,13 +150,14 @@ class Run:
         self.closing.__exit__(*error)
 
     def leave_no_trace(self, _, error, __):
-        """A start that is refused, before anything was saved, is not in the way of the next."""
-        if isinstance(error, UserError) and not (self.out / "last.pt").exists():
-            for name in ("config.json", "log.jsonl", "images.tsv", "pictures.png"):
-                (self.out / name).unlink(missing_ok=True)
+        """A start that is refused before its first step is not in the way of the next."""
+        if isinstance(error, UserError) and rank() == 0:
+            for path in self.to_remove:
+                path.unlink(missing_ok=True)
 
     def note(self, step: int, values: dict):
         """What a step made: scalars to log. Raises NonFiniteLoss, and Stopped after a signal, when all is saved."""
+        self.to_remove = []
         self.meter.add(step, values)
         self.done += self.config.batch_size
         if step % self.often == 0:
@@ -222,6 +224,7 @@ class Run:
         come several times.
         """
         config, method, losses = self.config, self.method, []
+        method.start_epoch(config.epochs - 1)  # the loss of the last epoch, whichever it is now
         size = min(config.batch_size // config.accumulate, 512)
         size -= size % getattr(method, "group", 1)  # MixedAE mixes groups of so many
         order = shuffled(len(self.test), max(1, min(512, len(self.test)) // size) * size, config.seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common import METHODS, ViT
 from plumbing.crops import resize
-from plumbing.errors import UserError
+from plumbing.errors import UserError, printable
 from plumbing.files import write_atomically
 from plumbing.pictures import save_pictures
 from plumbing.processes import autocast
@@ -82,7 +82,7 @@ class Album:
 
     def __init__(self, folder: Path, title: str):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.title, self.written = folder, title, []
+        self.folder, self.title, self.written = folder, printable(title), []
 
     def sheet(self, name: str, heading: str, captions, rows: Tensor):
         """Rows of pictures (R, K, 3, H, W) in [0, 1], large ones reduced, with a caption over each column."""
@@ -108,7 +108,8 @@ def panels(title: str, count: int = 1, size: tuple = (5.2, 3.8)) -> tuple:
     across = min(3, count)
     down = math.ceil(count / across)
     figure = Figure((across * size[0], down * size[1]), dpi=100, layout="constrained")
-    # Whatever stands between two $ in the name of a folder is no formula.
+    # Whatever stands between two $ in the name of a folder is no formula, and a byte that is no letter no glyph.
+    title = printable(title)
     figure.suptitle(title, parse_math=False, fontsize=min(13, 110 * across * size[0] / len(title)))
     axes = list(figure.subplots(down, across, squeeze=False).flat)
     for unused in axes[count:]:

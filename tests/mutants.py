@@ -1056,7 +1056,7 @@ plumbing/runs.py tests/test_run_files.py::test_a_start_that_is_refused_is_not_in
 - stack.push(self.leave_no_trace)
 + pass
 
-plumbing/runs.py tests/test_run_files.py::test_a_checkpoint_with_odd_parts_is_one_clear_error
+plumbing/runs.py tests/test_run_files.py::test_a_checkpoint_of_more_steps_than_the_run_has_is_refused
 - if first_step > total:
 + if first_step > total + 10**10:
 
@@ -1178,7 +1178,7 @@ plumbing/settings.py tests/test_settings.py::test_max_steps_takes_as_many_steps_
 
 plumbing/settings.py tests/test_settings.py::test_max_steps_takes_as_many_steps_as_fit
 - self.epoch_steps = self.max_steps if self.max_steps < steps
-+ self.epoch_steps = self.max_steps if self.max_steps <= steps
++ self.epoch_steps = self.max_steps if self.max_steps > steps
 
 plumbing/probes.py tests/test_probes.py::test_effective_rank_is_that_of_rankmes_equations
 - torch.finfo(values.dtype).tiny) + 1e-7

@@ -627,6 +627,15 @@ def test_pictures_of_kinds_that_are_not_read_are_named(tmp_path, capsys):
         load_data(str(tmp_path / "phone"))
 
 
+def test_folders_beside_train_are_named(tmp_path, capsys):
+    root = write_folders(tmp_path)
+    for name, file in (("car", "1.png"), ("notes", "a.txt"), (".git", "1.png")):
+        (root / name).mkdir()
+        (root / name / file).write_bytes((root / "train" / "bee" / "0 é.png").read_bytes())
+    assert len(load_data(str(root))) == 6
+    assert f"note: train and val alone are read of {root}, and not {root / 'car'}" in capsys.readouterr().out
+
+
 def test_one_picture_alone_is_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"a\.png is the only picture below .*; give one more, to test on"):

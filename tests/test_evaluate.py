@@ -153,6 +153,7 @@ def test_evaluate_names_a_damaged_encoder(run_folder, capsys):
 
 def test_evaluate_looks_for_old_folders_before_it_starts(run_folder, capsys):
     (run_folder / "finetune-cifar10").mkdir()
+    (run_folder / "finetune-cifar10" / "log.jsonl").touch()
     assert evaluate.main([str(run_folder), "--protocol", "knn", "finetune"]) == 2
     assert "finetune-cifar10 exists" in capsys.readouterr().err
     assert not (run_folder / "eval.jsonl").exists()

@@ -158,7 +158,10 @@ def test_dates_and_pictures_to_test_on_may_change(root, tmp_path, monkeypatch):
 def test_other_settings_are_named_before_other_pictures(root, tmp_path, monkeypatch):
     stop_after_two(monkeypatch, root, tmp_path / "run")
     remove(root / "train" / "bee" / "2 é.png")
-    with pytest.raises(UserError, match=r"was trained otherwise \(lam 1.0 -> 2.0, images 10 -> 9\)"):
+    with pytest.raises(
+        UserError,
+        match=r"trained otherwise \(lam 1.0 -> 2.0, images 10 -> 9\); go on with what it was trained with --lam 1.0$",
+    ):
         train_on(root, tmp_path / "run", "--resume", "--lam", "2")
 
 
@@ -259,9 +262,7 @@ def test_no_run_is_written_among_its_pictures(place, root, tmp_path):
     (tmp_path / "link").symlink_to("photos/train/new")
     before = sorted(root.rglob("*"))
     for flags in ((), ("--resume",)):
-        with pytest.raises(
-            UserError, match=rf"^the run folder .*{place} lies among the images of .*photos.(train|val); "
-        ):
+        with pytest.raises(UserError, match=rf"^the folder .*{place} lies among the images of .*photos.(train|val); "):
             train_on(root, tmp_path / place, *flags)
     assert sorted(root.rglob("*")) == before
 
@@ -277,7 +278,7 @@ def test_no_run_is_written_into_a_folder_that_is_all_pictures(place, flat, root,
     shutil.rmtree(root / "train")
     shutil.rmtree(root / "val")
     before = sorted(root.rglob("*"))
-    with pytest.raises(UserError, match=r"^the run folder .* lies among the images of .*photos; choose another"):
+    with pytest.raises(UserError, match=r"^the folder .* lies among the images of .*photos; choose another"):
         train_on(root, root / place)
     assert sorted(root.rglob("*")) == before
     train_on(root, tmp_path / "run")
@@ -339,6 +340,29 @@ def test_a_start_that_is_refused_is_not_in_the_way_of_the_next(tmp_path):
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_start_that_is_refused_removes_nothing_that_was_there(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("log.jsonl", "images.tsv", "pictures.png"):
+        (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(UserError, match="cannot be read"):
+        fit_magma(tmp_path / "run", "--resume", "--probe-every", "0", data=Refusing(shapes()))
+    assert {"images.tsv", "pictures.png", "log.jsonl"} < {path.name for path in (tmp_path / "run").iterdir()}
+    assert (tmp_path / "run" / "pictures.png").read_text() == "mine"
+
+
+def test_a_run_that_is_refused_before_its_first_checkpoint_keeps_its_log(tmp_path, monkeypatch):
+    def refuse(method, epoch, really_start=magma.Magma.start_epoch):
+        if epoch == 2:
+            raise UserError("no more")
+        really_start(method, epoch)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="no more"):
+        patched.setattr(magma.Magma, "start_epoch", refuse)
+        fit_magma(tmp_path / "run", "--probe-every", "0", "--save-every", "9")
+    assert not (tmp_path / "run" / "last.pt").exists()
+    assert len(log_of(tmp_path / "run")) == 4
+
+
 def test_a_run_that_is_refused_later_keeps_what_it_has(tmp_path, monkeypatch):
     def refuse(method, epoch, really_start=magma.Magma.start_epoch):
         if epoch == 2:
@@ -389,8 +413,15 @@ def test_a_checkpoint_without_step_or_identity_is_refused(part, value, tmp_path)
 ODD = st.sampled_from([None, -1, 10**9, "x", [], {}, [1], {"loss": "x"}, {"loss": None}, {3: 4}, float("nan"), True])
 
 
+def test_a_checkpoint_of_more_steps_than_the_run_has_is_refused(tmp_path):
+    fit_magma(tmp_path / "run", "--probe-every", "0")
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    torch.save(state | {"step": 10**9}, tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt is at step 1000000000 of 20; choose another folder by --out"):
+        fit_magma(tmp_path / "run", "--probe-every", "0", "--resume")
+
+
 @settings(max_examples=15)
-@example(part="step", value=10**9)
 @example(part="identity", value={3: 4})
 @given(part=st.sampled_from(["step", "sums", "count", "weights", "optimizer", "scaler", "identity"]), value=ODD)
 def test_a_checkpoint_with_odd_parts_is_one_clear_error(changed_run, part, value):

@@ -314,7 +314,7 @@ def test_the_held_out_loss_is_that_of_batches_as_large_as_in_training(count, tmp
         def forward(self, images, labels=None):
             out = super().forward(images, labels)
             if not self.training:
-                seen.append((len(images), float(out["loss"]), images.sum().item()))
+                seen.append((len(images), float(out["loss"]), (images.sum().item(), torch.rand(()).item())))
             return out
 
     with narrow_networks():
@@ -352,3 +352,15 @@ def test_levels_need_labels(tmp_path):
     config = read_flags(mlo_mae.Config, mlo_mae.RECIPES, ["--out", str(tmp_path / "run")])
     with pytest.raises(UserError, match="mlo_mae learns from labels: give pictures in the folders of two classes"):
         mlo_mae.MultiLevelMAE(config, unlabelled())
+
+
+def test_the_held_out_loss_is_that_of_one_schedule(tmp_path):
+    """MAGMA's term acts from epoch 2 on: without learning, all figures are equal; a resumed run has the same."""
+    still = ["--base-lr", "0", "--weight-decay", "0", "--probe-every", "1", "--e-st", "2", "--amp", "off"]
+    fit_magma(tmp_path / "run", *still, data=unlabelled())
+    found = [line["held_out_loss"] for line in log_of(tmp_path / "run")[1:]]
+    assert len(found) == 5 and len(set(found)) == 1
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "log.jsonl").write_text("".join(lines[:-1]))  # a kill came between a checkpoint and its line
+    fit_magma(tmp_path / "run", *still, "--resume", data=unlabelled())
+    assert [line["held_out_loss"] for line in log_of(tmp_path / "run")[1:]] == found
