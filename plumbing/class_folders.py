@@ -175,15 +175,7 @@ def read_folders(
             told[0] += "; so few say little: a val of your own would say more"
     if not classes:
         told.append(f"no labels: {train} has no folders that are classes")
-    if not name and train != root and (aside := folders_aside(root)):
-        told.append(f"train and val alone are read of {root}, and not {aside[0]}, where pictures lie too")
-    if unread := [path for path in others if path.lower().endswith(UNREAD)]:
-        told.append(f"{len(unread)} pictures like {unread[0]} are left out: convert them to JPEG to have them")
-        others = [path for path in others if path not in set(unread)]
-    if others:
-        told.append(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
-    if cache_folder() is None:
-        told.append("there is no home folder to remember in which pictures are good: each run looks at all of them")
+    told += what_is_left_out(root, home, others, aside=not name and train != root)
     if tests:
         told = []
         if val and val.samefile(train):
@@ -208,10 +200,19 @@ def read_folders(
     return FolderImages(paths, numbers, classes, **IMAGENET, listing=listing, **options)
 
 
-def folders_aside(root: Path) -> list:
-    """Folders beside train and val that hold pictures."""
-    folders = [x for x in sorted(root.iterdir()) if x.name not in ("train", "val") and x.is_dir()]
-    return [x for x in folders if not is_leftover(x.name) and any(map(is_image, os.listdir(x)))]
+def what_is_left_out(root: Path, home: Path, others: list, aside: bool) -> list:
+    """What to tell of files and folders below `home` that are none of its pictures, and of those `aside` of train."""
+    told, unread = [], [path for path in others if path.lower().endswith(UNREAD)]
+    folders = [x for x in sorted(root.iterdir()) if x.name not in ("train", "val") and x.is_dir()] if aside else []
+    if full := [x for x in folders if not is_leftover(x.name) and any(map(is_image, os.listdir(x)))]:
+        told.append(f"train and val alone are read of {root}, and not {full[0]}, where pictures lie too")
+    if unread:
+        told.append(f"{len(unread)} pictures like {unread[0]} are left out: convert them to JPEG to have them")
+    if rest := [path for path in others if not path.lower().endswith(UNREAD)]:
+        told.append(f"{len(rest)} other files or folders below {home} are left out, such as {rest[0]}")
+    if cache_folder() is None:
+        told.append("there is no home folder to remember in which pictures are good: each run looks at all of them")
+    return told
 
 
 def read_classes(home: Path, classes: list, name: str, tests: bool) -> tuple[list, list, list]:

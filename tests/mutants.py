@@ -649,8 +649,8 @@ evaluate.py tests/test_evaluate.py::test_evaluate_loads_no_unlabelled_images
 + for split in ("train", "test"))
 
 evaluate.py tests/test_evaluate.py::test_evaluate_looks_for_old_folders_before_it_starts
-- if not config.resume and on_rank_zero(out.exists):
-+ if config.resume and on_rank_zero(out.exists):
+- if not config.resume and on_rank_zero(lambda out=out: taken(out)):
++ if config.resume and on_rank_zero(lambda out=out: taken(out)):
 
 train.py tests/test_train.py::test_train_runs_a_method_by_name_and_prints_the_table
 - module.RECIPES, argv[1:]
@@ -969,8 +969,8 @@ plumbing/run_files.py tests/test_run_files.py::test_a_checkpoint_without_step_or
 + step is None
 
 plumbing/run_files.py tests/test_run_files.py::test_a_folder_without_a_run_blocks_nothing
-- if path.suffix != ".tmp"
-+ if path.suffix
+- path.name != ".lock" and path.suffix != ".tmp"
++ path.name != ".lock"
 
 plumbing/checking.py tests/test_class_folders.py::test_a_listing_does_not_tell_how_the_folder_was_spelled
 - start = len(str(Path(root, "x"))) - 1
@@ -1280,7 +1280,8 @@ def main(argv: list) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--list | head` ends in silence
         print("\n".join(f"{mutant}{' '.join(mutant.tests)}" for mutant in mutants))
         return 0
-    code = {str(path.relative_to(ROOT)): path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))}
+    texts = [path for pattern in ("*.py", "*/*.py", "*.md", "docs/*.md", "docs/*.ipynb") for path in ROOT.glob(pattern)]
+    code = {str(path.relative_to(ROOT)): path.read_text() for path in texts}
     tests = {file: {test for mutant in mutants if mutant.file == file for test in mutant.tests} for file in files}
     survived, pool = [], concurrent.futures.ThreadPoolExecutor(args.jobs)
 
