@@ -359,3 +359,15 @@ def test_a_run_by_the_recipe_of_photos_is_judged_by_that_recipe(tmp_path, capsys
     assert [line["settings"]["recipe"] for line in lines] == ["photos"] * 3
     assert [line["settings"]["epoch_steps"] for line in lines] == [3, 3, 100]
     assert len(read_log(tmp_path / "run" / "finetune-set" / "log.jsonl")[1]) == 3
+
+
+def test_nothing_is_written_among_the_pictures(tmp_path, capsys):
+    root = write_folders(tmp_path / "set", train=6, val=3)
+    flags = "--recipe photos --image-size 8 --patch 4 --batch-size 4 --max-steps 2 --workers 0 --device cpu"
+    assert train.main(["magma", "--data", str(root), *flags.split(), "--out", str(tmp_path / "run")]) == 0
+    before = sorted(root.rglob("*"))
+    for place in (root / "train", root / "val" / "ant" / "new"):
+        argv = [str(tmp_path / "run"), "--protocol", "pictures", "--workers", "0", "--out", str(place)]
+        assert evaluate.main(argv) == 2
+        assert capsys.readouterr().err.startswith(f"error: the folder {place} lies among the images of {root}/")
+    assert sorted(root.rglob("*")) == before

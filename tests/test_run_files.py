@@ -350,30 +350,20 @@ def test_a_start_that_is_refused_removes_nothing_that_was_there(tmp_path):
     assert (tmp_path / "run" / "pictures.png").read_text() == "mine"
 
 
-def test_a_run_that_is_refused_before_its_first_checkpoint_keeps_its_log(tmp_path, monkeypatch):
+@pytest.mark.parametrize("save_every", ["1", "9"])
+def test_a_run_that_is_refused_later_keeps_what_it_has(save_every, tmp_path, monkeypatch):
     def refuse(method, epoch, really_start=magma.Magma.start_epoch):
         if epoch == 2:
             raise UserError("no more")
         really_start(method, epoch)
 
+    flags = ("--probe-every", "0", "--save-every", save_every)
     with monkeypatch.context() as patched, pytest.raises(UserError, match="no more"):
         patched.setattr(magma.Magma, "start_epoch", refuse)
-        fit_magma(tmp_path / "run", "--probe-every", "0", "--save-every", "9")
-    assert not (tmp_path / "run" / "last.pt").exists()
+        fit_magma(tmp_path / "run", *flags)
+    assert (tmp_path / "run" / "last.pt").exists() == (save_every == "1")
     assert len(log_of(tmp_path / "run")) == 4
-
-
-def test_a_run_that_is_refused_later_keeps_what_it_has(tmp_path, monkeypatch):
-    def refuse(method, epoch, really_start=magma.Magma.start_epoch):
-        if epoch == 2:
-            raise UserError("no more")
-        really_start(method, epoch)
-
-    with monkeypatch.context() as patched, pytest.raises(UserError, match="no more"):
-        patched.setattr(magma.Magma, "start_epoch", refuse)
-        fit_magma(tmp_path / "run", "--probe-every", "0")
-    assert len(log_of(tmp_path / "run")) == 4
-    fit_magma(tmp_path / "run", "--probe-every", "0", "--resume")
+    fit_magma(tmp_path / "run", *flags, "--resume")
 
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", "config.json.tmp"]])
