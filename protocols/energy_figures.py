@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 
 from ebm_pretrain import EnergyPretraining, sample
+from plumbing.curves import panels
 from plumbing.errors import UserError
 from plumbing.probes import labelled
 from plumbing.processes import autocast
 from plumbing.run_files import data_name
-from protocols.figures import Album, panels
+from protocols.figures import Album
 from protocols.rows import Subject, method_for
 from protocols.settings import Config
 

@@ -1,6 +1,5 @@
 """Pictures of a run: what its method makes of images, where its encoder looks, how its features lie, how it learned."""
 
-import math
 import warnings
 from pathlib import Path
 
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from common import METHODS, ViT
 from plumbing.crops import resize
+from plumbing.curves import learning_curves, panels
 from plumbing.errors import UserError, printable
 from plumbing.files import write_atomically
 from plumbing.pictures import save_pictures
 from plumbing.processes import autocast
 from plumbing.run_files import data_name, read_log
-from plumbing.tables import column_of
 from protocols.rows import Subject, method_of
 from protocols.settings import Config
 
@@ -101,29 +100,6 @@ class Album:
         self.written.append(self.folder / f"{name}.png")
 
 
-def panels(title: str, count: int = 1, size: tuple = (5.2, 3.8)) -> tuple:
-    """A figure of so many panels, at most three in a row: (Figure, [Axes, ...]); `size` of each in inches."""
-    from matplotlib.figure import Figure  # here, since importing it takes a while
-
-    across = min(3, count)
-    down = math.ceil(count / across)
-    figure = Figure((across * size[0], down * size[1]), dpi=100, layout="constrained")
-    # Whatever stands between two $ in the name of a folder is no formula, and a byte that is no letter no glyph.
-    title = printable(title)
-    figure.suptitle(title, parse_math=False, fontsize=min(13, 110 * across * size[0] / len(title)))
-    axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for unused in axes[count:]:
-        unused.remove()
-    for one in axes[:count]:
-        one.grid(alpha=0.3)
-    return figure, axes[:count]
-
-
-def wide(values: list) -> bool:
-    """Whether an axis had better be logarithmic: all values are positive, and they span more than two decades."""
-    return 0 < 100 * min(values) < max(values)
-
-
 def heat(values: Tensor) -> Tensor:
     """Values in [0, 1] (..., H, W) as colours (..., 3, H, W) in [0, 1], from dark blue to yellow."""
     import matplotlib
@@ -186,7 +162,7 @@ def principal_components(x: Tensor, count: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How features lie, and how a run learned
+# How features lie
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -207,50 +183,3 @@ def feature_map(features: Tensor, labels: Tensor, classes: list, title: str):
         text.set(text=name if len(name) <= 24 else f"{name[:23]}…", parse_math=False)
     axes.set(xlabel="first principal component", ylabel="second principal component", xticks=[], yticks=[])
     return figure
-
-
-def learning_curves(log: list, title: str, known: dict):
-    """All that a log follows over the epochs, the accuracies in one panel; None where it has too few epochs.
-
-    Of a MAGMA run (`known` is its config.json), the epochs in which the regulariser acts are shaded.
-    """
-    curves = {}
-    for line in log:
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in ("epoch", "lr", "images_per_second"):
-                curves.setdefault(name, []).append((line["epoch"], value))
-    if len(curves.get("loss", ())) < 2:
-        return None
-    probes = {name: curves.pop(name) for name in ("knn", "linear", "accuracy") if name in curves}
-    groups = [{"loss": curves.pop("loss")}, probes, *[{name: points} for name, points in curves.items()]]
-    groups = [group for group in groups if group]
-    figure, axes = panels(title, len(groups))
-    for one, group in zip(axes, groups, strict=True):
-        for name, points in group.items():
-            one.plot(*zip(*points, strict=True), marker="o", markersize=3, label=column_of(name)[0])
-        one.set(title=column_of(name)[0], xlabel="epoch")
-        one.locator_params(axis="x", integer=True)
-        values = [value for points in group.values() for _, value in points]
-        if group is probes:
-            one.set(title="probes", ylabel="accuracy (%)", ylim=(0, None))
-            one.legend(loc="lower right")
-        elif wide(values):
-            one.set_yscale("log")
-    if span := regularised(known, log[-1]["epoch"]):
-        for one in axes:
-            shade = one.axvspan(*span, color="tab:orange", alpha=0.12, linewidth=0, label="regulariser on")
-        axes[0].legend(handles=[shade])
-    return figure
-
-
-def regularised(known: dict, last: int) -> tuple | None:
-    """Where MAGMA's regulariser acts (Eq. 1) on an axis of epochs that are over, or None: nowhere up to epoch `last`.
-
-    `e_st` counts epochs from 0, the log from 1: its first epoch lies between the points e_st and e_st + 1.
-    """
-    start, lasts = known.get("e_st"), known.get("e_dur")
-    wanted = known.get("method") == "magma" and (known.get("lam") or known.get("inverse"))
-    if not wanted or not isinstance(start, int) or not isinstance(lasts, int):
-        return None
-    end = min(start + lasts, last)
-    return (start, end) if start < end else None

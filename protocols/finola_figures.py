@@ -16,10 +16,11 @@ from finola import (
     principal_reconstructions,
     psnr,
 )
+from plumbing.curves import panels, wide
 from plumbing.probes import labelled
 from plumbing.processes import autocast
 from plumbing.run_files import data_name
-from protocols.figures import Album, beside, panels, stretch, wide
+from protocols.figures import Album, beside, stretch
 from protocols.rows import Subject, method_for
 from protocols.settings import Config
 

@@ -608,11 +608,11 @@ protocols/figures.py tests/test_figures.py::test_a_pure_position_code_vanishes_f
 - keys - keys.mean(dim=1, keepdim=True)
 + keys - keys.mean(dim=2, keepdim=True)
 
-protocols/figures.py tests/test_figures.py::test_curves_shade_the_epochs_of_the_regulariser
+plumbing/curves.py tests/test_curves.py::test_curves_shade_the_epochs_of_the_regulariser
 - end = min(start + lasts, last)
 + end = min(start + lasts - 1, last)
 
-protocols/figures.py tests/test_figures.py::test_an_axis_is_logarithmic_for_positive_values_over_two_decades
+plumbing/curves.py tests/test_curves.py::test_an_axis_is_logarithmic_for_positive_values_over_two_decades
 - return 0 < 100 * min(values) < max(values)
 + return 100 * min(values) < max(values)
 

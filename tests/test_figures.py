@@ -1,4 +1,4 @@
-"""Pictures of a run: where an encoder looks, how its features lie, how it learned. And how they are put on paper."""
+"""Pictures of a run: where an encoder looks, how its features lie. And how they are put on paper."""
 
 import math
 
@@ -10,19 +10,16 @@ from make import rand, randn, seeds, vit
 from PIL import Image
 
 import common
+from plumbing.curves import panels
 from protocols.figures import (
     Album,
     beside,
     feature_map,
     heat,
     key_maps,
-    learning_curves,
     look_inside,
-    panels,
     principal_components,
-    regularised,
     stretch,
-    wide,
 )
 
 # --- where an encoder looks ------------------------------------------------------------------------------------------
@@ -100,87 +97,6 @@ def test_the_feature_map_shows_each_class_under_its_name():
     assert len({tuple(shown.get_facecolor()[0]) for shown in axes.collections}) == 10
 
 
-# --- how a run learned -----------------------------------------------------------------------------------------------
-
-LOG = [
-    {"epoch": 0, "knn": 10.0, "linear": 12.0, "psnr": 9.0},
-    {"epoch": 1, "loss": 2.0, "manifold": 50.0, "lr": 0.1, "images_per_second": 99},
-    {"epoch": 2, "loss": 1.0, "manifold": 0.4, "lr": 0.2, "images_per_second": 98, "knn": 20.0, "linear": 30.0},
-]
-
-
-def panels_of(figure):
-    """{title: {label: points}} of the lines in a figure."""
-    return {
-        axes.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()}
-        for axes in figure.axes
-    }
-
-
-def test_curves_show_what_the_log_holds():
-    found = panels_of(learning_curves(LOG, "title", {}))
-    assert list(found) == ["loss", "probes", "PSNR", "manifold"]
-    assert found["PSNR"] == {"PSNR": [[0, 9.0]]}
-    assert found["loss"] == {"loss": [[1, 2.0], [2, 1.0]]}
-    assert found["manifold"] == {"manifold": [[1, 50.0], [2, 0.4]]}
-    assert found["probes"] == {"kNN": [[0, 10.0], [2, 20.0]], "linear": [[0, 12.0], [2, 30.0]]}
-
-
-def test_curves_that_span_two_decades_have_a_logarithmic_axis():
-    scales = {axes.get_title(): axes.get_yscale() for axes in learning_curves(LOG, "title", {}).axes}
-    assert scales == {"loss": "linear", "probes": "linear", "PSNR": "linear", "manifold": "log"}
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [([1, 101], True), ([101, 50, 1], True), ([1, 100], False), ([0, 1000], False), ([-1, 1000], False), ([3], False)],
-)
-def test_an_axis_is_logarithmic_for_positive_values_over_two_decades(values, expected):
-    assert wide(values) is expected
-
-
-def test_curves_need_two_epochs():
-    assert learning_curves(LOG[:2], "title", {}) is None
-    assert learning_curves([], "title", {}) is None
-
-
-def test_a_curve_may_be_flat(tmp_path):
-    flat = [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 2.0}]
-    Album(tmp_path, "title").chart("curves", learning_curves(flat, "title", {}))
-    assert (tmp_path / "curves.png").exists()
-
-
-def test_curves_shade_the_epochs_of_the_regulariser():
-    """MAGMA, Eq. 1: the term acts in epochs e_st to e_st + e_dur - 1, counted from 0; the log counts from 1."""
-    log = [{"epoch": epoch, "loss": 1.0, "manifold": 2.0} for epoch in range(1, 9)]
-    known = {"method": "magma", "lam": 1.0, "e_st": 2, "e_dur": 3}
-    for axes in learning_curves(log, "title", known).axes:
-        (shade,) = axes.patches
-        points = [epoch for epoch in range(1, 9) if shade.get_x() < epoch <= shade.get_x() + shade.get_width()]
-        assert points == [3, 4, 5]
-    assert not any(axes.patches for axes in learning_curves(log, "title", known | {"method": "mixedae"}).axes)
-
-
-@pytest.mark.parametrize(
-    ("change", "last", "expected"),
-    [
-        ({}, 24, (5, 24)),
-        ({"e_dur": 10}, 24, (5, 15)),
-        ({}, 5, None),  # it has not begun
-        ({"e_dur": 0}, 24, None),
-        ({"lam": 0.0}, 24, None),
-        ({"lam": 0.0, "inverse": 1.0}, 24, (5, 24)),
-        ({"method": "finola"}, 24, None),
-        ({"e_st": "5"}, 24, None),  # no config of ours
-    ],
-)
-def test_where_the_regulariser_acts(change, last, expected):
-    """MAGMA, Eq. 1."""
-    assert (
-        regularised({"method": "magma", "lam": 1.0, "inverse": 0.0, "e_st": 5, "e_dur": 100} | change, last) == expected
-    )
-
-
 # --- sheets and charts -----------------------------------------------------------------------------------------------
 
 
@@ -249,16 +165,6 @@ def test_any_title_will_do(title, tmp_path):
     assert [path.name for path in album.written] == ["chart.png", "sheet.png"]
 
 
-def test_a_long_title_is_not_cut_off():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    for times in (1, 3, 9):
-        figure, _ = panels("mae of a folder" * times)
-        FigureCanvasAgg(figure).draw()
-        box = figure._suptitle.get_window_extent()
-        assert box.x0 >= 0 and box.x1 <= figure.bbox.width
-
-
 def test_a_chart_is_written_whole_or_not_at_all(tmp_path):
     class Full:
         def savefig(self, file, format):
@@ -272,10 +178,3 @@ def test_a_chart_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "chart.png").read_bytes() == b"before"
     assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]
     assert album.written == []
-
-
-@pytest.mark.parametrize(("count", "across", "down"), [(1, 1, 1), (2, 2, 1), (3, 3, 1), (4, 3, 2), (7, 3, 3)])
-def test_panels_are_at_most_three_in_a_row(count, across, down):
-    figure, axes = panels("title", count, (2, 1))
-    assert len(axes) == len(figure.axes) == count
-    assert figure.get_size_inches().tolist() == [2 * across, down]
