@@ -38,8 +38,9 @@ SHOWN = ("loss", "knn", "linear", "accuracy", "held_out_loss", "effective_rank")
 class Meter:
     """Means of logged scalars over an epoch, read from the device every few steps: each read waits for it."""
 
-    def __init__(self, sums: dict | None = None, count: int = 0):
+    def __init__(self, sums: dict | None = None, count: int = 0, spent: float = 0.0):
         self.sums, self.count, self.waiting = dict(sums or {}), count, []
+        self.spent = spent  # seconds that earlier starts took for this epoch
 
     def add(self, step: int, values: dict):
         self.waiting.append((step, values))
@@ -78,7 +79,8 @@ def restore_run(method, stepper, out: Path, first_step: int) -> Meter:
         method.load_state_dict(state["weights"])
         stepper.optimizer.load_state_dict(state["optimizer"])
         stepper.scaler.load_state_dict(state["scaler"])
-        return Meter({name: float(value) for name, value in state["sums"].items()}, int(state["count"]))
+        sums = {name: float(value) for name, value in state["sums"].items()}
+        return Meter(sums, int(state["count"]), float(state.get("spent", 0)))
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -142,7 +144,8 @@ class Run:
                     self.log_epoch(epoch)  # the untrained encoder, or a kill came between a checkpoint and its line
             if self.first_step % self.steps == 0:  # its sums were those of a finished epoch, for the line in the log
                 self.meter = Meter()
-            self.started, self.done = time.perf_counter(), 0
+            self.done = self.first_step % self.steps * batch  # images of this epoch
+            self.started = time.perf_counter() - self.meter.spent
             self.closing = stack.pop_all()
         return self
 
@@ -175,10 +178,12 @@ class Run:
         self.meter.flush(self.out / "last.pt")
         self.check_weights(epoch * self.steps - 1)
         if rank() == 0:
-            speed = round(self.done / (time.perf_counter() - self.started))
+            spent = time.perf_counter() - self.started
+            times = {"images_per_second": round(self.done / spent)}
+            times |= {"seconds": round(spent + self.log[-1].get("seconds", 0), 2)}  # of training, since its beginning
             if epoch % self.config.save_every == 0 or epoch == self.config.epochs:
                 self.save(epoch * self.steps)  # before the probe, which may fail
-            self.log_epoch(epoch, images_per_second=speed)
+            self.log_epoch(epoch, **times)
         self.meter, self.started, self.done = Meter(), time.perf_counter(), 0
 
     def results(self) -> dict:
@@ -246,6 +251,7 @@ class Run:
         state = {"identity": self.identity, "step": step, "sums": self.meter.sums, "count": self.meter.count}
         state |= {"weights": self.method.state_dict(), "optimizer": self.stepper.optimizer.state_dict()}
         state |= {"scaler": self.stepper.scaler.state_dict()}
+        state |= {"spent": time.perf_counter() - self.started if step % self.steps else 0.0}
         write_atomically(self.out / "last.pt", lambda file: torch.save(state, file))
         self.save_weights()
 

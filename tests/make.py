@@ -188,7 +188,8 @@ def log_of(out):
 
 def without_times(log):
     """A log without what differs between two runs that are the same: speed, and where they were written."""
-    return [{k: v for k, v in line.items() if k not in ("images_per_second", "command", "config")} for line in log]
+    other = ("images_per_second", "seconds", "command", "config")
+    return [{k: v for k, v in line.items() if k not in other} for line in log]
 
 
 def same_weights(a, b):

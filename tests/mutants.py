@@ -608,6 +608,14 @@ protocols/figures.py tests/test_figures.py::test_a_pure_position_code_vanishes_f
 - keys - keys.mean(dim=1, keepdim=True)
 + keys - keys.mean(dim=2, keepdim=True)
 
+plumbing/runs.py tests/test_runs.py::test_the_seconds_of_a_log_are_those_of_all_its_starts
+- time.perf_counter() - self.meter.spent
++ time.perf_counter()
+
+plumbing/runs.py tests/test_runs.py::test_the_seconds_of_a_log_are_those_of_all_its_starts
+- self.started if step % self.steps else 0.0}
++ self.started}
+
 plumbing/curves.py tests/test_curves.py::test_curves_shade_the_epochs_of_the_regulariser
 - end = min(start + lasts, last)
 + end = min(start + lasts - 1, last)

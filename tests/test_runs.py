@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import processes
@@ -17,7 +19,7 @@ import magma
 import mixedae
 import mlo_mae
 from plumbing.encoders import Encoder, load_encoder
-from plumbing.errors import NonFiniteLoss, UserError
+from plumbing.errors import NonFiniteLoss, Stopped, UserError
 from plumbing.files import load_checkpoint
 from plumbing.runs import Meter
 from plumbing.settings import read_flags
@@ -63,7 +65,7 @@ def test_fit_writes_a_run_folder(tmp_path):
     assert "command" in log[0]
     assert [line["epoch"] for line in log[1:]] == [0, 1, 2, 3, 4]
     assert [("knn" in line) for line in log[1:]] == [True, False, True, False, True]
-    assert set(log[2]) == {"epoch", "loss", "mae", "manifold", "uniformity", "lr", "images_per_second"}
+    assert set(log[2]) == {"epoch", "loss", "mae", "manifold", "uniformity", "lr", "images_per_second", "seconds"}
     for line in log[2:]:  # e_st = 1, e_dur = 2: in the second and third epoch
         extra = line["loss"] - line["mae"]
         assert extra == pytest.approx(line["manifold"] if line["epoch"] in (2, 3) else 0.0, abs=1e-5)
@@ -120,6 +122,31 @@ def test_without_probes_there_are_no_results(tmp_path):
     _, results = fit_magma(tmp_path / "run", "--probe-every", "0")
     assert results == {}
     assert format_table(results).count("\n") == 0
+
+
+def test_the_seconds_of_a_log_are_those_of_all_its_starts(tmp_path, monkeypatch):
+    """By a clock that only steps move: stopped within an epoch and resumed, the log is that of a run without a stop."""
+    clock, steps, stop = [0.0], [0], [0]
+
+    class Timed(magma.Magma):
+        def update(self, *given):
+            clock[0] += 2.0
+            steps[0] += 1
+            if steps[0] == stop[0]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().update(*given)
+
+    monkeypatch.setattr("plumbing.runs.time.perf_counter", lambda: clock[0])
+    fit_magma(tmp_path / "whole", "--probe-every", "0", method_class=Timed)
+    steps[0], stop[0] = 0, 8
+    with pytest.raises(Stopped):
+        fit_magma(tmp_path / "run", "--probe-every", "0", method_class=Timed)
+    clock[0] += 1000.0
+    fit_magma(tmp_path / "run", "--probe-every", "0", "--resume", method_class=Timed)
+    for out in ("whole", "run"):
+        lines = log_of(tmp_path / out)[2:]
+        assert [line["seconds"] for line in lines] == [10.0, 20.0, 30.0, 40.0]  # five steps an epoch
+        assert [line["images_per_second"] for line in lines] == [4] * 4
 
 
 # --- stopping and going on -------------------------------------------------------------------------------------------
