@@ -47,7 +47,7 @@ def test_a_checkpoint_has_the_parts_that_it_always_had(old_run, tmp_path):
     old, new = (load_checkpoint(folder / "last.pt") for folder in (old_run, tmp_path / "new"))
     parts = ["identity", "step", "sums", "count", "weights", "optimizer", "scaler"]
     assert list(old) == parts
-        assert list(new) == [*parts, "spent"]  # seconds of an unfinished epoch, which older runs did not count
+    assert list(new) == [*parts, "spent"]  # seconds of an unfinished epoch, which older runs did not count
     assert (old["step"], old["count"], new["step"], new["count"]) == (8, 3, 5, 5)
     assert old["sums"].keys() == new["sums"].keys()
     assert LATER | old["identity"] | {"epochs": 1} == LATER | new["identity"]
