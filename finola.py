@@ -217,7 +217,8 @@ def peak_curvature(z: Tensor) -> Tensor:
 
 def psnr(images: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
     """Peak signal-to-noise ratio in dB: images (B, 3, H, W) in [0, 1], over pixels of a mask (B, 1, H, W) -> (B,)."""
-    error = (images.float() - others.float().clamp(0, 1)).square().mean(dim=1, keepdim=True)
+    dtype = torch.promote_types(images.dtype, torch.float32)  # half precision has too few digits
+    error = (images.to(dtype) - others.to(dtype).clamp(0, 1)).square().mean(dim=1, keepdim=True)
     mask = torch.ones_like(error) if mask is None else mask
     return -10 * ((error * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))).clamp_min(1e-10).log10()
 
