@@ -17,6 +17,7 @@ Eq. 5      two levels instead of three (BLO-MAE)              --objective blo
 Eq. 6, 7   one step of each level                             MultiLevelMAE.update
 Eq. 8, 9   gradient of T through both                         hypergradient
 Eq. 10, 11 second derivatives, times a vector                 mixed_product
+Eq. 10, 11 where the steps are AdamW's, not plain ones        adamw_derivative (--hypergradient adamw)
 Eq. 12     the same by a difference, of both ends (App. A.2)  central_difference
 Eq. 13     fine-tuning in level II                            proximal_hypergradient (--objective full)
 App. A.4   gradients through the selection                    soft_selection
@@ -27,9 +28,9 @@ Train it:  python train.py mlo_mae                                    on built-i
 
 Choices that change a number (docs/mlo_mae.md has all of them, and what the authors' code does):
 * Level I's loss is a mean over masked patches, as in the code, not a sum as in Eq. 1 (`--normalization sum`).
-* The hypergradient is exact for plain gradient steps, has the learning rates of Eq. 9 to 11 (`--no-lr-factors`) and is
-  taken where the step started, in the code where it ended. It reaches T through the weights of Eq. 1 alone
-  (`--mask-gradient`).
+* The hypergradient is exact for plain gradient steps (for AdamW's: `--hypergradient adamw`), has the learning rates of
+  Eq. 9 to 11 (`--no-lr-factors`) and is taken where the step started, in the code where it ended. It reaches T through
+  the weights of Eq. 1 alone (`--mask-gradient`).
 * Level I sees the 80 % of the training images that level II sees, in the code all (`--level1-data all`).
 * Learning rates and unrolling steps are those of Tables 11 and 12; section 3.3 and the code have others.
 """
@@ -163,6 +164,26 @@ def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "
         return exact[method](loss, at, direction, wanted)
 
 
+def adamw_derivative(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, lr, betas, eps) -> Tensor:
+    """How far AdamW's step takes a weight down for each unit of its gradient: what stands in for eta in Eq. 10 and 11.
+
+    The step is w' = (1 - lr decay) w - lr m / (sqrt(v) + eps), where the averages m and v, without their bias, hold a
+    share of the gradient g and of its square. This is -dw'/dg, a number a weight. `exp_avg`, `exp_avg_sq` and `step`
+    (0-d) are what torch's AdamW keeps, after the step. Where v is 0, so far all gradients were: m has a slope there.
+    """
+    first, second = (1 - beta ** step.double() for beta in betas)  # they take the bias off
+    m, root = exp_avg / first, (exp_avg_sq / second).sqrt()
+    by_root = torch.where(root > 0, (1 - betas[1]) / second * gradient / root, 0.0)  # d sqrt(v) / dg
+    return lr * ((1 - betas[0]) / first - m * by_root / (root + eps)) / (root + eps)
+
+
+def weighed(direction: dict, rate) -> tuple:
+    """A direction and its factor; where that is one for each weight, a dict, they go into the direction and leave 1."""
+    if isinstance(rate, dict):
+        return {name: value * rate[name] for name, value in direction.items()}, 1.0
+    return direction, rate
+
+
 def hypergradient(
     level_1,
     level_2,
@@ -170,8 +191,8 @@ def hypergradient(
     encoder: tuple[dict, dict],
     head: tuple[dict, dict],
     masking: dict,
-    lr_encoder: float = 1.0,
-    lr_head: float = 1.0,
+    lr_encoder: float | dict = 1.0,
+    lr_head: float | dict = 1.0,
     method: str = "exact",
     radius: float = 0.01,
     paths: tuple = ("head", "encoder"),
@@ -182,10 +203,12 @@ def hypergradient(
     level_1(encoder, masking), level_2(encoder, head) and level_3(encoder, head) are losses of parameters; `encoder` and
     `head` are pairs, before and after their step:
         E' = E - lr_encoder dL1/dE(E, T),   C' = C - lr_head dL2/dC(E', C).
-    (Eq. 11 is printed without the second minus.) The first term of Eq. 9 is 0, as level III does not see T. `paths` are
-    those that count: encoder is val -> E' -> T, head is val -> C' -> E' -> T. With both learning rates at 1 they weigh
-    as in the authors' code. `method` is exact or finite_difference, with its `radius`. `mean` averages over the
-    processes: each sees a part of the batches, and a product of derivatives is not the mean of its parts.
+    (Eq. 11 is printed without the second minus.) A step of another kind has a rate for each weight, {name: tensor}: how
+    far it goes down for each unit of the gradient (`adamw_derivative`). The first term of Eq. 9 is 0, as level III does
+    not see T. `paths` are those that count: encoder is val -> E' -> T, head is val -> C' -> E' -> T. With both learning
+    rates at 1 they weigh as in the authors' code. `method` is exact or finite_difference, with its `radius`. `mean`
+    averages over the processes: each sees a part of the batches, and a product of derivatives is not the mean of its
+    parts.
     """
     (encoder_before, encoder_after), (head_before, head_after) = encoder, head
     # Little lies between the head and level II's loss (reverse), and between T's weights and level I's (forward).
@@ -194,8 +217,10 @@ def hypergradient(
     by_encoder, by_head = (mean(g) for g in gradients)
     towards = {name: value if "encoder" in paths else torch.zeros_like(value) for name, value in by_encoder.items()}
     if "head" in paths:
+        by_head, lr_head = weighed(by_head, lr_head)
         product = mixed_product(lambda c, e: level_2(e, c), head_before, by_head, encoder_after, through_head, radius)
         towards = moved(towards, mean(product), -lr_head)  # dL3/dE', through both paths
+    towards, lr_encoder = weighed(towards, lr_encoder)
     product = mean(mixed_product(level_1, encoder_before, towards, masking, through_encoder, radius))
     return {name: -lr_encoder * value for name, value in product.items()}, loss
 
@@ -209,7 +234,9 @@ def proximal_hypergradient(
     names of `tuned` are those of `encoder`.
     """
     by_tuned, loss = torch.func.grad_and_value(level_3)(tuned)
-    towards = {name: 2 * lr_tuned * proximal * value for name, value in mean(by_tuned).items()}
+    by_tuned, lr_tuned = weighed(mean(by_tuned), lr_tuned)
+    towards = {name: 2 * lr_tuned * proximal * value for name, value in by_tuned.items()}
+    towards, lr_encoder = weighed(towards, lr_encoder)
     kind = "forward" if method == "exact" else method
     product = mean(mixed_product(level_1, encoder, towards, masking, kind, radius))
     return {name: -lr_encoder * value for name, value in product.items()}, loss
@@ -218,6 +245,9 @@ def proximal_hypergradient(
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+Derivative = Literal["exact", "finite_difference", "adamw"]
 
 
 @dataclass
@@ -242,7 +272,7 @@ class Config(TrainConfig):
     objective: Literal["mlo", "blo", "full", "mae", "fixed"] = "mlo"  # levels, or a baseline: random masks, one mask
     unrolling: int = 1  # steps of level I for one of level II (Table 7)
     update_every: int = 1  # cycles between two steps of the masking network (Table 16)
-    hypergradient: Literal["exact", "finite_difference"] = "exact"  # the difference is the paper's, for float32 alone
+    hypergradient: Derivative = "exact"  # of plain steps, exact or by the paper's difference; or of AdamW's, exact
     radius: float = 0.01  # finite_difference: how far the parameters move
     lr_factors: bool = True  # with the learning rates of Eq. 9 to 11; without them is the code
     mask_gradient: Literal["weight", "straight_through", "softsort"] = "weight"  # how the gradient reaches T (App. A.4)
@@ -266,6 +296,10 @@ class Config(TrainConfig):
         check_positive(self, "base_lr", "head_lr", "mask_lr", "temperature", "radius")
         if not 0 < self.validation < 1:
             raise UserError(f"--validation {self.validation} is no share of the images; give more than 0, less than 1")
+        if self.hypergradient == "adamw" and self.clip:
+            raise UserError("--hypergradient adamw does not differentiate --clip; leave out one of the two")
+        if self.hypergradient == "adamw" and not self.lr_factors:
+            raise UserError("--hypergradient adamw has the learning rates within; leave out --no-lr-factors")
         last, patches = self.mask_ratio_end, (self.image_size // max(1, self.patch)) ** 2
         if last and not (0 < last < 1 and 0 < round(last * patches) < patches):
             raise UserError(f"--mask-ratio-end {last} leaves no patch masked or none visible out of {patches}")
@@ -319,6 +353,7 @@ class MultiLevelMAE(Method):
         self.register_buffer("fixed_noise", torch.rand(1, patches))  # of the one mask of --objective fixed
         self.register_buffer("validation_loss", torch.tensor(0.0))  # of the last step of level III
         self.config, self.ratio = config, config.mask_ratio
+        self.steps = {}  # each network's gradients {parameter: tensor} in its last step, for --hypergradient adamw
 
     @property
     def encoder(self) -> ViT:
@@ -456,6 +491,10 @@ class MultiLevelMAE(Method):
         """
         config, rates = self.config, [group["lr"] for group in stepper.optimizer.param_groups]  # two groups a network
         lr_encoder, lr_head = (rates[0], rates[2]) if config.lr_factors else (1.0, 1.0)
+        lr_tuned, prefix = lr_encoder, "autoencoder.encoder."
+        if config.objective == "blo":  # its level I is gamma times as much
+            lr_encoder = config.gamma * lr_encoder
+        lr_encoder, lr_head = self.rate_of(prefix, lr_encoder, stepper), self.rate_of("head.", lr_head, stepper)
 
         def loss_of(level, batch, others):
             """A level's loss as a function of the weights of the encoder and of one more network."""
@@ -463,28 +502,44 @@ class MultiLevelMAE(Method):
 
         level_1 = loss_of(1, unlabelled, before)  # with the decoder as it was, too
         level_2, level_3 = loss_of(2, training, {}), loss_of(3, validation, {})
-        prefix = "autoencoder.encoder."
         encoder_before = {name: value for name, value in before.items() if name.startswith(prefix)}
         encoder, head = (encoder_before, self.weights(prefix)), (head_before, self.weights("head."))
         masking = self.weights("masking.")
-        options = {"method": config.hypergradient, "radius": config.radius, "mean": mean_over_processes}
+        method = "finite_difference" if config.hypergradient == "finite_difference" else "exact"
+        options = {"method": method, "radius": config.radius, "mean": mean_over_processes}
         # A difference needs every digit; a derivative does not, but fp16 is too narrow, and on a GPU autocast mixes up
         # the types in a second derivative of attention (torch 2.11). torch.func ignores `no_grad`.
         device = unlabelled[0].device.type
-        narrow = stepper.dtype == torch.bfloat16 and config.hypergradient == "exact" and device == "cpu"
+        narrow = stepper.dtype == torch.bfloat16 and method == "exact" and device == "cpu"
         self.eval()  # no dropout
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=narrow):
             if config.objective == "full":
                 of_tuned = lambda weights: level_3({x.replace(prefix, "tuned."): p for x, p in weights.items()}, {})
                 tuned = {x.replace("tuned.", prefix): p for x, p in self.weights("tuned.").items()}
-                steps = (lr_encoder, lr_encoder, config.proximal)
+                steps = (lr_encoder, self.rate_of("tuned.", lr_tuned, stepper, prefix), config.proximal)
                 found = proximal_hypergradient(level_1, of_tuned, encoder_before, tuned, masking, *steps, **options)
             else:
-                if config.objective == "blo":  # its head does not depend on E', and its level I is gamma times as much
-                    lr_encoder, options["paths"] = config.gamma * lr_encoder, ("encoder",)
+                if config.objective == "blo":  # its head does not depend on E'
+                    options["paths"] = ("encoder",)
                 steps = (lr_encoder, lr_head)
                 found = hypergradient(level_1, level_2, level_3, encoder, head, masking, *steps, **options)
         self.train()
+        return found
+
+    def rate_of(self, prefix: str, lr: float, stepper, renamed: str = ""):
+        """How far a network's last step took it down for each unit of its gradient, as `hypergradient` wants it: `lr`
+        for what is taken as a plain step, or a tensor for each parameter whose name starts with `prefix`, `renamed`.
+        """
+        if self.config.hypergradient != "adamw":
+            return lr
+        gradients, options = self.steps[self.get_submodule(prefix.split(".")[0])], stepper.optimizer.param_groups[0]
+        taken, found = torch.stack([g.isfinite().all() for g in gradients.values()]).all(), {}  # fp16 leaves some out
+        for name, parameter in self.named_parameters():
+            if name.startswith(prefix):
+                state, rest = stepper.optimizer.state[parameter], (lr, options["betas"], options["eps"])
+                moments = (state["exp_avg"], state["exp_avg_sq"], state["step"])
+                rate = adamw_derivative(gradients[parameter], *moments, *rest)
+                found[name.replace(prefix, renamed or prefix)] = torch.where(taken, rate, 0.0)
         return found
 
     def descend(self, loss: Tensor, modules: list, stepper):
@@ -494,6 +549,10 @@ class MultiLevelMAE(Method):
         gradients = torch.autograd.grad(stepper.scaler.scale(loss), parameters)
         for parameter, gradient in mean_over_processes(dict(zip(parameters, gradients, strict=True))).items():
             parameter.grad = gradient
+        if self.config.hypergradient == "adamw":
+            scale = stepper.scaler.scale(torch.ones((), device=loss.device))  # of fp16, else 1
+            true = {parameter: parameter.grad / scale for parameter in parameters}
+            self.steps |= {module: true for module in modules}
         stepper.step()
 
     def weights(self, prefix: str, copy: bool = False) -> dict:

@@ -124,15 +124,19 @@ def tiny_levels(**fields):
 
 class LevelRecorder:
     """A Stepper of plain gradient descent for MLO-MAE that keeps the gradients of every step in `steps`, a dict by the
-    parameter's name each; with `moves` False the weights stay.
+    parameter's name each; with `moves` False the weights stay. With --hypergradient adamw the steps are those of AdamW,
+    which has already taken two.
     """
 
     def __init__(self, method, moves=True):
         self.method, self.moves, self.dtype, self.steps = method, moves, None, []
-        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
-        self.param_groups = method.optimizer(method.config).param_groups
+        self.scaler, self.adamw = torch.amp.GradScaler("cpu", enabled=False), method.optimizer(method.config)
+        self.param_groups, self.state = self.adamw.param_groups, self.adamw.state
         for group in self.param_groups:
             group["lr"] = method.config.base_lr * group["lr_scale"]
+            for i, p in enumerate(group["params"] if method.config.hypergradient == "adamw" else ()):
+                m, v = 0.01 * randn(*p.shape, seed=i, dtype=p.dtype), 1e-3 * rand(*p.shape, seed=i, dtype=p.dtype)
+                self.state[p] = {"step": torch.tensor(2.0), "exp_avg": m, "exp_avg_sq": v + 1e-4}
 
     @property
     def optimizer(self):
@@ -144,7 +148,9 @@ class LevelRecorder:
     def step(self):
         found = {name: p.grad.clone() for name, p in self.method.named_parameters() if p.grad is not None}
         self.steps.append(found)
-        for group in self.param_groups if self.moves else ():
+        if self.state:
+            self.adamw.step()
+        for group in self.param_groups if self.moves and not self.state else ():
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.data -= group["lr"] * parameter.grad

@@ -443,3 +443,38 @@ def timm_features(state, images, heads, global_pool):
         x = norm(x, "norm")
         features.append(x[0] if global_pool == "token" else x[1:].mean(dim=0))
     return torch.stack(features)
+
+
+# --- MLO-MAE ---------------------------------------------------------------------------------------------------------
+
+
+def adamw_step(weight, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, decay=0.0):
+    """A weight after AdamW's step number `step`, from the averages before it, and the averages after it. Autograd sees
+    through all of it: the square root, whose slope at 0 is infinite, is not taken there.
+    """
+    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * gradient
+    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient**2
+    square = exp_avg_sq / (1 - betas[1] ** step)
+    root = torch.where(square > 0, torch.where(square > 0, square, 1.0) ** 0.5, 0.0)
+    after = weight - lr * decay * weight - lr * exp_avg / (1 - betas[0] ** step) / (root + eps)
+    return after, exp_avg, exp_avg_sq
+
+
+def adamw_steps(weights, gradients, states, lr, **options):
+    """As `adamw_step` for {name: weight}; `states` {name: (exp_avg, exp_avg_sq, number of this step)} go on too."""
+    found = {name: adamw_step(w, gradients[name], *states[name], lr, **options) for name, w in weights.items()}
+    after = {name: (m, v, states[name][2] + 1) for name, (_, m, v) in found.items()}
+    return {name: w for name, (w, _, _) in found.items()}, after
+
+
+def adamw_cycle(losses, encoder, head, maskings, states, lrs, **options):
+    """Level III's loss after a step of AdamW in level I for each of `maskings`, and one in level II: Eq. 6 to 8, in
+    which autograd sees all. Losses and parameters are those of `mlo_mae.hypergradient`; `states` of encoder and head.
+    """
+    of_encoder, of_head = states
+    for masking in maskings:
+        gradients = torch.func.grad(losses[0])(encoder, masking)
+        encoder, of_encoder = adamw_steps(encoder, gradients, of_encoder, lrs[0], **options)
+    gradients = torch.func.grad(losses[1], argnums=1)(encoder, head)
+    head, _ = adamw_steps(head, gradients, of_head, lrs[1], **options)
+    return losses[2](encoder, head), encoder, head

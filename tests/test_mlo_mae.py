@@ -171,7 +171,7 @@ def test_the_hypergradient_is_the_derivative_of_the_unrolled_procedure(seed, lr_
         torch.testing.assert_close(loss, losses[2](after, last))
         t = masking["t"].clone().requires_grad_()
         value = unrolled(losses, encoder, head, {"t": t}, lr_encoder, lr_head, cut)
-        torch.testing.assert_close(found[cut], torch.autograd.grad(value, t)[0])
+        torch.testing.assert_close(found[cut], torch.autograd.grad(value, t)[0], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found[""], found["head"] + found["encoder"])
     for i in range(3):
         shift = torch.zeros(3, dtype=torch.float64)
@@ -192,22 +192,76 @@ def test_without_learning_rates_it_is_the_authors_reading():
     torch.testing.assert_close(found["t"], expected)
 
 
-def test_with_adam_below_the_formula_is_not_exact():
-    """It is the derivative through plain gradient steps; Adam's depend on the gradient's sign more than on its size."""
-    losses, encoder, head, masking = toy()
+def adamw_problem(seed):
+    """The toy, where AdamW takes the steps: losses, parameters, its states before them, learning rates and options."""
+    losses, encoder, head, masking = toy(seed)
+    states = [
+        {name: (randn(3, seed=seed + i), rand(3, seed=seed + i, dtype=torch.float64), 1 + (seed + 3 * i) % 40)}
+        for i, name in enumerate("ec")
+    ]
+    states[1]["c"] = (torch.zeros(3), torch.zeros(3), 1) if seed % 3 == 0 else states[1]["c"]  # the head's first step
+    options = {"betas": (0.9, 0.95 if seed % 2 else 0.999), "eps": 1e-8 if seed % 5 else 1e-2}
+    return losses, encoder, head, masking, states, (0.1, 0.2), options
 
-    def through_adam(t, lr=0.1):
-        gradient = torch.func.grad(losses[0])(encoder, {"t": t})["e"]
-        after = {"e": encoder["e"] - lr * gradient / (gradient.abs() + 1e-8)}  # Adam's first step
-        return losses[2](after, descend(losses[1], head, after, 0.1, first=False)), after
 
+def rates_after(losses, encoder, head, masking, states, lrs, options):
+    """torch's own AdamW takes the steps of levels I and II: the weights after each, and `adamw_derivative` of each."""
+    rates, weights = [], [encoder, head]
+    for level in (0, 1):
+        (name,), seen = weights[level], (weights[0], masking if level == 0 else head)
+        gradient = torch.func.grad(losses[level], argnums=level)(*seen)[name]
+        parameter = torch.nn.Parameter(weights[level][name].clone())
+        optimizer = torch.optim.AdamW([parameter], lr=lrs[level], weight_decay=0.3, **options)
+        m, v, step = states[level][name]
+        before = {"exp_avg": m.double().clone(), "exp_avg_sq": v.double().clone(), "step": torch.tensor(step - 1.0)}
+        optimizer.state[parameter], parameter.grad = before, gradient
+        optimizer.step()
+        after = optimizer.state[parameter]
+        moments = (after["exp_avg"], after["exp_avg_sq"], after["step"])
+        rates.append({name: mlo_mae.adamw_derivative(gradient, *moments, lrs[level], **options)})
+        weights[level] = {name: parameter.detach()}
+    return weights, rates
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_through_adamw_it_is_the_derivative_of_the_unrolled_cycle(seed):
+    """Eq. 8 to 11 where torch's AdamW takes the steps; where the head takes its first one, nothing was averaged yet."""
+    losses, encoder, head, masking, states, lrs, options = problem = adamw_problem(seed)
+    (after, last), rates = rates_after(*problem)
     t = masking["t"].clone().requires_grad_()
-    value, after = through_adam(t)
-    true = torch.autograd.grad(value, t)[0]
-    after = {"e": after["e"].detach()}
-    last = descend(losses[1], head, after, 0.1, first=False)
-    found = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, 0.1, 0.1)[0]["t"]
-    assert not torch.allclose(found, true, rtol=0.5)
+    value, *weights = reference.adamw_cycle(losses, encoder, head, [{"t": t}], states, lrs, decay=0.3, **options)
+    torch.testing.assert_close([weights[0]["e"], weights[1]["c"]], [after["e"], last["c"]], rtol=1e-10, atol=1e-12)
+    (true,) = torch.autograd.grad(value, t)
+    found, loss = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, *rates)
+    torch.testing.assert_close(found["t"], true, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(loss, value)
+
+
+def test_with_adamw_below_the_formula_of_plain_steps_points_elsewhere():
+    """Learning rates stand for a step that grows with its gradient; AdamW's hardly does."""
+    losses, encoder, head, masking, _, lrs, _ = problem = adamw_problem(1)
+    (after, last), rates = rates_after(*problem)
+    rest = (*losses, (encoder, after), (head, last), masking)
+    plain, true = (mlo_mae.hypergradient(*rest, *x)[0]["t"] for x in (lrs, rates))
+    assert F.cosine_similarity(plain, true, dim=0) < 0.8
+
+
+def test_adamws_derivative_where_a_gradient_is_zero():
+    """d step / d g = lr share / eps at a gradient of 0 after none but such; elsewhere as by a difference of steps."""
+    options = {"betas": (0.9, 0.95), "eps": 1e-3}
+    gradient = torch.tensor([0.0, 0.0, 1e-5, -0.3, 2.0], dtype=torch.float64)
+    m = torch.tensor([0.0, 0.1, 0.0, 0.2, 0.1], dtype=torch.float64)
+    v = torch.tensor([0.0, 0.2, 0.0, 0.01, 1e-6], dtype=torch.float64)
+
+    def step(gradient):
+        return reference.adamw_step(torch.zeros(5, dtype=torch.float64), gradient, m, v, 4, 0.1, **options)
+
+    _, exp_avg, exp_avg_sq = step(gradient)
+    found = mlo_mae.adamw_derivative(gradient, exp_avg, exp_avg_sq, torch.tensor(4.0), 0.1, **options)
+    slope = (step(gradient - 1e-9)[0] - step(gradient + 1e-9)[0]) / 2e-9
+    torch.testing.assert_close(found, slope, rtol=1e-4, atol=1e-6)
+    assert float(found[0]) == pytest.approx(0.1 * 0.1 / (1 - 0.9**4) / 1e-3)
+    assert float(found[-1]) < 0  # a larger gradient can mean a shorter step: v grows by it too
 
 
 def test_differences_err_by_the_square_of_their_length():
@@ -410,14 +464,30 @@ def test_two_levels_learn_from_labels_and_pixels_at_once():
         torch.testing.assert_close(recorder.steps[0][name], gradient)
 
 
-def stepped(weights, loss, **rates):
-    """Weights after a plain gradient step of the networks named, through which autograd sees: {name: tensor}."""
+def stepped(weights, loss, states, **rates):
+    """Weights after a plain gradient step of the networks named, through which autograd sees: {name: tensor}. Where
+    `states` has something, an optimiser's settings and state before it, the step is AdamW's.
+    """
     rate = {name: rates[name.split(".")[0]] for name in weights if name.split(".")[0] in rates}
     gradients = torch.autograd.grad(loss, [weights[name] for name in rate], create_graph=True)
-    return weights | {name: weights[name] - rate[name] * g for name, g in zip(rate, gradients, strict=True)}
+    after = {name: weights[name] - rate[name] * g for name, g in zip(rate, gradients, strict=True)}
+    for name, gradient in zip(rate, gradients, strict=True) if states else ():
+        after[name], _, _ = reference.adamw_step(weights[name], gradient, lr=rate[name], **states[name])
+    return weights | after
 
 
-def cycle(method, weights, pretext, training):
+def states_of(recorder):
+    """What `reference.adamw_step` needs for each parameter's next step: {name: {...}}; {} of plain steps."""
+    found, names = {}, {p: name for name, p in recorder.method.named_parameters()}
+    for group in recorder.param_groups if recorder.state else ():
+        for p in group["params"]:
+            state = {name: value.clone() for name, value in recorder.state[p].items()}
+            state |= {"step": float(state["step"]) + 1, "betas": group["betas"], "eps": group["eps"]}
+            found[names[p]] = state | {"decay": group["weight_decay"]}
+    return found
+
+
+def cycle(method, weights, pretext, training, states):
     """One step of the levels below T, by autograd: the weights after it, and level I's loss before.
 
     Eq. 6, then Eq. 7 or Eq. 13 (full); or both in one step, Eq. 5 (blo).
@@ -426,15 +496,15 @@ def cycle(method, weights, pretext, training):
     level_1 = functional_call(method, weights, (*pretext, 1))
     if config.objective == "blo":
         loss = config.gamma * level_1 + functional_call(method, weights, (*training, 2))
-        return stepped(weights, loss, autoencoder=0.64, head=1.28), level_1
-    weights = stepped(weights, level_1, autoencoder=0.64)
+        return stepped(weights, loss, states, autoencoder=0.64, head=1.28), level_1
+    weights = stepped(weights, level_1, states, autoencoder=0.64)
     loss = functional_call(method, weights, (*training, 2))
     if config.objective == "full":
         names = [name for name, _ in method.tuned.named_parameters()]
         apart = [weights["tuned." + name] - weights["autoencoder.encoder." + name] for name in names]
         loss = loss + config.proximal * sum(x.square().sum() for x in apart)
-        return stepped(weights, loss, tuned=0.64, head=1.28), level_1
-    return stepped(weights, loss, head=1.28), level_1
+        return stepped(weights, loss, states, tuned=0.64, head=1.28), level_1
+    return stepped(weights, loss, states, head=1.28), level_1
 
 
 @pytest.mark.parametrize(
@@ -447,22 +517,25 @@ def cycle(method, weights, pretext, training):
         {"detach_tokens": True},
         {"objective": "blo", "gamma": 0.4},
         {"objective": "full", "proximal": 0.3},
+        {"hypergradient": "adamw", "mask_gradient": "softsort"},
+        {"hypergradient": "adamw", "objective": "blo", "gamma": 0.4},
+        {"hypergradient": "adamw", "objective": "full", "proximal": 0.3},
     ],
 )
 def test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps(fields):
-    """Autograd through plain gradient steps of all levels, as `update` makes them: Eq. 6 to 11, Eq. 5 and Eq. 13."""
+    """Autograd through all steps as `update` makes them, plain ones or AdamW's: Eq. 6 to 11, Eq. 5 and Eq. 13."""
     method = tiny_levels(**fields, unrolling=1).double()
     batch = batch_of(method, 3, dtype=torch.float64)
     (pretext, _), training, validation = parts_of(batch, 3)
     start = {name: p.detach().clone().requires_grad_() for name, p in method.named_parameters()}
     recorder = LevelRecorder(method)
     with sdpa_kernel(SDPBackend.MATH):
-        after, level_1 = cycle(method, start, (pretext, None), training)
+        after, level_1 = cycle(method, start, (pretext, None), training, states_of(recorder))
         level_3 = functional_call(method, after, (*validation, 3))
         names = [name for name in start if name.startswith("masking.")]
         true = torch.autograd.grad(level_3, [start[name] for name in names])
         out = method.update(method, [batch], recorder)
-    exact = method.config.hypergradient == "exact"
+    exact = method.config.hypergradient != "finite_difference"
     for name, expected in zip(names, true, strict=True):
         rtol, atol = (1e-6, 1e-12) if exact else (1e-3, 1e-3 * float(expected.abs().max()))
         torch.testing.assert_close(recorder.steps[-1][name], expected, rtol=rtol, atol=atol, msg=name)
@@ -513,12 +586,13 @@ def test_the_hypergradient_has_no_dropout():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_has_nearly_the_gradient_of_float32(amp):
+@pytest.mark.parametrize(("amp", "kind"), [("bf16", "exact"), ("fp16", "exact"), ("bf16", "adamw"), ("fp16", "adamw")])
+def test_half_precision_has_nearly_the_gradient_of_float32(amp, kind):
     found = []
     for precision in ("off", amp):
-        method = tiny_levels(amp=precision, unrolling=1, head="code")
+        method = tiny_levels(amp=precision, unrolling=1, head="code", hypergradient=kind)
         stepper = stepper_of(method)
+        stepper.optimizer.state.update(LevelRecorder(method).state)  # of AdamW, in the middle of a training
         for group in stepper.optimizer.param_groups:
             group["lr"] = 1e-3
         keep = {}
@@ -529,6 +603,18 @@ def test_half_precision_has_nearly_the_gradient_of_float32(amp):
         assert method.training and all(p.isfinite().all() for p in method.parameters())
         found.append(torch.cat([g.flatten().float() for g in keep["found"][0].values()]))
     assert F.cosine_similarity(*found, dim=0) > 0.97
+
+
+def test_a_step_that_fp16_leaves_out_has_no_derivative():
+    """Its loss scaler steps over gradients that are too large: nothing moves, so nothing depends on T."""
+    method = tiny_levels(amp="fp16", unrolling=1, hypergradient="adamw")
+    stepper, found, real = stepper_of(method), [], method.masking_gradient
+    stepper.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    method.masking_gradient = lambda *a: found.append(real(*a)[0]) or real(*a)
+    before = snapshot(method)
+    method.update(method, [batch_of(method, 3)], stepper)
+    assert changed(before, method) <= {"masking", "validation_loss"}  # T decays
+    assert all((gradient == 0).all() for gradient in found[0].values())
 
 
 @given(st.integers(1, 3), st.integers(1, 8), seeds)
@@ -673,7 +759,7 @@ def test_processes_share_each_levels_batch(monkeypatch):
             assert torch.equal(torch.cat([share[2 * level : 2 * level + 2] for share in shares]), expected)
 
 
-@pytest.mark.parametrize("fields", [{}, {"objective": "full", "proximal": 1.0}])
+@pytest.mark.parametrize("fields", [{}, {"objective": "full", "proximal": 1.0}, {"hypergradient": "adamw"}])
 def test_two_processes_have_the_gradients_of_one(fields):
     method = tiny_levels(unrolling=1, **fields)
     images, labels = batch_of(method, 3, seed=5)
@@ -797,6 +883,8 @@ def test_the_tuned_encoder_starts_as_the_pretrained_one():
     [
         ({"objective": "mlp"}, "unknown --objective 'mlp'; did you mean 'mlo'"),
         ({"hypergradient": "exakt"}, "unknown --hypergradient 'exakt'"),
+        ({"hypergradient": "adamw", "clip": 1.0}, "adamw does not differentiate --clip"),
+        ({"hypergradient": "adamw", "lr_factors": False}, "leave out --no-lr-factors"),
         ({"mask_gradient": "hard"}, "unknown --mask-gradient 'hard'"),
         ({"unrolling": 0}, "--unrolling 0 makes no sense"),
         ({"update_every": 0}, "--update-every 0 makes no sense"),
