@@ -45,7 +45,8 @@ from plumbing.errors import UserError, unknown
 from plumbing.files import append_line, json_text
 from plumbing.pictures import plain_style
 from plumbing.processes import on_rank_zero, rank, start_distributed
-from plumbing.run_files import refuse_among_pictures, taken
+from plumbing.report import write_report
+from plumbing.run_files import read_settings, refuse_among_pictures, refuse_taken
 from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
 from protocols.energy_figures import draw_energy
@@ -55,7 +56,7 @@ from protocols.figures import draw_pictures
 from protocols.finola_figures import draw_finola
 from protocols.heads import width_of
 from protocols.rows import Subject
-from protocols.run_folders import check_labels, note_other_pictures, read_settings, record
+from protocols.run_folders import check_labels, note_other_pictures, record
 from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
 from protocols.training import applies, folder_of, run_protocol, trains_on_images
 
@@ -77,7 +78,7 @@ def evaluate(argv: list):
         raise UserError(f"no run folder {run_folder}; give one that train.py wrote, such as runs/magma-shapes")
     if not (run_folder / "encoder.pt").exists():
         raise UserError(f"{run_folder} holds no encoder.pt: a run writes it at the end of its first epoch")
-    protocols, known = protocols_of(given), read_settings(run_folder)
+    protocols, known = protocols_of(given), read_settings(run_folder / "config.json")
     if known.get("recipe") == "photos":
         given = {"recipe": "photos"} | given
     if len(asked) < len(argv) - 1:
@@ -121,6 +122,8 @@ def evaluate(argv: list):
             print(format_table({name: values for name, values in table.items() if values}))
             for line in notes_on(table, protocols):
                 print(line)
+    if rank() == 0 and (own_out or any(table.values())):
+        write_report(run_folder)
 
 
 def show_help(protocols: list, given: dict, known: dict, encoder):
@@ -164,8 +167,8 @@ def check_folders(configs: dict, subjects: list):
         for subject in subjects:
             if applies(protocol, subject, config) and trains_on_images(protocol, subject, config):
                 out = folder_of(protocol, subject, config)
-                if not config.resume and on_rank_zero(lambda out=out: taken(out)):
-                    raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
+                if not config.resume:
+                    on_rank_zero(functools.partial(refuse_taken, out))
 
 
 def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known: dict):

@@ -6,10 +6,13 @@ python train.py magma --data DIR --recipe photos        your own pictures, with 
 python train.py magma --data DIR                        the same, by the paper's settings for ImageNet
 python train.py magma --epochs 48 --out runs/longer     any field of the method's Config is a flag
 python train.py magma --resume                          go on with a run that was stopped
+python train.py magma --seeds 0 1 2                     a run for each seed
+python train.py magma --config runs/x/config.json --out runs/y      the settings of another run
 torchrun --nproc_per_node=8 train.py magma              many GPUs, or many CPU processes
 python train.py magma --help                            all flags of a method
 """
 
+import functools
 import importlib
 import shlex
 import sys
@@ -17,24 +20,13 @@ import sys
 import torch
 
 from common import METHODS, fit, load_data
+from plumbing.asked import check_method, read_configs
 from plumbing.command import run_command
-from plumbing.errors import UserError, unknown
-from plumbing.processes import rank, start_distributed
-from plumbing.run_files import run_folder
-from plumbing.settings import check_batch, read_flags
+from plumbing.processes import on_rank_zero, rank, start_distributed
+from plumbing.report import write_report
+from plumbing.run_files import refuse_taken, run_folder
+from plumbing.settings import check_batch
 from plumbing.tables import format_table
-
-ELSEWHERE = {  # methods that a flag makes of another: {name without - and _: method and flags}
-    "mae": "magma --lam 0",
-    "umae": "magma --lam 0 --uniformity 0.01",
-    "mumae": "magma --uniformity 0.01",
-    "simclr": "magma --ssl simclr --lam 0",
-    "vicreg": "magma --ssl vicreg --lam 0",
-    "blomae": "mlo_mae --objective blo",
-    "maskedfinola": "finola --variant masked_b",
-    "mobileformer": "finola",
-    "energy": "ebm_pretrain",
-}
 
 
 def method_lines() -> str:
@@ -47,29 +39,37 @@ def train(argv: list):
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{__doc__}\nMethods:\n{method_lines()}")
         return
-    name = argv[0]
-    if name not in METHODS:
-        if name.startswith("-"):
-            raise UserError(f"give the method first: python train.py METHOD {' '.join(argv)}")
-        if flags := ELSEWHERE.get(key := name.lower().replace("-", "").replace("_", "")):
-            raise UserError(f"unknown method {name!r}; try: python train.py {flags} --out runs/{key}")
-        raise UserError(unknown("method", name, METHODS))
+    name, *flags = argv
+    check_method(name, flags, METHODS)
     module = importlib.import_module(name)
-    usage = f"python train.py {name} [--any-field value]"
-    config = read_flags(module.Config, module.RECIPES, argv[1:], usage, module.__doc__.splitlines()[0])
+    configs = read_configs(name, module.Config, module.RECIPES, flags, module.__doc__.splitlines()[0])
+    config, folders = configs[0], [run_folder(name, config) for config in configs]
     device = start_distributed(config.device)
+    for folder in folders if len(folders) > 1 and not config.resume else ():
+        on_rank_zero(functools.partial(refuse_taken, folder))  # before hours are spent on the runs before it
     check_batch(config)  # before any data is read
     names = ("root", "image_size", "download", "skip_bad_images", "max_pixels", "workers")
     options = {name: getattr(config, name) for name in names}
     data, test = (load_data(config.data, split=split, device=device, **options) for split in ("train", "test"))
+    for config in configs:
+        train_one(getattr(module, METHODS[name]), config, data, test, device)
+    if rank() == 0 and len(configs) > 1:
+        print(f"compare them: python evaluate.py {shlex.join(map(str, folders))}")
+
+
+def train_one(method_class, config, data, test, device):
+    """One run, its table, and its report."""
     torch.manual_seed(config.seed)  # of the initial weights, the same on every process
-    method = getattr(module, METHODS[name])(config, data).to(device)
+    method = method_class(config, data).to(device)
     results = fit(method, data, test, config)
-    if rank() == 0 and results:
-        out, seen = (shlex.quote(str(run_folder(method.name, config) / name)) for name in ("", "pictures.png"))
-        print(format_table(results, "accuracy (%)" if len(data.classes) else "without labels"))
-        judge = "linear pictures --untrained --pixels" if len(data.classes) else "features"
-        print(f"see {seen}; next: python evaluate.py {out} --protocol {judge}")
+    if rank() == 0:
+        folder = run_folder(method.name, config)
+        if results:
+            place, report = (shlex.quote(str(path)) for path in (folder, folder / "report.html"))
+            print(format_table(results, "accuracy (%)" if len(data.classes) else "without labels"))
+            judge = "linear pictures --untrained --pixels" if len(data.classes) else "features"
+            print(f"see {report}; next: python evaluate.py {place} --protocol {judge}")
+        write_report(folder)
 
 
 def main(argv: list) -> int:

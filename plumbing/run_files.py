@@ -83,6 +83,12 @@ def taken(out: Path) -> bool:
     return any(path.name != ".lock" and path.suffix != ".tmp" for path in (out.iterdir() if out.exists() else ()))
 
 
+def refuse_taken(out: Path):
+    """Raise UserError for a run folder that is taken."""
+    if taken(out):
+        raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
+
+
 def lock_run(out: Path, resume: bool):
     """Make a run folder, or with --resume take the one that is there; lock it until the returned file closes.
 
@@ -90,8 +96,8 @@ def lock_run(out: Path, resume: bool):
     exists, or another process is writing it.
     """
     try:
-        if not resume and taken(out):
-            raise UserError(f"{out} exists; add --resume to go on with it, or choose another folder by --out")
+        if not resume:
+            refuse_taken(out)
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / ".lock", "a")  # noqa: SIM115 (stays open for as long as the run)
     except OSError as error:
@@ -149,6 +155,21 @@ def write_settings(out: Path, method: str, config: TrainConfig):
     write_atomically(out / "config.json", lambda file: file.write(f"{settings}\n".encode()))
 
 
+def read_settings(path: Path) -> dict:
+    """What a config.json says of a run; {} where there is none. Raises UserError where it is not one."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+    kinds = {"data": str, "root": str, "method": str, "image_size": int}
+    fits = isinstance(found, dict) and all(isinstance(found.get(name, kind()), kind) for name, kind in kinds.items())
+    if not fits:
+        raise UserError(f"{path} holds no settings of a run")
+    return found
+
+
 def log_header(identity: dict, config: TrainConfig) -> str:
     """The first line of a log: how to make the run again."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -169,6 +190,18 @@ def read_log(path: Path) -> tuple[str, list]:
     return header, lines
 
 
+def read_evaluations(path: Path) -> list:
+    """The lines of an eval.jsonl, as dicts: the last one of each protocol, data set and recipe."""
+    found = {}
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("results"), dict) and "protocol" in line:
+                settings = line["settings"] if isinstance(line.get("settings"), dict) else {}
+                found[str((line["protocol"], line.get("data"), settings.get("recipe")))] = line | {"settings": settings}
+    return list(found.values())
+
+
 def rewind_log(path: Path, last_epoch: int, header: str) -> list:
     """Drop the lines of a log after `last_epoch`, whose steps will be done again, and return the lines that stay."""
     first, lines = read_log(path)
@@ -176,3 +209,14 @@ def rewind_log(path: Path, last_epoch: int, header: str) -> list:
     text = (first or header) + "".join(json_text(line) + "\n" for line in kept)
     write_atomically(path, lambda file: file.write(text.encode()))
     return kept
+
+
+def measured(log: list, labels: bool) -> dict:
+    """What a log ends with: {"trained": {...}, "untrained": {...}, "pixels": {...}}, accuracies in percent.
+
+    Without labels these are the loss on held-out pictures and the effective rank of the features. {} without probes.
+    """
+    first = next((line for line in log if line["epoch"] == 0), {})
+    found = {"trained": log[-1] if log else {}, "untrained": first, "pixels": first.get("pixels") or {}}
+    names = ("linear", "knn") if labels else ("held_out_loss", "effective_rank")
+    return {row: {x: line.get(x) for x in names} for row, line in found.items() if names[1] in line}

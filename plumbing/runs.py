@@ -24,6 +24,7 @@ from plumbing.run_files import (
     identity_of,
     lock_run,
     log_header,
+    measured,
     open_run,
     refuse_among_pictures,
     rewind_log,
@@ -187,15 +188,8 @@ class Run:
         self.meter, self.started, self.done = Meter(), time.perf_counter(), 0
 
     def results(self) -> dict:
-        """What was measured: {"trained": {...}, "untrained": {...}, "pixels": {...}}, accuracies in percent.
-
-        Without labels these are the loss on held-out pictures and the effective rank of the features.
-        """
-        log = on_rank_zero(lambda: self.log)
-        first = next((line for line in log if line["epoch"] == 0), {})
-        found = {"trained": log[-1], "untrained": first, "pixels": first.get("pixels", {})}
-        names = ("linear", "knn") if len(self.train.classes) else ("held_out_loss", "effective_rank")
-        return {row: {x: line[x] for x in names} for row, line in found.items() if names[1] in line}
+        """What was measured (`measured`)."""
+        return measured(on_rank_zero(lambda: self.log), bool(len(self.train.classes)))
 
     def log_epoch(self, epoch: int, **extra):
         """One line of the log, with probes and pictures where they are due; epoch 0 is the untrained encoder."""

@@ -206,12 +206,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def flag_parser(config, usage: str, description: str) -> Parser:
+def flag_parser(config, usage: str, description: str, beside=()) -> Parser:
     """A parser with one flag a field of a dataclass: --any-field value, --no-x for booleans, no abbreviations.
 
-    `config` is the class, or a config whose values are the defaults that --help shows.
+    `config` is the class, or a config whose values are the defaults that --help shows; `beside` are parsers of other
+    flags.
     """
-    parser = Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    options = {"parents": beside, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = Parser(usage=usage, description=description, **options)
     config_class = config if isinstance(config, type) else type(config)
     comments = field_comments(config_class)
     for name, kind in field_types(config_class).items():
@@ -246,8 +248,18 @@ def given_flags(config_class, argv: list, usage: str = "", description: str = ""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
 
 
-def read_flags(config_class, recipes: dict, argv: list, usage: str = "", description: str = ""):
+def read_flags(
+    config_class,
+    recipes: dict,
+    argv: list,
+    usage: str = "",
+    description: str = "",
+    saved: dict | None = None,
+    beside=(),
+):
     """Command line -> config: the defaults, then every recipe that fits, then the flags themselves.
+
+    `saved`, settings {field: value} of another run, takes the place of the recipes. `beside`: see `flag_parser`.
 
     Where --epochs shortens the recipe, what counts epochs shrinks in proportion; `config.notes` tells it.
     A recipe's key is what one would type: "cifar100" fits --data cifar100, "cifar100 --ssl simclr" needs that flag too.
@@ -255,11 +267,13 @@ def read_flags(config_class, recipes: dict, argv: list, usage: str = "", descrip
     Raises UserError for a flag or a value that does not exist.
     """
     asked = [word for word in argv if word not in ("-h", "--help")]
-    given, values = given_flags(config_class, asked, usage, description), {}
+    given, values = given_flags(config_class, asked, usage, description), dict(saved or {})
     source, names = given.get("recipe") or given.get("data", config_class.data), {key.split()[0] for key in recipes}
     if given.get("recipe") and source not in names:
         raise UserError(unknown("--recipe", source, sorted(names)))
-    for key, recipe in recipes.items():
+    if given.get("recipe") and saved:
+        raise UserError(f"--recipe {source} and --config both say what the settings are; give one of them")
+    for key, recipe in recipes.items() if saved is None else ():
         name, *flags = key.split()
         if name == source and given_flags(config_class, flags).items() <= given.items():
             values |= recipe
@@ -267,8 +281,9 @@ def read_flags(config_class, recipes: dict, argv: list, usage: str = "", descrip
     moved = in_proportion(config_class, values, given) if shorter else []
     values |= {field: after for field, _, after in moved if field != "epochs"}
     if len(asked) < len(argv):
-        note = f"{description}\nDefaults are those for {' '.join(asked) or '--data ' + config_class.data}."
-        flag_parser(config_class(**values), usage, note).print_help()
+        source = "of --config, beside" if saved else "for"
+        note = f"{description}\nDefaults are those {source} {' '.join(asked) or '--data ' + config_class.data}."
+        flag_parser(config_class(**values), usage, note, beside).print_help()
         raise SystemExit(0)
     config = config_class(**values | given)
     config.moved = moved

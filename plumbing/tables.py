@@ -27,17 +27,30 @@ def column_of(name: str) -> tuple[str, int]:
     return COLUMNS.get(name, (name, 1))
 
 
-def format_table(results: dict, corner: str = "") -> str:
-    """{row: {result: value}} as text: a dash where a row has no such result, or one without a value (None, nan)."""
+def cell(value, digits: int) -> str:
+    """A value as text: a dash for none (None, nan), a pair as mean ± deviation."""
+    if isinstance(value, tuple):
+        return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def table_rows(results: dict, corner: str = "") -> list[list[str]]:
+    """{row: {result: value}} as rows of texts, the titles first: a dash where a row has no such result."""
     names = list(dict.fromkeys(name for row in results.values() for name in row if not name.startswith(UNTITLED)))
     columns = [column_of(name) for name in names]
-    widths = [max(10, len(title) + 3) for title, _ in columns]
-    lines = [f"{corner:<20}" + "".join(f"{title:>{w}}" for (title, _), w in zip(columns, widths, strict=True))]
+    rows = [[corner, *(title for title, _ in columns)]]
     for row, values in results.items():
-        cells = []
-        for name, (_, digits), width in zip(names, columns, widths, strict=True):
-            value = values.get(name)
-            text = "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-            cells.append(f"{text:>{width}}")
-        lines.append(f"{ROWS[row]:<20}" + "".join(cells))
+        found = [cell(values.get(name), digits) for name, (_, digits) in zip(names, columns, strict=True)]
+        rows.append([ROWS.get(row, row), *found])
+    return rows
+
+
+def format_table(results: dict, corner: str = "") -> str:
+    """{row: {result: value}} as text, in columns."""
+    rows = table_rows(results, corner)
+    first, *others = ([len(text) for text in column] for column in zip(*rows, strict=True))
+    widths = [max(20, *first), *(max(10, titles + 3, *(n + 2 for n in cells)) for titles, *cells in others)]
+    lines = []
+    for head, *cells in rows:
+        lines.append(f"{head:<{widths[0]}}" + "".join(f"{x:>{w}}" for x, w in zip(cells, widths[1:], strict=True)))
     return "\n".join(lines)

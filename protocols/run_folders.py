@@ -1,7 +1,6 @@
 """What a run folder tells a protocol, and the line that a protocol leaves in it."""
 
 import dataclasses
-import json
 import os
 import platform
 import sys
@@ -18,22 +17,6 @@ from protocols.settings import Config
 from protocols.training import trains_on_images
 
 UNLABELLED = ("pictures", "finola", "energy", "features", "export")  # protocols that ask for no labels
-
-
-def read_settings(run_folder: Path) -> dict:
-    """What config.json says of a run; {} where there is none."""
-    path = run_folder / "config.json"
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
-    kinds = {"data": str, "root": str, "method": str, "image_size": int}
-    fits = isinstance(found, dict) and all(isinstance(found.get(name, kind()), kind) for name, kind in kinds.items())
-    if not fits:
-        raise UserError(f"{path} holds no settings of a run")
-    return found
 
 
 def note_other_pictures(run_folder: Path, listing: bytes):

@@ -1,9 +1,11 @@
 """What an energy learned: chains of the test images, what they leave of the error, and what they cost in energy."""
 
 import json
+import types
 
 import pytest
 import torch
+from make import shapes, striped, tiny_energy
 from PIL import Image
 
 import ebm_pretrain
@@ -13,11 +15,12 @@ from ebm_pretrain import MIXTURE
 from plumbing.datasets import load_data
 from plumbing.encoders import load_encoder
 from plumbing.probes import labelled
-from plumbing.run_files import read_log
+from plumbing.run_files import read_log, read_settings
 from plumbing.shapes import render_shapes
-from protocols.energy_figures import CHAIN, chain_curves, look_into_energy, share_left
+from protocols import energy_figures
+from protocols.energy_figures import CHAIN, chain_curves, draw_energy, look_into_energy, share_left
+from protocols.figures import Album
 from protocols.rows import Subject, method_for
-from protocols.run_folders import read_settings
 from protocols.settings import Config
 
 
@@ -39,6 +42,78 @@ def test_the_chart_shows_error_and_energy_along_the_chain():
     assert names == ["noise", "super resolution", "last step of the training"]
     for lines in (left, right):
         assert set(lines["last step of the training"].get_xdata()) == {2}
+
+
+@pytest.fixture
+def album(monkeypatch):
+    """What goes on paper instead of the paper: sheets {name: (captions, rows)} and charts {name: figure}."""
+    found = types.SimpleNamespace(sheets={}, charts={})
+    monkeypatch.setattr(
+        Album, "sheet", lambda self, name, _, captions, rows: found.sheets.update({name: (captions, rows)})
+    )
+    monkeypatch.setattr(Album, "chart", lambda self, name, figure: found.charts.update({name: figure}))
+    return found
+
+
+def draw(method, data, tmp_path, monkeypatch):
+    """What `draw_energy` says of a method and the pictures of `data`."""
+    monkeypatch.setattr(energy_figures, "method_for", lambda *_: method)
+    subject = Subject("trained", method.encoder, data, data, torch.device("cpu"))
+    return draw_energy(None, {}, subject, Config(image_size=16, amp="off", data="x", seed=5, out=str(tmp_path)))[1]
+
+
+def test_the_table_is_about_the_steps_of_the_training(album, tmp_path, monkeypatch, capsys):
+    """Three images whose energies fall at first and rise beyond the second step, the last of the training."""
+    values = {
+        "error": torch.tensor([[4.0, 3, 1, 0.5], [2, 2, 2, 0.5], [6, 4, 3, 0.5]]),
+        "energy": torch.tensor([[5.0, 3, 2, 9], [5, 6, 7, 1], [5, 4, 4, 8]]),
+        "clean": torch.tensor([1.0, 5, 6]),
+    }
+    method = tiny_energy(task="super_resolution", steps=2)
+    monkeypatch.setattr(energy_figures, "look_into_energy", lambda *_: {"super_resolution": values})
+    figures = draw(method, shapes(4, 16), tmp_path, monkeypatch)
+    expected = {"left": (1 + 2 + 3) / (4 + 2 + 6), "restored_lower": 2 / 3, "clean_lower": 1 / 3}
+    assert figures == pytest.approx({f"{name}_super_resolution": value for name, value in expected.items()})
+    assert capsys.readouterr().out == (
+        "super_resolution: of the corrupted images' squared error 50 % is left after step 2; "
+        "energy below that of the corrupted image: restored 67 %, clean 33 % of the images\n"
+    )
+    (line, *_) = album.charts["chains"].axes[0].get_lines()
+    assert list(line.get_ydata()) == pytest.approx([1, 9 / 12, 6 / 12, 1.5 / 12])
+
+
+def test_the_sheets_show_the_chain_of_each_task_step_by_step(album, tmp_path, monkeypatch):
+    """x <- x - alpha dE/dx from the corrupted image on (Eq. 3), one of each class; back in [0, 1], and cut off there."""
+    method, data = tiny_energy(task="mixed", steps=2), striped(7, size=16)
+    torch.manual_seed(0)
+    method(data.images / 255)  # sets alpha
+    draw(method.eval(), data, tmp_path, monkeypatch)
+    assert list(album.sheets) == [f"chain_{task}" for task in MIXTURE]
+    for task in MIXTURE:
+        captions, rows = album.sheets[f"chain_{task}"]
+        assert captions == ["image", "corrupted", *[f"step {i}" for i in range(1, CHAIN + 1)]]
+        assert rows.shape == (3, 2 + CHAIN, 3, 16, 16)
+        torch.testing.assert_close(rows[:, 0], data.images[:3] / 255)
+        torch.manual_seed(5)
+        x = method.corrupt(data.images[:3] / 255, task)[1]
+        for column in range(1, 2 + CHAIN):
+            shown = (x * method.std + method.mean).clamp(0, 1)
+            torch.testing.assert_close(rows[:, column], shown, rtol=1e-4, atol=1e-4)
+            x = x.detach().requires_grad_()
+            slope = torch.autograd.grad(method.energy(x).sum(), x)[0]
+            x = x.detach() - method.log_alpha.exp().detach() * slope
+
+
+def test_the_same_corruptions_are_measured_each_time():
+    method, data = tiny_energy(task="noise", steps=1), striped(6, size=16)
+    subject = Subject("trained", method.encoder, data, data, torch.device("cpu"))
+    config = Config(image_size=16, amp="off", seed=3)
+    method(data.images / 255)
+    first, again = (look_into_energy(method.eval(), subject, config)["noise"]["error"] for _ in range(2))
+    assert torch.equal(first, again)
+    torch.manual_seed(3)
+    clean, corrupted = method.corrupt(data.images / 255, "noise")
+    torch.testing.assert_close(first[:, 0], (corrupted - clean).square().mean(dim=(1, 2, 3)))
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -65,7 +140,7 @@ def runs(tmp_path_factory):
 
 def look(run, **fields):
     """A run's method, the subject that it is judged by, and the settings."""
-    known, encoder = read_settings(run), load_encoder(run / "encoder.pt")
+    known, encoder = read_settings(run / "config.json"), load_encoder(run / "encoder.pt")
     test = load_data(known["data"], split="test")
     subject = Subject("trained", encoder, test, test, torch.device("cpu"))
     config = Config(image_size=32, amp="off", workers=0, **fields)

@@ -337,7 +337,7 @@ def test_the_table_that_training_prints_is_that_of_its_results():
     printed = next(block for block in blocks(README, "") if block.startswith("accuracy"))
     *table, after = printed.splitlines()
     assert table == format_table(values, "accuracy (%)").splitlines()
-    assert after.removeprefix("see runs/magma-shapes/pictures.png; next: ") in COMMANDS
+    assert after.removeprefix("see runs/magma-shapes/report.html; next: ") in COMMANDS
 
 
 def test_the_table_that_evaluating_prints_has_its_form():

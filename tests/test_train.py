@@ -15,6 +15,7 @@ from make import log_of, narrow_networks, same_weights, shapes, write_folders
 import magma
 import train
 from common import METHODS
+from plumbing.asked import ELSEWHERE
 from plumbing.settings import read_flags
 
 README = Path(train.__file__).with_name("README.md")
@@ -57,7 +58,7 @@ def test_train_answers_a_mistake_with_one_line_and_code_2(argv, message, tmp_pat
     assert "Traceback" not in output.err
 
 
-@pytest.mark.parametrize("name", [*train.ELSEWHERE, "U-MAE", "masked_finola"])
+@pytest.mark.parametrize("name", [*ELSEWHERE, "U-MAE", "masked_finola"])
 def test_a_method_that_a_flag_makes_of_another_is_named_with_its_command(name, capsys):
     code, output = run_main(name, "--epochs", "1", capsys=capsys)
     message, command = output.err.splitlines()[0].split("; try: python train.py ")
@@ -179,7 +180,7 @@ def test_train_runs_a_method_by_name_and_prints_the_table(tmp_path, capsys):
         assert text in output.out
     *table, after = output.out.splitlines()[-5:]
     assert after == (
-        f"see {tmp_path}/run/pictures.png; next: "
+        f"see {tmp_path}/run/report.html; next: "
         f"python evaluate.py {tmp_path}/run --protocol linear pictures --untrained --pixels"
     )
     assert table[0].split() == ["accuracy", "(%)", "linear", "kNN"]
@@ -196,6 +197,7 @@ def test_train_runs_a_method_by_name_and_prints_the_table(tmp_path, capsys):
 
 def test_the_next_command_can_be_pasted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "fit", lambda *_: {"trained": {"linear": 1.0}})
+    monkeypatch.setattr(train, "write_report", lambda folder: None)
     monkeypatch.setattr(train, "load_data", lambda *_, **__: shapes())
     code, output = run_main("magma", "--image-size", "8", "--out", tmp_path / "a $b run", capsys=capsys)
     assert code == 0
@@ -214,6 +216,7 @@ def test_a_start_without_matplotlib_leaves_no_folder(tmp_path, monkeypatch, caps
 def test_train_hands_on_seed_and_data_flags(monkeypatch):
     made, asked = [], []
     monkeypatch.setattr(train, "fit", lambda method, *_: made.append(method.state_dict()) or {})
+    monkeypatch.setattr(train, "write_report", lambda folder: None)
     monkeypatch.setattr(train, "load_data", lambda name, **options: asked.append((name, options)) or shapes())
     for seed in (0, 1, 1):
         flags = ["--seed", str(seed), "--skip-bad-images", "--download", "--root", "there", "--image-size", "8"]
