@@ -9,6 +9,7 @@ python evaluate.py RUN --protocol finetune --scratch               the same netw
 python evaluate.py RUN --protocol pictures                         reconstructions, attention, keys, features, curves
 python evaluate.py RUN --protocol features --data DIR              features of pictures, a row each, and their names
 python evaluate.py RUN --protocol export                           the weights for timm, and the lines that load them
+python evaluate.py RUN RUN ...                                     a table and a chart of several runs
 torchrun --nproc_per_node=8 evaluate.py RUN --protocol finetune    many GPUs, or many CPU processes
 python evaluate.py --help                                          all flags
 
@@ -24,6 +25,7 @@ clusters     do classes form clusters: figures without any training         froz
 pictures     what there is to see                                           figures.py
 finola       FINOLA's curvature, differential equations and embeddings      finola_figures.py
 energy       chains of an energy, what they leave of the error              energy_figures.py
+hypergradient  gradients of MLO-MAE's masks beside that of its real cycle   hypergradient.py
 features     features of every picture, in files                            features.py
 export       weights for timm                                               export.py
 
@@ -31,6 +33,7 @@ The recipes are the papers' (protocols/settings.py names the tables); docs/evalu
 """
 
 import functools
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -49,31 +52,50 @@ from plumbing.report import write_report
 from plumbing.run_files import read_settings, refuse_among_pictures, refuse_taken
 from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
+from protocols.compare import check_comparison, compare
 from protocols.energy_figures import draw_energy
 from protocols.export import export_encoder
 from protocols.features import write_features
 from protocols.figures import draw_pictures
 from protocols.finola_figures import draw_finola
 from protocols.heads import width_of
+from protocols.hypergradient import draw_hypergradient
 from protocols.rows import Subject
-from protocols.run_folders import check_labels, note_other_pictures, record
+from protocols.run_folders import check_labels, note_other_pictures, notes_on, record
 from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
 from protocols.training import applies, folder_of, run_protocol, trains_on_images
 
 HELP = ("python evaluate.py RUN [--protocol NAME ...] [--any-field value]",)
 HELP += ("Recipes of the protocols change many of these defaults; RUN --protocol NAME --help shows what holds.",)
 DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy, "features": write_features}
+DRAWING |= {"hypergradient": draw_hypergradient}
 
 
 def evaluate(argv: list):
     """Run the command line. Raises UserError for a run, data or protocol that is wrong."""
-    if not argv or argv[0].startswith("-"):
+    runs = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if not runs:
         if argv and argv[0] not in ("-h", "--help"):
             raise UserError(f"give the run folder first: python evaluate.py RUN {' '.join(argv)}")
         flag_parser(Config, *HELP).print_help()
         return
-    asked = [word for word in argv[1:] if word not in ("-h", "--help")]
-    run_folder, given = Path(argv[0]), given_flags(Config, asked, *HELP)
+    asked = [word for word in argv[len(runs) :] if word not in ("-h", "--help")]
+    given, with_help = given_flags(Config, asked, *HELP), len(runs) + len(asked) < len(argv)
+    if len(runs) == 1 or with_help:
+        return judge(Path(runs[0]), given, with_help)
+    out = given.pop("out", "")
+    start_distributed(given.get("device", Config.device))
+    on_rank_zero(lambda: check_comparison(runs, out, given))
+    for run in runs if given else ():
+        if rank() == 0:
+            print(f"{run}:")
+        judge(Path(run), given)
+    if rank() == 0:
+        compare(runs, out)
+
+
+def judge(run_folder: Path, given: dict, with_help: bool = False):
+    """Run the protocols that are asked for on one run, or show what holds for them."""
     if not run_folder.is_dir():
         raise UserError(f"no run folder {run_folder}; give one that train.py wrote, such as runs/magma-shapes")
     if not (run_folder / "encoder.pt").exists():
@@ -81,7 +103,7 @@ def evaluate(argv: list):
     protocols, known = protocols_of(given), read_settings(run_folder / "config.json")
     if known.get("recipe") == "photos":
         given = {"recipe": "photos"} | given
-    if len(asked) < len(argv) - 1:
+    if with_help:
         return show_help(protocols, given, known, load_encoder(run_folder / "encoder.pt"))
     if protocols == ["export"]:  # without any data
         return export_encoder(run_folder, given)
@@ -193,22 +215,6 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
         if rank() == 0:
             line = record(protocol, config, subjects[0], results, time.perf_counter() - started)
             append_line(run_folder / "eval.jsonl", json_text(line))
-
-
-def notes_on(table: dict, protocols: list) -> list:
-    """What one should know when reading the table."""
-    notes = []
-    if "davies_bouldin" in table["trained"]:
-        notes.append("Davies-Bouldin: lower is better")
-    if any(name.startswith("linear") for name in table.get("pixels", ())):
-        notes.append("linear of raw pixels: by ridge regression, whatever the recipe")
-    if "untrained" not in table and set(protocols) - {"pictures", "energy"}:
-        notes.append("--untrained adds what the encoder knew before")
-    if "pixels" not in table and {"knn", "linear", "clusters"} & set(protocols):
-        notes.append("--pixels adds what raw pixels say")
-    elif "pixels" in table and not table["pixels"]:
-        notes.append("--pixels is for knn, linear and clusters alone")
-    return notes
 
 
 def main(argv: list) -> int:

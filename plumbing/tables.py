@@ -28,7 +28,9 @@ def column_of(name: str) -> tuple[str, int]:
 
 
 def cell(value, digits: int) -> str:
-    """A value as text: a dash for none (None, nan), a pair as mean ± deviation."""
+    """A value as text: a dash for none (None, nan), a pair as mean ± deviation, a text as it is."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, tuple):
         return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"

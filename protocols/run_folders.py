@@ -42,3 +42,19 @@ def record(protocol: str, config: Config, subject: Subject, results: dict, secon
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     line |= {"results": results, "seconds": round(seconds, 1), "versions": versions}
     return line | {"command": " ".join(sys.argv), "settings": dataclasses.asdict(config)}
+
+
+def notes_on(table: dict, protocols: list) -> list:
+    """What one should know when reading the table."""
+    notes = []
+    if "davies_bouldin" in table["trained"]:
+        notes.append("Davies-Bouldin: lower is better")
+    if any(name.startswith("linear") for name in table.get("pixels", ())):
+        notes.append("linear of raw pixels: by ridge regression, whatever the recipe")
+    if "untrained" not in table and set(protocols) - {"pictures", "energy"}:
+        notes.append("--untrained adds what the encoder knew before")
+    if "pixels" not in table and {"knn", "linear", "clusters"} & set(protocols):
+        notes.append("--pixels adds what raw pixels say")
+    elif "pixels" in table and not table["pixels"]:
+        notes.append("--pixels is for knn, linear and clusters alone")
+    return notes
