@@ -13,6 +13,8 @@ import finola
 import train
 from plumbing.images import MemoryImages
 from plumbing.run_files import read_log
+from protocols import finola_figures
+from protocols.figures import Album, heat
 from protocols.finola_figures import draw_embeddings, draw_finola, look_into_finola, ranked
 from protocols.rows import Subject
 from protocols.settings import Config
@@ -120,6 +122,97 @@ def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path):
     expected |= {name: found[name].median() for name in ("dz/dx", "dz/dy", "laplacian")}
     expected["curvature"] = found["curvature"].amax(dim=1).median()
     assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
+
+
+@pytest.fixture(scope="module", params=["finola", "masked_e"])
+def drawn(request, tmp_path_factory):
+    """What `draw_finola` puts on paper: the method, the test images, the vectors q of all, of those shown, sheets, charts.
+
+    With it comes what becomes of vectors (B, C): pictures.
+    """
+    method, sheets, charts = tiny_finola(variant=request.param, image_size=96), {}, {}
+    found, _, images, subject, config = look(method)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(finola_figures, "method_for", lambda *_: method)
+        patched.setattr(Album, "sheet", lambda self, name, _, captions, rows: sheets.update({name: (captions, rows)}))
+        patched.setattr(Album, "chart", lambda self, name, figure: charts.update({name: figure}))
+        out = str(tmp_path_factory.mktemp("drawn"))
+        draw_finola(None, {}, subject, dataclasses.replace(config, out=out, data="x"))
+    corner = None if request.param == "finola" else torch.ones(2, 2, dtype=torch.long)  # a block in the middle
+
+    @torch.no_grad()
+    def decode(q):
+        return method.decode(method.unroll(q, corner)).clamp(0, 1)
+
+    with torch.no_grad():
+        own = method.embed(images[:2], corner)  # one of each class is shown
+        z = method.feature_map(images[:2], corner)
+    return types.SimpleNamespace(
+        images=images[:2], found=found, own=own, z=z, sheets=sheets, charts=charts, decode=decode
+    )
+
+
+def test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_images(drawn):
+    """Appendix E: Fig. 12's Gaussian, Fig. 13's mean and Fig. 15's components are those of all, here six, not of the two
+    that are shown; Fig. 15 by a singular value decomposition instead.
+    """
+    q, close = drawn.found["q"], {"rtol": 1e-3, "atol": 1e-3}
+    assert len(q) == 6 and list(drawn.sheets) == ["mean", "interpolations", "samples", "components", "surfaces"]
+    for captions, rows in drawn.sheets.values():
+        assert len(captions) == rows.shape[1]
+        torch.testing.assert_close(rows[:, 0], drawn.images)
+    rows = drawn.sheets["mean"][1]
+    torch.testing.assert_close(rows[:, 1], drawn.decode(drawn.own), **close)
+    torch.testing.assert_close(rows[:, 3], drawn.decode(q.mean(dim=0).expand(2, -1)), **close)
+    captions, rows = drawn.sheets["samples"]
+    noise = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))  # six sums of centred embeddings for each
+    samples = (q.mean(dim=0) + noise @ (q - q.mean(dim=0)) / 5**0.5).view(6, 2, -1)
+    for k in range(6):
+        torch.testing.assert_close(rows[:, 1 + k], drawn.decode(samples[k]), **close)
+    captions, rows = drawn.sheets["components"]
+    assert captions == ["image", "K = 1", "K = 4", "K = 16"]
+    mean = q.double().mean(dim=0)
+    vectors = torch.linalg.svd(q.double() - mean, full_matrices=False).Vh  # (6, C), the largest first
+    for column, k in ((1, 1), (2, 4)):
+        expected = mean + (drawn.own - mean) @ vectors[:k].T @ vectors[:k]
+        torch.testing.assert_close(rows[:, column], drawn.decode(expected.float()), **close)
+
+
+def test_the_surfaces_are_the_channels_that_bend_most_each_in_its_own_range(drawn):
+    """Fig. 5: in the order of the peaks of Eq. 9."""
+    captions, rows = drawn.sheets["surfaces"]
+    assert captions == ["image", *[f"rank {i}" for i in range(1, 7)]]
+    for i, z in enumerate(drawn.z):
+        peaks = [float(finola.peak_curvature(channel)) for channel in z]
+        order = sorted(range(len(peaks)), key=lambda c: -peaks[c])
+        for rank in range(6):
+            surface = z[order[rank]]
+            expected = heat((surface - surface.min()) / (surface.max() - surface.min()))
+            torch.testing.assert_close(rows[i, 1 + rank, :, 8::16, 8::16], expected, rtol=0, atol=0.02)
+
+
+def test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature(drawn):
+    """Eq. 2, 4 and Fig. 5: image by image and channel by channel, in order, with the median beside the name."""
+    found = drawn.found
+
+    def lines(name):
+        (axes,) = drawn.charts[name].axes
+        return {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+
+    shown = lines("residuals")
+    names = ["dz/dx", "dz/dy", "laplacian"]
+    assert list(shown) == [f"{name}: median {sorted(found[name].tolist())[2]:.2f}" for name in names]
+    for name, values in zip(names, shown.values(), strict=True):
+        assert list(values) == pytest.approx(sorted(found[name].tolist()))
+    shown, ranks = lines("curvature"), found["curvature"].sort(dim=0).values.double()  # six images, each channel's sorted
+    expected = {  # between the second and the third of six, the third and the fourth, the fourth and the fifth
+        "lower quartile": 0.75 * ranks[1] + 0.25 * ranks[2],
+        "median of the images": (ranks[2] + ranks[3]) / 2,
+        "upper quartile": 0.25 * ranks[3] + 0.75 * ranks[4],
+    }
+    assert list(shown) == list(expected)
+    for name, values in expected.items():
+        assert list(shown[name]) == pytest.approx(values.tolist(), rel=1e-4)
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
