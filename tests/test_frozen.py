@@ -9,12 +9,15 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import randn, seeds, settings_for, striped, subject_of, tiny_magma, vit
+from make import generator, randn, seeds, settings_for, striped, subject_of, tiny_magma, vit
 
+import common
 from plumbing.errors import UserError
-from protocols import frozen, training
+from plumbing.images import BatchPlan
+from plumbing.probes import labelled, ridge_accuracy
+from protocols import frozen, rows, training
 from protocols.frozen import class_cosines, davies_bouldin, fit_on_features, run_clusters, run_knn, run_linear
-from protocols.heads import LinearHeads, accuracies
+from protocols.heads import LinearHeads, accuracies, make_head
 from protocols.rows import load_method
 from protocols.settings import Config
 from protocols.training import run_protocol
@@ -91,6 +94,58 @@ def test_a_diverging_head_leaves_the_others_alone(tmp_path):
     assert math.isnan(found["linear 1e+38"])
 
 
+@pytest.mark.parametrize("base_lrs", [(), (0.1, 0.7)])
+def test_linear_heads_are_trained_by_plain_gradient_descent(base_lrs):
+    """Against softmax regression by hand: momentum, weight decay, the batches of the plan and the rate of each step."""
+    features, labels, classes = randn(50, 4), torch.arange(50) % 3, 3
+    fields = {"optimizer": "sgd", "momentum": 0.6, "weight_decay": 0.2, "smoothing": 0.3, "epochs": 3, "batch_size": 20}
+    config = Config(**fields, warmup_epochs=1, base_lr=0.5, base_lrs=base_lrs, image_size=8)
+    head = make_head("linear", 4, classes, config).double()
+    slow = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in head.layers]
+    fit_on_features(head, features, labels, classes, config)
+    plan = BatchPlan(50, config)
+    for layer, rate, (weight, bias) in zip(head.layers, base_lrs or (0.5,), slow, strict=True):
+        past = [torch.zeros_like(weight), torch.zeros_like(bias)]
+        for epoch in range(3):
+            for step, (index,) in enumerate(plan.draw(epoch)):
+                x, truth = features[index], torch.full((20, classes), 0.1, dtype=torch.float64)
+                truth[range(20), labels[index]] += 0.7
+                error = ((x @ weight.T + bias).softmax(dim=1) - truth) / 20
+                lr = common.learning_rate(2 * epoch + step, 2, config) * rate / 0.5
+                past = [0.6 * past[0] + error.T @ x + 0.2 * weight, 0.6 * past[1] + error.sum(dim=0) + 0.2 * bias]
+                weight, bias = weight - lr * past[0], bias - lr * past[1]
+        torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(layer.bias.detach(), bias, rtol=1e-6, atol=1e-7)
+
+
+def test_the_linear_result_of_pixels_is_ridge_regression_on_the_training_images():
+    """Labels that pixels do not tell: what is learned by heart on the training images is of no use on the test images."""
+    subject = subject_of(None, "pixels")
+    for data in (subject.train, subject.test):
+        data.images = torch.randint(256, data.images.shape, dtype=torch.uint8, generator=generator(len(data)))
+    train, test = (data.images.flatten(1) / 255 for data in (subject.train, subject.test))
+    expected = ridge_accuracy(train, subject.train.labels, test, subject.test.labels, 3)
+    assert run_linear(subject, Config(image_size=8))["linear"] == expected < 70
+    assert run_knn(subject, Config(image_size=8, k=5))["knn"] == reference.knn_accuracy(
+        train, subject.train.labels, test, subject.test.labels, 5
+    )
+
+
+@pytest.mark.parametrize("name", ["pixels", "trained"])
+def test_only_raw_pixels_are_limited_to_twenty_thousand_images(name, monkeypatch):
+    subject, asked = subject_of(None if name == "pixels" else vit(), name), []
+    monkeypatch.setattr(rows, "labelled", lambda data, most: asked.append(most) or labelled(data, most))
+    subject.features("train", Config(image_size=8))
+    subject.features("test", Config(image_size=8, probe_images=30))
+    assert asked == [20_000 if name == "pixels" else 0, 30]
+
+
+def test_eight_classes_at_most_are_drawn():
+    subject = subject_of(None)
+    subject.test = dataclasses.replace(striped(30), labels=torch.arange(30) % 10, classes=list("abcdefghij"))
+    assert torch.equal(subject.one_a_class(Config(image_size=8)), subject.test.images[:8] / 255)
+
+
 # --- clusters --------------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +190,18 @@ def test_the_gap_of_cosines_is_that_of_centred_features():
     same, different = reference.class_cosines(features - features.mean(dim=0), labels)
     assert found["cosine_gap"] == pytest.approx(float(same - different), abs=1e-6)
     assert found["cosine_ratio"] != pytest.approx(float(same / different), rel=0.1)
+
+
+def test_the_table_of_clusters_has_each_figure_under_its_name():
+    """Against loops over images and pairs: MAGMA's Fig. 4, MLO-MAE's Table 13."""
+    features, labels = 2 + randn(24, 6) * torch.linspace(0.2, 3, 24)[:, None], torch.arange(24) % 3
+    found = run_clusters(types.SimpleNamespace(features=lambda *_: (features.float(), labels)), None)
+    same, other = reference.class_cosines(features.float().double(), labels)
+    centred = reference.class_cosines(features.float().double() - features.float().double().mean(dim=0), labels)
+    expected = {"davies_bouldin": reference.davies_bouldin(features.float().double(), labels)}
+    expected |= {"same_class_cosine": same, "other_class_cosine": other, "cosine_ratio": same / other}
+    expected["cosine_gap"] = centred[0] - centred[1]
+    assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-6)
 
 
 # --- a dash and a reason ---------------------------------------------------------------------------------------------

@@ -17,10 +17,13 @@ from protocols.heads import (
     TransformerHead,
     add_drop_path,
     drop_path,
+    head_groups,
     layer_groups,
     make_head,
+    make_optimizer,
     one_hot,
     soft_loss,
+    token_features,
     width_of,
 )
 from protocols.settings import decoder_width, settings_of
@@ -61,6 +64,58 @@ def test_transformer_head_knows_no_position_and_drops_only_while_training():
     assert not torch.equal(head.train()(tokens), out)
 
 
+@pytest.mark.parametrize("std", [0.01, 2e-5])
+def test_linear_heads_start_small_and_without_bias(std):
+    """MAE's release: a truncated normal of 0.01 to probe, 2e-5 to fine-tune; `make_head` hands its own on."""
+    torch.manual_seed(0)
+    config = settings_of("linear", {"image_size": 8, "data": "x", "base_lrs": (0.1, 0.2)}, "magma", 96, 10**6)
+    for head in (LinearHeads(96, 50, 2, std=std), make_head("linear", 96, 50, config, std)):
+        assert len(head.layers) == 2
+        for layer in head.layers:
+            assert float(layer.weight.detach().std()) == pytest.approx(std, rel=0.05)
+            assert not layer.bias.detach().any()
+    assert float(LinearHeads(96, 50).layers[0].weight.detach().std()) == pytest.approx(0.01, rel=0.05)
+
+
+def test_the_batch_norm_of_linear_heads_learns_nothing_and_keeps_averages():
+    """MAE, appendix A: a batch norm without affine weights, with 1e-6 added to the variance."""
+    head, x = LinearHeads(3, 2, batchnorm=True), 1e-3 * randn(8, 3, dtype=torch.float32)
+    assert [name for name, _ in head.named_parameters()] == ["layers.0.weight", "layers.0.bias"]
+    normed = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt()
+    torch.testing.assert_close(head.train()(x)[0], head.layers[0](normed))
+    mean, var = 0.1 * x.mean(dim=0), 0.9 + 0.1 * x.var(dim=0)
+    torch.testing.assert_close(head.eval()(x)[0], head.layers[0]((x - mean) / (var + 1e-6).sqrt()))
+
+
+def test_a_transformer_head_is_embedding_blocks_norm_mean_and_a_linear_layer():
+    """FINOLA, appendix B, layer by layer, with a head of attention for every 64 channels; linear layers as MAE's."""
+    torch.manual_seed(0)
+    head, tokens = TransformerHead(12, 128, 2, 5).eval(), rand(3, 7, 12)
+    assert len(head.blocks) == 2 and {block.heads for block in head.blocks} == {2}
+    x = head.embed(tokens)
+    for block in head.blocks:
+        x = block(x)
+    x = F.layer_norm(x, (128,), head.norm.weight, head.norm.bias, eps=1e-6).mean(dim=1)
+    torch.testing.assert_close(head(tokens), head.classify(x)[None])
+    for layer in (m for m in head.modules() if isinstance(m, nn.Linear)):
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5  # uniform, Glorot and Bengio 2010
+        assert 0.9 * bound < float(layer.weight.detach().abs().max()) <= bound
+        assert not layer.bias.detach().any()
+    config = settings_of("tran4", {"image_size": 8, "data": "x", "dropout": 0.3}, "finola", 16, 10**6)
+    made = make_head("tran4", 16, 5, config)
+    assert (len(made.blocks), made.dropout.p, made.embed.in_features, made.classify.out_features) == (4, 0.3, 16, 5)
+
+
+def test_token_features_are_those_of_the_patches_or_places():
+    encoder, images = vit(), rand(2, 3, 8, 8)
+    torch.testing.assert_close(token_features(encoder, images), encoder.encode(encoder.embed(images))[:, 1:])
+    maps = MapEncoder().eval()
+    found = token_features(maps, images)
+    for row in range(4):
+        for column in range(4):
+            torch.testing.assert_close(found[:, 4 * row + column], maps(images)[:, :, row, column])
+
+
 # --- labels and losses -----------------------------------------------------------------------------------------------
 
 
@@ -99,6 +154,20 @@ def test_lars_moves_a_weight_of_zeros():
     weight.grad = torch.ones(2, 2)
     LARS([weight], lr=0.5).step()
     torch.testing.assert_close(weight.detach(), torch.full((2, 2), -0.5))
+
+
+def test_optimisers_and_their_groups_take_what_the_settings_say():
+    given = {"image_size": 8, "data": "x", "base_lr": 0.2, "weight_decay": 0.3, "momentum": 0.4, "betas": (0.5, 0.6)}
+    kinds = {"sgd": torch.optim.SGD, "lars": LARS, "adamw": torch.optim.AdamW}
+    for name, kind in kinds.items():
+        config = settings_of("linear", given | {"optimizer": name, "base_lrs": (0.1, 0.4)}, "magma", 16, 10**6)
+        optimizer = make_optimizer(head_groups(LinearHeads(16, 3, 2), config), config)
+        assert type(optimizer) is kind
+        for group, scale in zip(optimizer.param_groups, (0.5, 2.0), strict=True):
+            assert (group["lr_scale"], group["weight_decay"], len(group["params"])) == (scale, 0.3, 2)
+            assert group.get("betas", (0.5, 0.6)) == (0.5, 0.6) and group.get("momentum", 0.4) == 0.4
+    groups = head_groups(TransformerHead(16, 64, 1, 3), config)
+    assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {(1, 0.3), (1, 0)}
 
 
 def test_layer_groups_are_those_of_mae():
