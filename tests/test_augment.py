@@ -114,6 +114,31 @@ def test_random_erase_fills_one_box_of_a_share_of_the_images():
     assert (noise.std(dim=1) - 0.2).abs().max() < 0.03
 
 
+def test_the_boxes_of_random_erasing_have_the_sizes_and_shapes_of_timm():
+    """Zhong et al. 2020: 2 to 33 % of the area, aspect 0.3 to 3.3, anywhere; noise of each channel's own deviation."""
+    torch.manual_seed(0)
+    images, std = torch.full((800, 3, 40, 40), 2.0), torch.tensor([0.02, 0.05, 0.1]).view(3, 1, 1)
+    out = random_erase(images, 1.0, torch.full((3, 1, 1), 0.5), std)
+    box = (out != images).any(dim=1)  # (B, H, W)
+    height, width = (box.any(dim=d).sum(dim=1) for d in (2, 1))
+    area, aspect = box.flatten(1).sum(dim=1) / 1600, height / width
+    assert 0.01 < area.min() < 0.03 and 0.29 < area.max() < 0.36
+    assert abs(area.mean() - (0.02 + 1 / 3) / 2) < 0.02
+    assert 0.25 < aspect.min() < 0.4 and 2.5 < aspect.max() < 4  # pixels are whole
+    assert abs(aspect.log().mean()) < 0.1 and box.any(dim=0).float().mean() > 0.95
+    noise = torch.stack([out[:, c][box] for c in range(3)])
+    torch.testing.assert_close(noise.std(dim=1), std.flatten(), rtol=0.03, atol=0)
+    assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 0.02  # the channels have draws of their own
+
+
+def test_rand_augment_draws_for_each_image_on_its_own(monkeypatch):
+    """Twice, with probability 1/2: a quarter of the images stay, half change once, a quarter twice."""
+    monkeypatch.setattr(augment, "OPERATIONS", [lambda x, level, fill: x + 1])
+    torch.manual_seed(0)
+    counts = torch.bincount(rand_augment(torch.zeros(2000, 3, 1, 1), FILL)[:, 0, 0, 0].long(), minlength=3) / 2000
+    torch.testing.assert_close(counts, torch.tensor([0.25, 0.5, 0.25]), atol=0.04, rtol=0)
+
+
 def pillow(image):
     return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
 

@@ -83,7 +83,7 @@ def test_the_table_is_about_the_steps_of_the_training(album, tmp_path, monkeypat
 
 
 def test_the_sheets_show_the_chain_of_each_task_step_by_step(album, tmp_path, monkeypatch):
-    """x <- x - alpha dE/dx from the corrupted image on (Eq. 3), one of each class; back in [0, 1], and cut off there."""
+    """x <- x - alpha dE/dx from the corrupted image on (Eq. 3), one of each class; cut off to [0, 1]."""
     method, data = tiny_energy(task="mixed", steps=2), striped(7, size=16)
     torch.manual_seed(0)
     method(data.images / 255)  # sets alpha

@@ -1,12 +1,13 @@
 """Pictures of a run: where an encoder looks, how its features lie. And how they are put on paper."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import rand, randn, seeds, vit
+from make import rand, randn, seeds, subject_of, tiny_magma, vit
 from PIL import Image
 
 import common
@@ -14,6 +15,7 @@ from plumbing.curves import panels
 from protocols.figures import (
     Album,
     beside,
+    draw_pictures,
     feature_map,
     heat,
     key_maps,
@@ -21,6 +23,8 @@ from protocols.figures import (
     principal_components,
     stretch,
 )
+from protocols.rows import load_method
+from protocols.settings import Config
 
 # --- where an encoder looks ------------------------------------------------------------------------------------------
 
@@ -77,6 +81,57 @@ def test_principal_components_match_the_singular_values(count, width, seed):
     u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
     torch.testing.assert_close(scores.abs(), (u * s)[:, :2].abs(), rtol=1e-6, atol=1e-9)
     assert (scores.pow(3).sum(dim=0) > -1e-9).all()
+
+
+def test_the_maps_of_the_keys_of_a_block_share_one_range():
+    """All images of a block are put into [0, 1] together, so that a patch's colour means the same in each."""
+    keys = randn(2, 3, 9, 4)
+    keys[1] *= 100
+    found = key_maps(keys)
+    assert found.shape == (3, 2, 9)
+    for block in range(2):
+        centred = (keys[block] - keys[block].mean(dim=0)).flatten(0, 1)
+        scores = principal_components(centred, 1)[:, 0]
+        expected = (scores - scores.min()) / (scores.max() - scores.min())
+        torch.testing.assert_close(found[:, block].flatten(), expected)
+
+
+def test_the_pictures_of_a_run_show_what_their_captions_say(tmp_path, monkeypatch):
+    """Reconstructions at the seed of the settings, heads and blocks in their order, features of the test images."""
+    method, sheets, charts = tiny_magma(), {}, {}
+    monkeypatch.setattr(Album, "sheet", lambda self, name, _, captions, rows: sheets.update({name: (captions, rows)}))
+    monkeypatch.setattr(Album, "chart", lambda self, name, figure: charts.update({name: figure}))
+    torch.save({"weights": method.state_dict()}, tmp_path / "last.pt")
+    known = dataclasses.asdict(method.config) | {"method": "magma"}
+    subject = subject_of(method.encoder)
+    config = Config(image_size=8, amp="off", data="x", out=str(tmp_path), seed=4)
+    torch.manual_seed(9)
+    draw_pictures(tmp_path, known, subject, config)
+    images = subject.test.images[:3] / 255  # one of each class
+    for _, rows in sheets.values():
+        torch.testing.assert_close(rows[:, 0], images)
+    captions, rows = sheets["reconstructions"]
+    again = load_method(tmp_path, known, dataclasses.replace(subject.test, mean=(0.4,) * 3, std=(0.3,) * 3))
+    torch.manual_seed(4)
+    torch.testing.assert_close(rows, again.pictures(images))
+    assert captions == ("image", "masked image", "reconstruction")
+    attention, keys = look_inside(method.encoder, images)
+    captions, rows = sheets["attention"]
+    assert captions == ["image", "head 1", "head 2", "head 3"]
+    for head in range(3):
+        for weights, shown in zip(attention[:, head], rows[:, 1 + head], strict=True):  # each in a range of its own
+            expected = heat(((weights - weights.min()) / (weights.max() - weights.min())).view(2, 2))
+            torch.testing.assert_close(shown[:, 2::4, 2::4], expected, rtol=0, atol=0.02)
+    captions, rows = sheets["keys"]
+    assert captions == ["image", *[f"block {i}" for i in range(1, 7)]]
+    for block in range(6):
+        expected = heat(key_maps(keys)[:, block].view(3, 2, 2))
+        torch.testing.assert_close(rows[:, 1 + block, :, 2::4, 2::4], expected, rtol=0, atol=0.02)
+    with torch.no_grad():
+        points = principal_components(method.encoder(subject.test.images / 255), 2)
+    for label, shown in enumerate(charts["features"].axes[0].collections):
+        found = torch.tensor(shown.get_offsets().data)
+        torch.testing.assert_close(found, points[subject.test.labels == label], rtol=1e-3, atol=1e-4)
 
 
 # --- how features lie ------------------------------------------------------------------------------------------------

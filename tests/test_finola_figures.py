@@ -126,9 +126,8 @@ def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path):
 
 @pytest.fixture(scope="module", params=["finola", "masked_e"])
 def drawn(request, tmp_path_factory):
-    """What `draw_finola` puts on paper: the method, the test images, the vectors q of all, of those shown, sheets, charts.
-
-    With it comes what becomes of vectors (B, C): pictures.
+    """What `draw_finola` puts on paper, sheets and charts, with the two images that it shows, their vectors q and maps,
+    what was found in all six, and what makes pictures of vectors.
     """
     method, sheets, charts = tiny_finola(variant=request.param, image_size=96), {}, {}
     found, _, images, subject, config = look(method)
@@ -153,8 +152,8 @@ def drawn(request, tmp_path_factory):
 
 
 def test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_images(drawn):
-    """Appendix E: Fig. 12's Gaussian, Fig. 13's mean and Fig. 15's components are those of all, here six, not of the two
-    that are shown; Fig. 15 by a singular value decomposition instead.
+    """Appendix E: Fig. 12's Gaussian, Fig. 13's mean and Fig. 15's components are those of all, here six, not of the
+    two that are shown; Fig. 15 by a singular value decomposition instead.
     """
     q, close = drawn.found["q"], {"rtol": 1e-3, "atol": 1e-3}
     assert len(q) == 6 and list(drawn.sheets) == ["mean", "interpolations", "samples", "components", "surfaces"]
@@ -204,7 +203,8 @@ def test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature(drawn):
     assert list(shown) == [f"{name}: median {sorted(found[name].tolist())[2]:.2f}" for name in names]
     for name, values in zip(names, shown.values(), strict=True):
         assert list(values) == pytest.approx(sorted(found[name].tolist()))
-    shown, ranks = lines("curvature"), found["curvature"].sort(dim=0).values.double()  # six images, each channel's sorted
+    shown = lines("curvature")
+    ranks = found["curvature"].sort(dim=0).values.double()  # of six images, channel by channel
     expected = {  # between the second and the third of six, the third and the fourth, the fourth and the fifth
         "lower quartile": 0.75 * ranks[1] + 0.25 * ranks[2],
         "median of the images": (ranks[2] + ranks[3]) / 2,

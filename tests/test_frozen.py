@@ -119,7 +119,7 @@ def test_linear_heads_are_trained_by_plain_gradient_descent(base_lrs):
 
 
 def test_the_linear_result_of_pixels_is_ridge_regression_on_the_training_images():
-    """Labels that pixels do not tell: what is learned by heart on the training images is of no use on the test images."""
+    """Labels that pixels do not tell: what is learned by heart on training images is of no use on test images."""
     subject = subject_of(None, "pixels")
     for data in (subject.train, subject.test):
         data.images = torch.randint(256, data.images.shape, dtype=torch.uint8, generator=generator(len(data)))

@@ -100,6 +100,73 @@ def test_finetuning_reaches_every_parameter_and_uses_every_augmentation(tmp_path
     assert all(p.grad is not None for p in method.parameters())
 
 
+@pytest.mark.parametrize(("protocol", "std"), [("finetune", 2e-5), ("linear", 0.01)])
+def test_heads_start_as_in_maes_release(protocol, std, tmp_path, monkeypatch):
+    """2e-5 to fine-tune, 0.01 to probe; by the seed of the settings, whatever was drawn before."""
+    started = []
+    monkeypatch.setattr(training, "fit", lambda method, *_: started.append(method.head.layers[0].weight.detach()))
+    for seed, before in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(before)
+        fields = {"batchnorm": False} if protocol == "linear" else {}
+        config = settings_for(protocol, tmp_path, cache=False, seed=seed, head="linear", **fields)
+        run_protocol(protocol, subject_of(vit(dim=128)), config)
+    assert float(started[0].std()) == pytest.approx(std, rel=0.15)
+    assert torch.equal(started[0], started[1]) and not torch.equal(started[0], started[2])
+
+
+def test_every_augmentation_takes_the_strength_of_the_settings(tmp_path, monkeypatch):
+    """What a moved image uncovers is the mean colour; erasing is noise of the data's mean and deviation."""
+    fields = {"erase": 0.3, "mixup": 0.7, "cutmix": 0.9, "randaugment": 5.0, "smoothing": 0.25}
+    encoder = vit(depth=3, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    config = settings_for("finetune", tmp_path, **fields)
+    method, called = Classifier("finetune", encoder, LinearHeads(16, 3), 3, config), []
+    monkeypatch.setattr(training, "rand_augment", lambda x, *given: called.append(given) or x + 1)
+    monkeypatch.setattr(training, "random_erase", lambda x, *given: called.append(given) or 2 * x)
+    monkeypatch.setattr(training, "mix_labels", lambda x, targets, *given: (x / 4, called.append(given) or 1 - targets))
+    method, images, labels = method.eval(), rand(3, 3, 8, 8), torch.arange(3)
+    (mean, magnitude), (share, *noise), alphas = (method.augment(images, torch.eye(3)), called)[1]
+    assert (magnitude, share, alphas) == (5.0, 0.3, (0.7, 0.9))
+    assert torch.equal(mean, encoder.mean) and torch.equal(torch.stack(noise), torch.stack([encoder.mean, encoder.std]))
+    targets = 1 - (0.75 * torch.eye(3) + 0.25 / 3)  # smoothed, then mixed
+    logits = method.head(method.encoder((images + 1) / 2))[0]
+    expected = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(method(images, labels)["loss"], expected)
+
+
+def test_pictures_are_the_image_and_four_augmentations_of_it(tmp_path, monkeypatch):
+    fields = {"erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    method = Classifier("finetune", vit(depth=3), LinearHeads(16, 3), 3, settings_for("finetune", tmp_path, **fields))
+    numbers = iter(range(9))
+    monkeypatch.setattr(training, "rand_augment", lambda images, *_: images * next(numbers))
+    images = 0.2 + 0.7 * rand(2, 3, 8, 8)
+    rows = method.pictures(images)
+    assert rows.shape == (2, 5, 3, 8, 8) and len(method.captions) == 5
+    for column, factor in enumerate((1, 0, 1, 2, 3)):
+        torch.testing.assert_close(rows[:, column], (images * factor).clamp(0, 1))
+
+
+def test_the_accuracy_is_that_of_the_test_images(tmp_path):
+    torch.manual_seed(0)
+    config, subject = settings_for("finetune", tmp_path), subject_of(vit(depth=3))
+    method = Classifier("finetune", subject.encoder, LinearHeads(16, 3, std=1.0), 3, config).eval()
+    logits = method.head.layers[0](subject.encoder(subject.test.images / 255))
+    right = sum(int(row.argmax()) == label for row, label in zip(logits, subject.test.labels.tolist(), strict=True))
+    found = method.probe(
+        None, dataclasses.replace(subject.train, labels=subject.train.labels + 9), subject.test, config
+    )
+    assert found == {"accuracy": pytest.approx(100 * right / 48)}
+
+
+@pytest.mark.parametrize(("decay", "lowest"), [(0.5, 0.5**4), (1.0, 1.0)])
+def test_finetuning_slows_lower_layers_by_the_decay_of_the_settings(decay, lowest, tmp_path):
+    """MAE, Table 9."""
+    config = settings_for("finetune", tmp_path, layer_decay=decay, weight_decay=0.2)
+    method = Classifier("finetune", vit(depth=3), LinearHeads(16, 3), 3, config)
+    groups = method.optimizer(config).param_groups
+    assert min(group["lr_scale"] for group in groups) == lowest and max(group["lr_scale"] for group in groups) == 1
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
+
+
 def test_finetuning_learns_and_logs_its_test_accuracy(tmp_path):
     fields = QUICK | {"epochs": 6, "randaugment": 0.0, "mixup": 0.0, "cutmix": 0.0, "probe_every": 2}
     found = run_protocol("finetune", subject_of(vit(depth=3)), settings_for("finetune", tmp_path, **fields))
