@@ -17,13 +17,15 @@ COLUMNS = {  # what a result is called, and its digits; another one goes by its 
     "cosine_gap": ("cosine gap", 3),
 }
 ROWS = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
-UNTITLED = ("same_class_cosine", "other_class_cosine", "restored_lower_", "clean_lower_")  # not shown; these begin so
+UNTITLED = ("same_class_cosine", "other_class_cosine", "restored_lower_", "clean_lower_", "norm_of_")  # not shown
 
 
 def column_of(name: str) -> tuple[str, int]:
     """Title and digits of a result."""
     if name.startswith("left_"):  # of the squared error, after a restoration
         return f"left of {name.removeprefix('left_').replace('_', ' ')}", 3
+    if name.startswith("cosine_of_"):  # a gradient, with that of the real cycle
+        return f"cosine of {name.removeprefix('cosine_of_').replace('_', ' ')}", 3
     return COLUMNS.get(name, (name, 1))
 
 

@@ -51,7 +51,7 @@ def notes_on(table: dict, protocols: list) -> list:
         notes.append("Davies-Bouldin: lower is better")
     if any(name.startswith("linear") for name in table.get("pixels", ())):
         notes.append("linear of raw pixels: by ridge regression, whatever the recipe")
-    if "untrained" not in table and set(protocols) - {"pictures", "energy"}:
+    if "untrained" not in table and set(protocols) - {"pictures", "energy", "hypergradient"}:
         notes.append("--untrained adds what the encoder knew before")
     if "pixels" not in table and {"knn", "linear", "clusters"} & set(protocols):
         notes.append("--pixels adds what raw pixels say")

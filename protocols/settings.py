@@ -9,7 +9,7 @@ from plumbing.errors import UserError
 from plumbing.processes import note, world_size
 from plumbing.settings import TrainConfig, check_batch, check_positive, in_proportion
 
-PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "tran1", "tran4", "finetune")
+PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "hypergradient", "tran1", "tran4", "finetune")
 PROTOCOLS += ("features", "export")
 USUAL = ("knn", "linear")
 
@@ -21,7 +21,7 @@ class Config(TrainConfig):
     Raises UserError where one makes no sense.
     """
 
-    protocol: tuple[str, ...] = USUAL  # knn linear tran1 tran4 finetune clusters pictures finola energy features export
+    protocol: tuple[str, ...] = USUAL  # those that evaluate.py lists
     recipe: str = ""  # linear: magma finola mae; tran*: finola; finetune: mae mae_code finola ebm mixedae; all: photos
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
