@@ -200,6 +200,15 @@ def test_each_task_does_what_its_name_says():
     torch.testing.assert_close(grey, ebm_pretrain.grayscale(images))
 
 
+def test_random_patches_have_the_number_and_the_sizes_of_the_paper(monkeypatch):
+    """App. A.3: 75 small or 25 large ones, with sides of which ours are the shares of the area."""
+    method, given = tiny_energy(), []
+    monkeypatch.setattr(ebm_pretrain, "random_patches", lambda images, *numbers: given.append(numbers) or images)
+    for task in ("random_small", "random_large"):
+        method.corrupt(images_of(1), task)
+    assert given == [(75, 0.01, 0.025), (25, 0.03, 0.075)]
+
+
 # --- restoration -----------------------------------------------------------------------------------------------------
 
 
@@ -680,6 +689,8 @@ def test_backbones_start_as_published():
     for encoder in (convnext, swin):
         weights = [m.weight for m in encoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         assert all(float(w.detach().std()) == pytest.approx(0.02, rel=0.1) for w in weights)
+        biases = {name: p for name, p in encoder.named_parameters() if name.endswith(".bias")}
+        assert biases.pop("stem.0.bias").any() and not any(p.any() for p in biases.values())
 
 
 def test_windows_that_do_not_fit_are_named():
@@ -753,6 +764,17 @@ def test_the_step_size_is_set_by_the_first_batch_and_learned_from_then_on():
     again.load_state_dict(method.state_dict())
     again(images)
     assert again.log_alpha.item() == set_to  # a run that goes on does not start anew
+
+
+def test_the_first_step_has_its_size_before_alpha_is_set():
+    """Log alpha starts at 0, and what is looked at before the first batch has steps of the same size."""
+    method = tiny_energy(task="super_resolution", first_step=0.2).eval()
+    assert method.log_alpha.item() == 0
+    _, corrupted = method.corrupt(images_of(4))
+    moved = method.restored(corrupted)[0].detach() - corrupted
+    assert float(moved.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-4)
+    config = ebm_pretrain.Config()
+    assert (config.first_step, config.alpha_lr, config.criterion, config.steps) == (0.3, 1.0, "smooth_l1", 2)
 
 
 def test_a_checkpoint_says_whether_alpha_is_set():
@@ -1033,6 +1055,32 @@ def test_recipes_are_table_a():
         assert (config.epochs, config.task, config.base_lr) == (200, "mixed", 1e-4)
     mae = read("--objective", "mae")
     assert (mae.epochs, mae.warmup_epochs, mae.base_lr) == (400, 40, 1.5e-4)
+
+
+def test_captions_stand_over_what_they_name():
+    """A corrupted image and its steps for each of the four tasks, or what an autoencoder makes of it."""
+    for fields, steps in (({"steps": 2}, ["step 1", "step 2"]), ({"objective": "autoencoder"}, ["output"])):
+        method, images = tiny_energy(task="mixed", **fields), images_of(2)
+        torch.manual_seed(0)
+        method(images)
+        names = ["gridded", "super resolution", "noise", "grayscale"]
+        assert method.captions == ("image", *[caption for name in names for caption in (name, *steps)])
+        torch.manual_seed(6)
+        rows, column = method.pictures(images), 1
+        torch.manual_seed(6)
+        for task in MIXTURE:
+            _, corrupted = method.corrupt(images, task)
+            for x in (corrupted, *method.restored(corrupted)):
+                shown = (x.detach() * DATA_STD + DATA_MEAN).clamp(0, 1)
+                torch.testing.assert_close(rows[:, column], shown)
+                column += 1
+        assert column == rows.shape[1]
+    mae = tiny_energy(objective="mae")
+    assert mae.captions == ("image", "masked image", "reconstruction")
+    torch.manual_seed(6)
+    rows = mae.pictures(images)
+    torch.manual_seed(6)
+    torch.testing.assert_close(rows, mae.autoencoder.pictures(images))
 
 
 def test_pictures_show_the_steps_in_their_order():

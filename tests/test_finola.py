@@ -144,6 +144,20 @@ def test_weights_start_as_documented():
         assert 0.99 * bound < float(weights.abs().max()) <= bound
         assert float(weights.std()) == pytest.approx(bound / 3**0.5, rel=0.02)
     assert float(method.pool.query_token.detach().std()) == pytest.approx(0.02, rel=0.2)
+    masked = tiny_finola(variant="masked_e", channels=64).upsampler.linear  # as in MAE: Glorot and Bengio's uniform
+    limit = (6 / (64 + 768)) ** 0.5
+    assert 0.99 * limit < float(masked.weight.detach().abs().max()) <= limit and not masked.bias.detach().any()
+    torch.manual_seed(0)
+    queries = MFDecoder((1, 0, 0), 16, 16).queries.detach()
+    assert (float(queries.mean()), float(queries.std())) == (pytest.approx(0, abs=0.02), pytest.approx(1, rel=0.02))
+
+
+@pytest.mark.parametrize("norm", ["running", "batch"])
+def test_moving_averages_start_from_mean_0_and_variance_1(norm):
+    """As in a batch norm: before any training the map of section 4 is a linear one."""
+    module, q = random_finola(4, kind=lambda dim: finola.AveragedFinola(dim, norm)).eval(), randn(2, 4)
+    linear = random_finola(4, scale=1 / (1 + 1e-5) ** 0.5, kind=finola.UnnormedFinola)
+    torch.testing.assert_close(module(q, 4), linear(q, 4), rtol=1e-6, atol=1e-6)
 
 
 # --- block-wise ------------------------------------------------------------------------------------------------------
@@ -637,6 +651,29 @@ def test_pictures_show_what_is_seen_and_what_becomes_of_it(variant):
         assert (hidden.sum(dim=(1, 2, 3)) == 64 * 64 * 3 // 4).all()
         torch.testing.assert_close(torch.where(hidden, 0, rows[:, 2]), torch.where(hidden, 0, images))
         assert not torch.allclose(rows[:, 2], images)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_captions_stand_over_what_they_name(variant):
+    """The whole image and its reconstruction; or what is seen, the rest in the mean colour, and the rest predicted."""
+    method, images = tiny_finola(variant=variant).eval(), images_of(3, 64)
+    method.encoder.mean.copy_(torch.tensor([0.1, 0.3, 0.6]).view(3, 1, 1))
+    torch.manual_seed(5)
+    rows = method.pictures(images)
+    if variant == "finola":
+        assert method.captions == ("image", "reconstruction")
+        torch.testing.assert_close(rows[:, 1], method.decode(method.feature_map(images)).clamp(0, 1))
+        return
+    assert method.captions == ("image", "masked image", "reconstruction")
+    torch.manual_seed(5)
+    corner = method.draw_corners(3, "cpu")
+    predicted = method.decode(method.feature_map(images, corner)).clamp(0, 1)
+    for i, (row, column) in enumerate((16 * corner).tolist()):
+        masked, restored = method.encoder.mean.expand(3, 64, 64).clone(), predicted[i].clone()
+        for picture in (masked, restored):
+            picture[:, row : row + 32, column : column + 32] = images[i, :, row : row + 32, column : column + 32]
+        torch.testing.assert_close(rows[i], torch.stack([images[i], masked, restored]))
 
 
 def test_the_settings_reach_the_parts():

@@ -7,7 +7,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import generator, images_of, randn, seeds, tiny_magma
+from make import generator, images_of, rand, randn, seeds, tiny_magma
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -578,6 +578,85 @@ def test_pictures_are_rows_in_range():
         torch.testing.assert_close(rows[:, 0], images_of(5, 8))
         assert rows.min() >= 0
         assert rows.max() <= 1
+
+
+def test_captions_stand_over_what_they_name():
+    """MAE's three pictures, or the image and two views of it, each with a draw of its own."""
+    images = images_of(5, 8)
+    mae, views = tiny_magma(), tiny_magma(ssl="simclr")
+    assert mae.captions == ("image", "masked image", "reconstruction")
+    assert views.captions == ("image", "view", "view") and views.views == 2
+    for method, expected in ((mae, mae.autoencoder.pictures), (views, lambda x: [x, views.view(x), views.view(x)])):
+        torch.manual_seed(3)
+        rows = method.pictures(images)
+        torch.manual_seed(3)
+        expected = expected(images)
+        expected = expected if torch.is_tensor(expected) else torch.stack(expected, dim=1)
+        torch.testing.assert_close(rows, expected)
+        assert not torch.allclose(rows[:, 1], rows[:, 2], atol=0.05)
+
+
+def test_views_change_as_often_and_as_much_as_the_papers_say():
+    """SimCLR, appendix A; VICReg, appendix C.1. --colour scales what a jitter does, --blur is a probability."""
+    both = {"apply": 0.8, "grey": 0.2, "blur": 0.5}
+    strengths = {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "solarize": 0.0}
+    assert magma.JITTER["simclr"] == both | strengths
+    strengths = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "solarize": 0.1}
+    assert magma.JITTER["vicreg"] == both | strengths
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("apply", 0.8), ("apply", 0.3), ("grey", 0.2), ("solarize", 0.1), ("blur", 0.5)]
+)
+def test_a_share_of_the_views_is_changed(name, share):
+    images = (0.2 + 0.6 * rand(1, 3, 4, 4)).expand(3000, -1, -1, -1)
+    strength = STILL | {name: share} | ({"brightness": 0.2} if name == "apply" else {})
+    out = magma.jitter(images, strength, generator(0))
+    if name == "grey":
+        out = out.var(dim=1).amax(dim=(1, 2)) < 1e-6
+    else:
+        out = (out - images).abs().amax(dim=(1, 2, 3)) > 1e-6
+    assert float(out.float().mean()) == pytest.approx(share, abs=0.03)
+
+
+def test_the_settings_reach_the_losses_and_the_parts():
+    views = images_of(12, 8).view(6, 2, 3, 8, 8)
+    for ssl, fields in (("simclr", {"temperature": 0.7}), ("vicreg", {"vicreg": (3.0, 5.0, 7.0)})):
+        method = tiny_magma(ssl=ssl, **fields).eval()
+        torch.manual_seed(0)
+        found = method(views)[ssl]
+        torch.manual_seed(0)
+        seen = method.view(torch.cat([views[:, 0], views[:, 1]]))
+        a, b = method.projector(method.encoder(seen)).chunk(2)
+        slow = reference.contrastive_loss if ssl == "simclr" else reference.vicreg_loss
+        torch.testing.assert_close(found, slow(a, b, *fields.values()), rtol=1e-4, atol=1e-5)
+    method = tiny_magma(norm_pixels=False, mask_ratio=0.75, decoder_dim=24, decoder_depth=1, decoder_heads=3)
+    assert (method.autoencoder.mask_ratio, method.autoencoder.norm_pixels) == (0.75, False)
+    (block,) = method.autoencoder.decoder_blocks
+    assert (block.heads, block.attn["proj"].in_features) == (3, 24)
+
+
+def test_projectors_have_norms_between_their_layers_as_the_papers_say():
+    """SimCLR: linear, ReLU, linear. VICReg: batch norm and ReLU behind the first two of three linear layers."""
+    kinds = {"simclr": "Linear ReLU Linear", "vicreg": "Linear BatchNorm1d ReLU Linear BatchNorm1d ReLU Linear"}
+    for ssl, layers in kinds.items():
+        assert [type(layer).__name__ for layer in magma.projector(ssl, 8, 16)] == layers.split()
+
+
+def test_a_masked_autoencoder_starts_as_maes_release():
+    """Linear layers by Glorot and Bengio's uniform without bias, tokens with deviation 0.02, norms that add 1e-6."""
+    torch.manual_seed(0)
+    method = tiny_magma(decoder_dim=64, decoder_heads=4)
+    linear = {name: m for name, m in method.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert len(linear) == 1 + 4 * 6 + 1 + 4 * 2 + 1  # patches, encoder, embedding, decoder, pixels
+    for name, layer in linear.items():
+        bound = (6 / (layer.in_features + layer.out_features)) ** 0.5
+        assert 0.95 * bound < float(layer.weight.detach().abs().max()) <= bound, name
+        assert float(layer.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.05), name
+        assert not layer.bias.detach().any(), name
+    for token in (method.encoder.cls_token, method.autoencoder.mask_token):
+        assert float(token.detach().std()) == pytest.approx(0.02, rel=0.25)
+    assert {m.eps for m in method.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
 
 
 def test_recipes_are_tables_4_and_5():

@@ -537,6 +537,10 @@ def test_the_settings_reach_the_parts():
     assert method.encoder.mean.flatten().tolist() == [0.5] * 3
     assert method.encoder.std.flatten().tolist() == [0.25] * 3
     torch.testing.assert_close(method.segments, 0.5 * mixedae.segment_code(5, 96))
+    centred = tiny_mixedae(segment_scale=2.0, segment_centred=True, decoder_dim=24, decoder_depth=2, decoder_heads=3)
+    torch.testing.assert_close(centred.segments, 2 * mixedae.segment_code(2, 96, centred=True))
+    blocks = centred.autoencoder.decoder_blocks
+    assert [(block.heads, block.attn["proj"].in_features) for block in blocks] == [(3, 24), (3, 24)]
     cells = method.draw_assignment(20).view(20, 4, 2, 4, 2)
     assert (cells == cells[:, :, :1, :, :1]).all()
     assert (tiny_mixedae(cell=1).draw_assignment(20).view(20, 2, 2, 2, 2).diff(dim=2) != 0).any()
@@ -664,6 +668,61 @@ def test_the_pictures_show_the_attention_of_the_last_block_that_has_it(fields, m
     assert grid == (4, 4)
 
 
+def test_the_picture_of_attention_is_the_mean_over_heads_as_bright_as_its_largest_value():
+    """However small the weights: the brightest patch of each group is shown as it is, one without any at 0.15."""
+    weights = torch.zeros(2, 2, 17, 17)
+    weights[:, 0, 11, 1], weights[:, 1, 11, 4], weights[1, 0, 11, 6] = 0.02, 0.01, 0.04  # patches 0, 3 and 5
+    white, alone = torch.ones(2, 3, 64, 64), torch.arange(16).expand(2, -1)  # no patch has relatives
+    picture = mixedae.attention_picture(white, weights, alone, (4, 4))
+    for group, light in ((0, {0: 1.0, 3: 0.5}), (1, {0: 0.5, 3: 0.25, 5: 1.0})):
+        middle = picture[group, 0, 8::16, 8::16].flatten()
+        torch.testing.assert_close(middle, 0.15 + 0.85 * torch.tensor([light.get(i, 0.0) for i in range(16)]))
+
+
+@pytest.mark.parametrize("mode", ["compose", "full"])
+def test_captions_stand_over_what_they_name(mode):
+    """Each image beside the others of its group, the mixture of these by M, and what becomes of each in it."""
+    method, images = tiny_mixedae(mode=mode, images_per_group=4), images_of(9)
+    assert method.captions == (
+        *("image 1", "image 2", "image 3", "image 4", "mixture"),
+        *("reconstruction 1", "reconstruction 2", "reconstruction 3", "reconstruction 4", "attention"),
+    )
+    torch.manual_seed(3)
+    rows = method.pictures(images)[..., ::8, ::8]
+    torch.manual_seed(3)
+    assignment = method.draw_assignment(2)[:: 4 if mode == "full" else 1]
+    groups = images[:8].view(2, 4, 3, 16, 16)  # the ninth makes no group
+    torch.testing.assert_close(rows[:, :4], groups)
+    prediction = method.mixed(images[:8], assignment).prediction
+    patches = common.patchify(method.encoder.normalize(images[:8]), 4)
+    mean, std = patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    restored = common.unpatchify((prediction * std + mean) * 0.25 + 0.5, 4, 16, 16).clamp(0, 1).view(2, 4, 3, 16, 16)
+    for group, row, column in itertools.product(range(2), range(4), range(4)):
+        here = (group, slice(None), slice(4 * row, 4 * row + 4), slice(4 * column, 4 * column + 4))
+        owner = int(assignment[group, 4 * row + column])
+        torch.testing.assert_close(rows[:, 4][here], groups[:, owner][here])
+        for image in range(4):
+            expected = groups if image == owner else restored
+            torch.testing.assert_close(rows[:, 5 + image][here], expected[:, image][here], rtol=1e-4, atol=1e-4)
+
+
+def test_without_mixing_the_pictures_are_maes():
+    """Three quarters of each of four images are grey; what is left is seen, and the rest is what comes out."""
+    method, images = tiny_mixedae(mode="mae", images_per_group=4), images_of(4)
+    assert method.captions == ("image", "masked image", "reconstruction")
+    assert method.autoencoder.mask_ratio == 0.75
+    torch.manual_seed(2)
+    rows = method.pictures(images)
+    torch.manual_seed(2)
+    seen = method.unmixed(images)
+    hidden = F.interpolate(seen.mask.view(4, 1, 4, 4).float(), scale_factor=4) > 0
+    torch.testing.assert_close(rows[:, 0], images)
+    torch.testing.assert_close(rows[:, 1], torch.where(hidden, 0.5, images))
+    torch.testing.assert_close(torch.where(hidden, 0.5, rows[:, 2]), rows[:, 1])
+    torch.testing.assert_close(rows, method.autoencoder.pictures_of(images, seen.prediction, seen.mask))
+    assert not torch.allclose(rows[:, 2], images, atol=0.1)
+
+
 def test_a_perfect_prediction_is_drawn_as_the_image(monkeypatch):
     method, images = tiny_mixedae(), images_of(4)
     monkeypatch.setattr(method, "reconstruct", lambda encoded, assignment: method.autoencoder.target(images))
@@ -672,7 +731,9 @@ def test_a_perfect_prediction_is_drawn_as_the_image(monkeypatch):
 
 
 def test_pictures_of_fewer_images_than_a_group_repeat_them():
-    assert tiny_mixedae(images_per_group=4).pictures(images_of(3)).shape == (1, 10, 3, 128, 128)
+    rows = tiny_mixedae(images_per_group=4).pictures(images_of(3))[..., ::8, ::8]
+    assert rows.shape == (1, 10, 3, 16, 16)
+    torch.testing.assert_close(rows[0, :4], images_of(3)[[0, 1, 2, 0]])
 
 
 def test_mixtures_in_two_processes_are_those_of_one():
