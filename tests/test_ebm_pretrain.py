@@ -200,8 +200,8 @@ def test_each_task_does_what_its_name_says():
     torch.testing.assert_close(grey, ebm_pretrain.grayscale(images))
 
 
-def test_random_patches_have_the_number_and_the_sizes_of_the_paper(monkeypatch):
-    """App. A.3: 75 small or 25 large ones, with sides of which ours are the shares of the area."""
+def test_random_patches_are_as_many_as_in_the_paper_with_sizes_of_ours(monkeypatch):
+    """App. A.3: 75 small or 25 large ones; what is printed as their sizes would blank every image."""
     method, given = tiny_energy(), []
     monkeypatch.setattr(ebm_pretrain, "random_patches", lambda images, *numbers: given.append(numbers) or images)
     for task in ("random_small", "random_large"):
