@@ -616,6 +616,98 @@ plumbing/runs.py tests/test_runs.py::test_the_seconds_of_a_log_are_those_of_all_
 - self.started if step % self.steps else 0.0}
 + self.started}
 
+plumbing/report.py tests/test_report.py::test_nothing_in_a_report_is_fetched_or_runs
+- return html.escape(printable(str(value)))
++ return printable(str(value))
+
+plumbing/report.py tests/test_report.py::test_nothing_in_a_report_is_fetched_or_runs
+- return html.escape(printable(str(value)))
++ return html.escape(str(value))
+
+plumbing/report.py tests/test_report.py::test_nothing_in_a_report_is_fetched_or_runs
+- "default-src 'none'; img-src
++ "img-src
+
+plumbing/report.py tests/test_report.py::test_a_report_stays_below_two_megabytes
+- share = ROOM // max(1, len(pictures))
++ share = ROOM
+
+plumbing/report.py tests/test_report.py::test_the_report_of_a_run_has_its_tables_curves_pictures_and_settings
+- if path.name not in UNSHOWN:
++ if True:
+
+plumbing/report.py tests/test_report.py::test_a_report_leaves_out_what_is_not_there_or_damaged
+- contextlib.suppress(OSError, ValueError, SyntaxError, EOFError)
++ contextlib.suppress(OSError)
+
+plumbing/report.py tests/test_report.py::test_without_labels_the_table_is_that_without
+- measured(log, bool(log) and "knn" in log[-1])
++ measured(log, bool(log))
+
+plumbing/run_files.py tests/test_compare.py::test_a_row_tells_the_last_of_the_log_and_what_protocols_found
+- line.get("data"), settings.get("recipe")))] =
++ settings.get("recipe")))] =
+
+plumbing/asked.py tests/test_asked.py::test_any_value_is_read_back_exactly
+- given.append(f"{flag(name)}={words(value)}")
++ given += [flag(name), words(value)]
+
+plumbing/asked.py tests/test_asked.py::test_any_value_is_read_back_exactly
+- found.keys() & fields - {"resume"}
++ found.keys() & fields
+
+plumbing/asked.py tests/test_asked.py::test_each_seed_has_settings_and_a_folder_of_its_own
+- configs[-1].moved = config.moved
++ configs[-1].moved = ()
+
+plumbing/settings.py tests/test_asked.py::test_settings_are_read_back_as_they_were
+- recipes.items() if saved is None else ():
++ recipes.items():
+
+train.py tests/test_asked.py::test_seeds_are_runs_that_can_be_gone_on_with
+- for folder in folders if len(folders) > 1 and not config.resume else ():
++ for folder in ():
+
+train.py tests/test_asked.py::test_seeds_are_runs_that_can_be_gone_on_with
+- write_report(folder)
++ folder
+
+protocols/compare.py tests/test_compare.py::test_runs_that_differ_in_their_seed_alone_are_one_row
+- OWN = FREE_FIELDS - {"start"} |
++ OWN = FREE_FIELDS |
+
+protocols/compare.py tests/test_compare.py::test_runs_that_differ_in_their_seed_alone_are_one_row
+- epoch, precision = self.log[-1]["epoch"],
++ epoch, precision = 0,
+
+protocols/compare.py tests/test_compare.py::test_the_same_run_once_more_is_no_other_seed
+- again = seeds.count(run.known.get("seed"))
++ again = 0
+
+protocols/compare.py tests/test_compare.py::test_other_pictures_are_another_row_wherever_they_lie
+- digest_of(listing.read_bytes()) if listing.exists() else
++
+
+protocols/compare.py tests/test_compare.py::test_a_column_that_one_seed_lacks_is_not_the_rows
+- if all(name in other for other in found):
++ if any(name in other for other in found):
+
+protocols/compare.py tests/test_compare.py::test_the_band_is_one_deviation
+- values.std(axis=1, ddof=1)
++ values.std(axis=1)
+
+protocols/compare.py tests/test_compare.py::test_what_rows_differ_in_is_told
+- if name not in OWN and all(name in other for other in settings)]
++ if all(name in other for other in settings)]
+
+protocols/compare.py tests/test_compare.py::test_a_comparison_is_printed_and_drawn_and_never_overwrites_another
+- if exists and there != sorted(
++ if there and there != sorted(
+
+evaluate.py tests/test_compare.py::test_protocols_run_on_each_run_and_then_the_runs_are_compared
+- out = given.pop("out", "")
++ out = given.get("out", "")
+
 plumbing/curves.py tests/test_curves.py::test_curves_shade_the_epochs_of_the_regulariser
 - end = min(start + lasts, last)
 + end = min(start + lasts - 1, last)
