@@ -1327,6 +1327,370 @@ plumbing/class_folders.py tests/test_class_folders.py::test_pictures_of_kinds_th
 evaluate.py tests/test_evaluate.py::test_nothing_is_written_among_the_pictures
 - if not own_out:
 + if False:
+
+finola.py tests/test_finola.py::test_weights_start_as_documented
+- torch.empty(dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
++ 3 * torch.empty(dim, dim).uniform_(-(dim**-0.5), dim**-0.5)
+
+finola.py tests/test_finola.py::test_weights_start_as_documented
+- torch.empty(dim).normal_(std=0.02)
++ torch.empty(dim).normal_()
+
+finola.py tests/test_finola.py::test_weights_start_as_documented
+- nn.init.normal_(self.queries)
++ nn.init.zeros_(self.queries)
+
+finola.py tests/test_finola.py::test_weights_start_as_documented
+- self.apply(initialize)
++ pass
+
+finola.py tests/test_finola.py::test_moving_averages_start_from_mean_0_and_variance_1
+- torch.stack([torch.zeros(shape), torch.ones(shape)])
++ torch.stack([torch.zeros(shape), torch.zeros(shape)])
+
+finola.py tests/test_finola.py::test_captions_stand_over_what_they_name
+- self.decode(self.feature_map(images)).clamp(0, 1)], dim=1)
++ images], dim=1)
+
+finola.py tests/test_finola.py::test_captions_stand_over_what_they_name
+- torch.where(mask > 0, prediction, images)], dim=1)
++ torch.where(mask > 0, 1 - images, images)], dim=1)
+
+finola.py tests/test_finola.py::test_captions_stand_over_what_they_name
+- torch.where(mask > 0, self.encoder.mean, images)
++ torch.where(mask > 0, 0.5, images)
+
+finola.py tests/test_finola.py::test_captions_stand_over_what_they_name
+- ("image", "masked image", "reconstruction") if self.masked
++ ("image", "reconstruction", "masked image") if self.masked
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_images
+- gaussian_samples(q, 6 * count
++ gaussian_samples(own.cpu(), 6 * count
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_images
+- torch.cov(q.T)
++ torch.cov(own.T)
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_images
+- q.mean(dim=0).to(device)
++ own.mean(dim=0).to(device)
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_images
+- torch.Generator().manual_seed(0)
++ None
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_images
+- own = method.embed(images, method.middle(images)).float()
++ own = method.embed(images).float()
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_surfaces_are_the_channels_that_bend_most_each_in_its_own_range
+- z.shape[1]), dim=1).indices
++ z.shape[1]), dim=1, largest=False).indices
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_surfaces_are_the_channels_that_bend_most_each_in_its_own_range
+- z[torch.arange(len(z))[:, None], top], (2, 3)
++ z[torch.arange(len(z))[:, None], top], (1, 2, 3)
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_surfaces_are_the_channels_that_bend_most_each_in_its_own_range
+- captions = ["image", *[f"rank {i + 1}"
++ captions = ["image", *[f"rank {i}"
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature
+- torch.tensor([0.25, 0.5, 0.75])
++ torch.tensor([0.75, 0.5, 0.25])
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature
+- found[name].sort().values for
++ found[name] for
+
+protocols/finola_figures.py
+  tests/test_finola_figures.py::test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature
+- median {values.median():.2f}
++ median {values.mean():.2f}
+
+protocols/finola_figures.py tests/test_finola_figures.py::test_the_table_has_means_of_psnr_and_medians_of_the_rest
+- found["curvature"][:, 0].median()
++ found["curvature"][:, -1].median()
+
+protocols/finola_figures.py tests/test_finola_figures.py::test_the_table_has_means_of_psnr_and_medians_of_the_rest
+- float(values.median()) for name
++ float(values.max()) for name
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_the_table_is_about_the_steps_of_the_training
+- values["energy"][:, steps], "clean"
++ values["energy"][:, -1], "clean"
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_the_table_is_about_the_steps_of_the_training
+- restored {100 * shares['restored']:.0f} %
++ restored {100 * shares['clean']:.0f} %
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_the_sheets_show_the_chain_of_each_task_step_by_step
+- (chain.transpose(0, 1) * method.std + method.mean)
++ chain.transpose(0, 1)
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_the_sheets_show_the_chain_of_each_task_step_by_step
+- _, corrupted = method.corrupt(images, task)
++ _, corrupted = method.corrupt(images)
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_the_same_corruptions_are_measured_each_time
+- torch.manual_seed(config.seed)
+-     for images
++ for images
+
+protocols/figures.py tests/test_figures.py::test_the_pictures_of_a_run_show_what_their_captions_say
+- stretch(attention, (2,))
++ stretch(attention, (1, 2))
+
+protocols/figures.py tests/test_figures.py::test_the_pictures_of_a_run_show_what_their_captions_say
+- torch.manual_seed(config.seed)
++ pass
+
+protocols/figures.py tests/test_figures.py::test_the_pictures_of_a_run_show_what_their_captions_say
+- *[f"block {i + 1}"
++ *[f"block {i}"
+
+protocols/figures.py tests/test_figures.py::test_the_pictures_of_a_run_show_what_their_captions_say
+- subject.features("test", config)
++ subject.features("train", config)
+
+protocols/figures.py tests/test_figures.py::test_the_maps_of_the_keys_of_a_block_share_one_range
+- stretch(torch.stack(scores, dim=1), (0, 2))
++ stretch(torch.stack(scores, dim=1), (2,))
+
+protocols/frozen.py tests/test_frozen.py::test_the_table_of_clusters_has_each_figure_under_its_name
+- (index, same, different,
++ (index, different, same,
+
+protocols/frozen.py tests/test_frozen.py::test_the_table_of_clusters_has_each_figure_under_its_name
+- same / different if different
++ different / same if different
+
+protocols/frozen.py tests/test_frozen.py::test_the_linear_result_of_pixels_is_ridge_regression_on_the_training_images
+- ridge_accuracy(features, labels, queries, truth, classes)
++ ridge_accuracy(queries, truth, queries, truth, classes)
+
+protocols/frozen.py tests/test_frozen.py::test_linear_heads_are_trained_by_plain_gradient_descent
+- learning_rate(epoch * steps + step, steps, config)
++ learning_rate(epoch * steps + step + 1, steps, config)
+
+protocols/rows.py tests/test_frozen.py::test_only_raw_pixels_are_limited_to_twenty_thousand_images
+- (20_000 if self.encoder is None else 0)
++ 20_000
+
+protocols/rows.py tests/test_frozen.py::test_eight_classes_at_most_are_drawn
+- unique()[:8]]
++ unique()[:9]]
+
+protocols/heads.py tests/test_heads.py::test_linear_heads_start_small_and_without_bias
+- nn.init.zeros_(layer.bias)
++ nn.init.ones_(layer.bias)
+
+protocols/heads.py tests/test_heads.py::test_linear_heads_start_small_and_without_bias
+- nn.init.trunc_normal_(layer.weight, std=std)
++ nn.init.trunc_normal_(layer.weight, std=0.01)
+
+protocols/heads.py tests/test_heads.py::test_the_batch_norm_of_linear_heads_learns_nothing_and_keeps_averages
+- affine=False, eps=1e-6)
++ affine=True, eps=1e-6)
+
+protocols/heads.py tests/test_heads.py::test_a_transformer_head_is_embedding_blocks_norm_mean_and_a_linear_layer
+- self.apply(initialize)
++ pass
+
+protocols/heads.py tests/test_heads.py::test_a_transformer_head_is_embedding_blocks_norm_mean_and_a_linear_layer
+- self.dropout(self.norm(x).mean(dim=1))
++ self.dropout(self.norm(x.mean(dim=1)))
+
+protocols/heads.py tests/test_heads.py::test_a_transformer_head_is_embedding_blocks_norm_mean_and_a_linear_layer
+- int(kind[-1]), classes
++ 1, classes
+
+protocols/heads.py tests/test_heads.py::test_token_features_are_those_of_the_patches_or_places
+- encoder.encode(encoder.embed(images))[:, 1:]
++ encoder.encode(encoder.embed(images))
+
+protocols/heads.py tests/test_heads.py::test_optimisers_and_their_groups_take_what_the_settings_say
+- momentum=config.momentum)
++ momentum=0.9)
+
+protocols/heads.py tests/test_frozen.py::test_linear_heads_are_trained_by_plain_gradient_descent
+- rate / config.base_lr, "weight_decay": config.weight_decay}
++ rate / config.base_lr, "weight_decay": 0.0}
+
+protocols/training.py tests/test_training.py::test_heads_start_as_in_maes_release
+- std = 2e-5 if protocol == "finetune" else 0.01
++ std = 0.01
+
+protocols/training.py tests/test_training.py::test_heads_start_as_in_maes_release
+- torch.manual_seed(config.seed)
++ pass
+
+protocols/training.py tests/test_training.py::test_every_augmentation_takes_the_strength_of_the_settings
+- targets, config.mixup, config.cutmix)
++ targets, config.cutmix, config.mixup)
+
+protocols/training.py tests/test_training.py::test_every_augmentation_takes_the_strength_of_the_settings
+- rand_augment(images, mean, config.randaugment)
++ rand_augment(images, 0 * mean, config.randaugment)
+
+protocols/training.py tests/test_training.py::test_every_augmentation_takes_the_strength_of_the_settings
+- self.classes, self.config.smoothing)
++ self.classes, 0.0)
+
+protocols/training.py tests/test_training.py::test_pictures_are_the_image_and_four_augmentations_of_it
+- [images] + [self.augment
++ [self.augment(images, targets)[0]] + [self.augment
+
+protocols/training.py tests/test_training.py::test_finetuning_slows_lower_layers_by_the_decay_of_the_settings
+- self.encoder, self.head, config.layer_decay,
++ self.encoder, self.head, 1.0,
+
+protocols/training.py tests/test_training.py::test_the_accuracy_is_that_of_the_test_images
+- features_of(classify, test, labelled(test),
++ features_of(classify, train, labelled(train),
+
+protocols/augment.py tests/test_augment.py::test_the_boxes_of_random_erasing_have_the_sizes_and_shapes_of_timm
+- ratio=(0.3, 1 / 0.3)
++ ratio=(1.0, 1.0)
+
+protocols/augment.py tests/test_augment.py::test_the_boxes_of_random_erasing_have_the_sizes_and_shapes_of_timm
+- scale=(0.02, 1 / 3)
++ scale=(0.2, 1 / 3)
+
+protocols/augment.py tests/test_augment.py::test_the_boxes_of_random_erasing_have_the_sizes_and_shapes_of_timm
+- std * torch.randn_like(images)
++ std * torch.randn_like(images[:, :1])
+
+protocols/augment.py tests/test_augment.py::test_rand_augment_draws_for_each_image_on_its_own
+- choice[torch.rand(batch) < 0.5] = -1
++ choice[torch.rand(1).expand(batch) < 0.5] = -1
+
+mixedae.py
+  tests/test_mixedae.py::test_the_picture_of_attention_is_the_mean_over_heads_as_bright_as_its_largest_value
+- 1:].float().mean(dim=1)  # (G, N)
++ 1:].float()[:, 0]  # (G, N)
+
+mixedae.py
+  tests/test_mixedae.py::test_the_picture_of_attention_is_the_mean_over_heads_as_bright_as_its_largest_value
+- light = light / light.amax(dim=1, keepdim=True).clamp_min(1e-12)
++ pass
+
+mixedae.py tests/test_mixedae.py::test_captions_stand_over_what_they_name
+- (*[f"image {i}" for i in numbers], "mixture", *[f
++ ("mixture", *[f"image {i}" for i in numbers], *[f
+
+mixedae.py tests/test_mixedae.py::test_captions_stand_over_what_they_name
+- x.unflatten(0, (-1, k)) for x in (images, restored)
++ x.unflatten(0, (-1, k)) for x in (images, images)
+
+mixedae.py tests/test_mixedae.py::test_without_mixing_the_pictures_are_maes
+- self.autoencoder.pictures_of(images, seen.prediction, seen.mask)
++ self.autoencoder.pictures_of(images, seen.prediction, ~seen.mask)
+
+mixedae.py tests/test_mixedae.py::test_the_settings_reach_the_parts
+- segment_code(k, vit.dim, config.segment_centred)
++ segment_code(k, vit.dim)
+
+mixedae.py tests/test_mixedae.py::test_pictures_of_fewer_images_than_a_group_repeat_them
+- len(images) // k * k)) % len(images)]
++ len(images) // k * k)).clamp_max(len(images) - 1)]
+
+magma.py tests/test_magma.py::test_captions_stand_over_what_they_name
+- self.view(images), self.view(images)], dim=1)
++ self.view(images), images], dim=1)
+
+magma.py tests/test_magma.py::test_captions_stand_over_what_they_name
+- return self.autoencoder.pictures(images)
++ return torch.stack([images] * 3, dim=1)
+
+magma.py tests/test_magma.py::test_views_change_as_often_and_as_much_as_the_papers_say
+- "grey": 0.2, "blur": 0.5}
++ "grey": 0.5, "blur": 0.5}
+
+magma.py tests/test_magma.py::test_a_share_of_the_views_is_changed
+- draw() < strength["apply"]
++ draw() < 0.5
+
+magma.py tests/test_magma.py::test_the_settings_reach_the_losses_and_the_parts
+- contrastive_loss(a, b, self.config.temperature)
++ contrastive_loss(a, b)
+
+magma.py tests/test_magma.py::test_the_settings_reach_the_losses_and_the_parts
+- vicreg_loss(a, b, self.config.vicreg)
++ vicreg_loss(a, b)
+
+magma.py tests/test_magma.py::test_projectors_have_norms_between_their_layers_as_the_papers_say
+- nn.Linear(dim, width), nn.BatchNorm1d(width), nn.ReLU()]
++ nn.Linear(dim, width), nn.ReLU()]
+
+common.py tests/test_magma.py::test_a_masked_autoencoder_starts_as_maes_release
+- nn.init.normal_(self.cls_token, std=0.02)
++ nn.init.normal_(self.cls_token)
+
+common.py tests/test_magma.py::test_a_masked_autoencoder_starts_as_maes_release
+- nn.init.normal_(self.mask_token, std=0.02)
++ nn.init.normal_(self.mask_token)
+
+common.py tests/test_magma.py::test_a_masked_autoencoder_starts_as_maes_release
+- nn.init.xavier_uniform_(module.weight)
++ nn.init.xavier_normal_(module.weight)
+
+common.py tests/test_magma.py::test_a_masked_autoencoder_starts_as_maes_release
+- module.apply(initialize)
++ pass
+
+common.py tests/test_magma.py::test_a_masked_autoencoder_starts_as_maes_release
+- self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
++ self.decoder_norm = nn.LayerNorm(decoder_dim)
+
+common.py tests/test_mobile_former.py::test_weights_start_as_in_the_released_network
+- nn.init.normal_(self.tokens)
++ nn.init.normal_(self.tokens, std=0.02)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_random_patches_are_as_many_as_in_the_paper_with_sizes_of_ours
+- random_patches(clean, 75, 0.01, 0.025)
++ random_patches(clean, 25, 0.01, 0.025)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_backbones_start_as_published
+- nn.Parameter(torch.full((dim,), 1e-6))
++ nn.Parameter(torch.full((dim,), 1.0))
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_backbones_start_as_published
+- nn.init.trunc_normal_(module.weight, std=0.02)
++ pass
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_backbones_start_as_published
+- nn.init.zeros_(module.bias)
++ pass
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_first_step_has_its_size_before_alpha_is_set
+- nn.Parameter(torch.tensor(0.0))
++ nn.Parameter(torch.tensor(0.5))
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_first_step_has_its_size_before_alpha_is_set
+- first_step: float = 0.3
++ first_step: float = 0.03
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_captions_stand_over_what_they_name
+- _, corrupted = self.corrupt(images, task)
+-             columns
++ _, corrupted = self.corrupt(images)
++             columns
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_captions_stand_over_what_they_name
+- columns += [corrupted, *self.restored(corrupted)]
++ columns += [*self.restored(corrupted), corrupted]
 """
 
 

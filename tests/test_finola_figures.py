@@ -131,8 +131,11 @@ def drawn(request, tmp_path_factory):
     """
     method, sheets, charts = tiny_finola(variant=request.param, image_size=96), {}, {}
     found, _, images, subject, config = look(method)
+    for name in ("dz/dx", "dz/dy", "laplacian"):  # far apart, and not in order
+        found[name] = found[name] * torch.tensor([1.0, 5, 2, 40, 3, 4])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(finola_figures, "method_for", lambda *_: method)
+        patched.setattr(finola_figures, "look_into_finola", lambda *_: found)
         patched.setattr(Album, "sheet", lambda self, name, _, captions, rows: sheets.update({name: (captions, rows)}))
         patched.setattr(Album, "chart", lambda self, name, figure: charts.update({name: figure}))
         out = str(tmp_path_factory.mktemp("drawn"))
