@@ -79,14 +79,18 @@ def cycles_of(method: MultiLevelMAE, data, config: Config):
     return data.train_batches(steps, run.image_size, (run.crop_min, 1.0), run.flip)
 
 
+def rates_of(config, optimizer) -> list:
+    """The learning rate of each group in the middle of a run."""
+    return [RATE * config.base_lr * config.batch_size / 256 * group["lr_scale"] for group in optimizer.param_groups]
+
+
 def gradients_of(method: MultiLevelMAE, optimizer, images: Tensor, labels: Tensor) -> dict:
     """All gradients of T in one cycle from the run's weights and optimiser: {name: (weights of T,)}; these stay."""
     method, optimizer = copy.deepcopy((method, optimizer))
     method.eval()
     stepper = Stepper(optimizer, method.config, images.device)
-    peak = method.config.base_lr * method.config.batch_size / 256
-    for group in optimizer.param_groups:
-        group["lr"] = RATE * peak * group["lr_scale"]
+    for group, rate in zip(optimizer.param_groups, rates_of(method.config, optimizer), strict=True):
+        group["lr"] = rate
     size, masking = method.config.batch_size, method.weights("masking.", copy=True)
     *unlabelled, training, validation = zip(images.split(size), labels.split(size), strict=True)
     method.config = dataclasses.replace(method.config, hypergradient="adamw")  # it keeps what the others do not need
