@@ -195,10 +195,11 @@ def test_the_surfaces_are_the_channels_that_bend_most_each_in_its_own_range(draw
 
 def test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature(drawn):
     """Eq. 2, 4 and Fig. 5: image by image and channel by channel, in order, with the median beside the name."""
-    found = drawn.found
+    found, labels = drawn.found, {}
 
     def lines(name):
         (axes,) = drawn.charts[name].axes
+        labels[name] = (axes.get_xlabel(), axes.get_ylabel(), drawn.charts[name].get_suptitle().partition(": ")[2])
         return {line.get_label(): line.get_ydata() for line in axes.get_lines()}
 
     shown = lines("residuals")
@@ -216,6 +217,32 @@ def test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature(drawn):
     assert list(shown) == list(expected)
     for name, values in expected.items():
         assert list(shown[name]) == pytest.approx(values.tolist(), rel=1e-4)
+    assert labels == {
+        "residuals": ("test images, sorted", "relative residual", "residuals of Eq. 2 and 4"),
+        "curvature": ("channels, sorted", "peak curvature", "curvature"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [
+        ({"variant": "masked_b"}, "masked_b has no vector q, so no embeddings and no residuals"),
+        ({"norm": "none"}, "residuals are those of Eq. 2, which has the channel norm, so there are none"),
+        ({"image_size": 32}, "a map of 2 x 2 is too small for curvature; give a larger --image-size"),
+        ({}, ""),  # four cells a side, two in the quadrant right of and below q
+    ],
+)
+def test_what_cannot_be_measured_is_said(fields, note, tmp_path, monkeypatch, capsys):
+    method, charts = tiny_finola(**fields), {}
+    found, _, _, subject, config = look(method)
+    monkeypatch.setattr(finola_figures, "method_for", lambda *_: method)
+    monkeypatch.setattr(Album, "sheet", lambda *_: None)
+    monkeypatch.setattr(Album, "chart", lambda self, name, figure: charts.update({name: figure.get_suptitle()}))
+    _, figures = draw_finola(None, {}, subject, dataclasses.replace(config, out=str(tmp_path), data="x"))
+    assert capsys.readouterr().out == (f"note: {note}\n" if note else "")
+    assert set(figures) == {name.replace(" ", "_") for name in found} - {"q"}
+    assert ("residuals" in charts) == ("dz/dx" in found) and ("curvature" in charts) == ("curvature" in found)
+    assert charts.get("residuals", "Eq. 2").endswith("Eq. 2")  # Eq. 4 takes three cells
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
