@@ -1735,6 +1735,74 @@ ebm_pretrain.py tests/test_ebm_pretrain.py::test_captions_stand_over_what_they_n
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_captions_stand_over_what_they_name
 - columns += [corrupted, *self.restored(corrupted)]
 + columns += [*self.restored(corrupted), corrupted]
+
+common.py tests/test_golden.py::test_ours_equals_the_official_number
+- self.norm1 = nn.LayerNorm(dim, eps=1e-6)
++ self.norm1 = nn.LayerNorm(dim, eps=2e-6)
+
+common.py tests/test_golden.py::test_ours_equals_the_official_number
+- self.norm = nn.LayerNorm(dim, eps=1e-6)
++ self.norm = nn.LayerNorm(dim, eps=2e-6)
+
+common.py tests/test_golden.py::test_ours_equals_the_official_number
+- nn.LayerNorm(decoder_dim, eps=1e-6)
++ nn.LayerNorm(decoder_dim, eps=2e-6)
+
+common.py tests/test_golden.py::test_ours_equals_the_official_number
+- (variance + 1e-6).sqrt()
++ variance.sqrt() + 1e-6
+
+common.py tests/test_golden.py::test_float64_keeps_its_digits_forwards_and_backwards
+- torch.promote_types(prediction.dtype, torch.float32)
++ torch.float32
+
+common.py tests/test_golden.py::test_half_precisions_are_computed_in_float32
+- (prediction.to(dtype) - target.to(dtype))
++ (prediction - target)
+
+finola.py tests/test_golden.py::test_float64_keeps_its_digits_forwards_and_backwards
+- torch.promote_types(images.dtype, torch.float32)
++ torch.float32
+
+magma.py tests/test_golden.py::test_ours_equals_the_official_number
+- / (pairs - 1).clamp_min(1)
++ / pairs.clamp_min(1)
+
+magma.py tests/test_golden.py::test_ours_equals_the_official_number
+- - 1)) + 1e-4).sqrt()
++ - 1)) + 1e-5).sqrt()
+
+mlo_mae.py tests/test_golden.py::test_ours_equals_the_official_number
+- self.fc2(F.relu(self.fc1(
++ self.fc2(F.gelu(self.fc1(
+
+protocols/augment.py tests/test_golden.py::test_ours_equals_the_official_number
+- torch.deg2rad(3 * level)
++ torch.deg2rad(3.01 * level)
+
+protocols/augment.py tests/test_golden.py::test_ours_equals_the_official_number
+- affine(d=0.03 * level)
++ affine(d=0.0301 * level)
+
+protocols/augment.py tests/test_golden.py::test_ours_equals_the_official_number
+- 0.045 * level * images.shape[-1]
++ 0.0451 * level * images.shape[-1]
+
+protocols/augment.py tests/test_golden.py::test_ours_equals_the_official_number
+- 0.045 * level * images.shape[-2]
++ 0.0451 * level * images.shape[-2]
+
+protocols/augment.py tests/test_golden.py::test_ours_equals_the_official_number
+- (1 + 0.09 * level)
++ (1 + 0.0901 * level)
+
+protocols/augment.py tests/test_golden.py::test_ours_equals_the_official_number
+- [0.299, 0.587, 0.114]
++ [0.3, 0.587, 0.113]
+
+protocols/heads.py tests/test_golden.py::test_ours_equals_the_official_number
+- weight_decay: float = 0.0, momentum: float = 0.9)
++ weight_decay: float = 0.0, momentum: float = 0.95)
 """
 
 
