@@ -200,15 +200,6 @@ def test_each_task_does_what_its_name_says():
     torch.testing.assert_close(grey, ebm_pretrain.grayscale(images))
 
 
-def test_random_patches_are_as_many_as_in_the_paper_with_sizes_of_ours(monkeypatch):
-    """App. A.3: 75 small or 25 large ones; what is printed as their sizes would blank every image."""
-    method, given = tiny_energy(), []
-    monkeypatch.setattr(ebm_pretrain, "random_patches", lambda images, *numbers: given.append(numbers) or images)
-    for task in ("random_small", "random_large"):
-        method.corrupt(images_of(1), task)
-    assert given == [(75, 0.01, 0.025), (25, 0.03, 0.075)]
-
-
 # --- restoration -----------------------------------------------------------------------------------------------------
 
 
