@@ -90,7 +90,7 @@ class TrainConfig:
             for field, _, after in [("epochs", self.epochs, epochs), *self.moved]:
                 setattr(self, field, after)
             self.epoch_steps = self.max_steps if self.max_steps < steps else self.epoch_steps
-            self.probe_images = min(self.probe_images or 512, 512)  # or the probes would take longer than the steps
+            self.probe_images = min(self.probe_images or 128, 128)  # or the probes would take longer than the steps
 
     def notes(self) -> list:
         """What to know of the settings that count epochs: those that were moved, and those that cannot take effect."""

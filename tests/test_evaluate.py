@@ -354,7 +354,7 @@ def test_a_run_by_the_recipe_of_photos_is_judged_by_that_recipe(tmp_path, capsys
     assert "note: linear: --epochs 2 shortens the recipe of 20: --milestones 12 16 -> 1 2" in said
     assert "note: --epochs 2 shortens the recipe of 20: --warmup-epochs 2 -> 0" in said
     assert evaluate.main([str(tmp_path / "run"), "--protocol", "linear", "--max-steps", "150", "--workers", "0"]) == 0
-    assert "note: linear: --max-steps 150 leaves 1 epoch(s) of 100 steps; probes take 512" in capsys.readouterr().out
+    assert "note: linear: --max-steps 150 leaves 1 epoch(s) of 100 steps; probes take 128" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
     assert [line["settings"]["recipe"] for line in lines] == ["photos"] * 3
     assert [line["settings"]["epoch_steps"] for line in lines] == [3, 3, 100]

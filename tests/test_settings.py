@@ -428,7 +428,7 @@ def test_max_steps_takes_as_many_steps_as_fit(epochs, steps, most, epoch_steps):
         assert most - left < config.epochs * left <= most
         assert config.epochs == 1 or left == steps
         assert config.warmup_epochs == round(Fraction(5 * config.epochs, epochs))
-        assert config.probe_images == 512
+        assert config.probe_images == 128
     before = dataclasses.asdict(config)
     config.limit(left)
     assert dataclasses.asdict(config) == before
