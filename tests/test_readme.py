@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import itertools
 import re
 import shlex
 
@@ -13,6 +14,7 @@ from texts import PAGES, ROOT, blocks, code_in, commands, prose, section, source
 
 import common
 import evaluate
+from plumbing.asked import beside_settings
 from plumbing.datasets import DATASETS
 from plumbing.errors import UserError
 from plumbing.settings import TrainConfig, choices_of, field_types, given_flags, read_flags
@@ -122,11 +124,12 @@ def test_commands_parse(command):
             assert_flags(config_class, [flags[i - 1]])
             del flags[i - 1 : i + 1]
     if script == "evaluate.py":
-        given = given_flags(Evaluation, flags)
+        given = given_flags(Evaluation, [*itertools.dropwhile(lambda word: not word.startswith("-"), flags)])
         protocols = evaluate.protocols_of(given)  # raises UserError for one or for a recipe that does not exist
         for protocol in protocols:
             settings_of(protocol, {"image_size": 32} | given, "magma", dim=96, images=4096)  # and for other nonsense
         return
+    _, flags = beside_settings().parse_known_args(flags)
     config = read_flags(config_class, METHODS[first].RECIPES, flags)
     assert config.data in (*DATASETS, "DIR")
 
@@ -146,6 +149,7 @@ def test_there_are_commands_for_every_method():
 
 CONFIGS = {"evaluate": Evaluation, "all": TrainConfig} | {name: module.Config for name, module in METHODS.items()}
 NOT_OURS = ("--help", "--list", "--threads")  # of Python's scripts in tests/
+NOT_OURS += tuple(beside_settings()._option_string_actions)  # no fields
 
 
 @pytest.mark.parametrize("page", PAGES)
