@@ -1,5 +1,6 @@
 """Energy-inspired pretraining: corruptions, the restoration and its second derivatives, backbones, the method."""
 
+import dataclasses
 import itertools
 import math
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from make import ENERGY_DATA, generator, images_of, rand, randn, seeds, tiny_energy, vit
+from make import ENERGY_DATA, generator, images_of, rand, randn, seeds, shapes, tiny_energy, vit
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -988,6 +989,14 @@ def test_the_probe_says_what_is_left_task_by_task():
     expected = (restored - clean).square().mean() / (corrupted - clean).square().mean()
     assert found["left_grayscale"] == pytest.approx(float(expected.detach()), rel=1e-4)
     assert found == method.probe(lambda x: x.flatten(1), data, data, method.config)
+
+
+@pytest.mark.parametrize(("wanted", "most"), [(0, 2000), (50, 5), (3, 1)])
+def test_the_probe_restores_a_tenth_of_the_images_that_it_takes(wanted, most, monkeypatch):
+    method, data, asked = tiny_energy(), shapes(6, 16), []
+    monkeypatch.setattr(ebm_pretrain, "labelled", lambda data, limit: asked.append(limit) or torch.arange(len(data)))
+    method.probe(lambda x: x.flatten(1), data, data, dataclasses.replace(method.config, probe_images=wanted))
+    assert asked == [most]
 
 
 @pytest.mark.parametrize(
