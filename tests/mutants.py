@@ -752,6 +752,26 @@ evaluate.py tests/test_compare.py::test_protocols_run_on_each_run_and_then_the_r
 - out = given.pop("out", "")
 + out = given.get("out", "")
 
+plumbing/crops.py tests/test_crops.py::test_padded_crops_have_all_places_equally_often
+- torch.randint(2 * pad + 1, (2, batch, 1)
++ torch.randint(2 * pad, (2, batch, 1)
+
+plumbing/crops.py tests/test_crops.py::test_a_padded_crop_is_the_image_moved_over_black
+- columns = torch.where(flipped, columns.flip(1), columns)
++ columns = torch.where(flipped, columns, columns.flip(1))
+
+plumbing/images.py tests/test_images.py::test_padded_crops_are_for_images_in_memory
+- cut = random_resized_crop if isinstance(crop, tuple) else padded_crop
++ cut = random_resized_crop
+
+protocols/settings.py tests/test_recipes.py::test_the_fine_tuning_of_mixedaes_vit_l_is_its_own
+- return self[dim >= 1024]
++ return self[dim > 1024]
+
+protocols/settings.py tests/test_recipes.py::test_mlo_mae_is_fine_tuned_on_cifar_as_its_appendix_says
+- given.get("data") in ("cifar10", "cifar100")
++ given.get("data") in ("cifar10",)
+
 plumbing/curves.py tests/test_curves.py::test_curves_shade_the_epochs_of_the_regulariser
 - end = min(start + lasts, last)
 + end = min(start + lasts - 1, last)
@@ -1827,6 +1847,26 @@ protocols/finola_figures.py tests/test_finola_figures.py::test_what_cannot_be_me
 protocols/energy_figures.py tests/test_energy_figures.py::test_the_sheets_show_the_chain_of_each_task_step_by_step
 - CHAIN = 8
 + CHAIN = 4
+
+protocols/frozen.py tests/test_frozen.py::test_all_training_images_may_vote_and_no_more
+- if config.k > len(bank):
++ if config.k > len(bank) + 1:
+
+protocols/training.py tests/test_training.py::test_a_run_is_told_by_what_it_starts_from_and_goes_on_whatever_else_is_asked
+- {name: getattr(Config, name) for name in OUTSIDE}
++ {}
+
+protocols/training.py tests/test_training.py::test_a_run_is_told_by_what_it_starts_from_and_goes_on_whatever_else_is_asked
+- digest(encoder) + digest(head)
++ digest(encoder)
+
+protocols/training.py tests/test_training.py::test_a_run_is_told_by_what_it_starts_from_and_goes_on_whatever_else_is_asked
+- if subject.name == "trained" else f"{name}-{subject.name}")
++ if subject.name == "trained" else name)
+
+protocols/training.py tests/test_training.py::test_the_accuracy_is_computed_in_the_precision_of_the_training
+- with autocast(config.amp, images.device):
++ with autocast("off", images.device):
 """
 
 

@@ -36,6 +36,13 @@ def test_knn_has_two_metrics(metric, right):
     assert run_knn(subject, Config(image_size=8, k=1, metric=metric))["knn"] == right
 
 
+def test_all_training_images_may_vote_and_no_more():
+    subject = subject_of(None)
+    assert run_knn(subject, Config(image_size=8, k=96))["knn"] == pytest.approx(100 / 3)  # the lowest class wins a tie
+    with pytest.raises(UserError, match="--k 97 is more than the 96 training images that could be neighbours"):
+        run_knn(subject, Config(image_size=8, k=97))
+
+
 # --- linear probes ---------------------------------------------------------------------------------------------------
 
 

@@ -178,6 +178,29 @@ def test_finetuning_learns_and_logs_its_test_accuracy(tmp_path):
     assert encoder.fields["pool"] == "mean"
 
 
+def test_a_run_is_told_by_what_it_starts_from_and_goes_on_whatever_else_is_asked(tmp_path):
+    encoder, config = vit(depth=3), settings_for("finetune", tmp_path)
+    heads_of = [LinearHeads(16, 3) for _ in range(2)]
+    for protocol, count in (("finetune", 2), ("linear", 1)):  # a probe's head is drawn by the seed, which is asked for
+        assert len({Classifier(protocol, encoder, head, 3, config).origin for head in heads_of}) == count
+    subjects = [subject_of(encoder, name) for name in ("trained", "untrained")]
+    folders = [training.folder_of("finetune", subject, config) for subject in subjects]
+    assert folders == [tmp_path / "finetune-stripes", tmp_path / "finetune-stripes-untrained"]
+    config = settings_for("tran1", tmp_path, **QUICK)
+    run_protocol("tran1", subject_of(encoder), config)
+    others = {"k": 3, "metric": "cosine", "untrained": True, "pixels": True, "scratch": True, "tokens": True}
+    run_protocol("tran1", subject_of(encoder), dataclasses.replace(config, resume=True, **others))
+
+
+@pytest.mark.parametrize(("amp", "expected"), [("off", False), ("bf16", True)])
+def test_the_accuracy_is_computed_in_the_precision_of_the_training(amp, expected, tmp_path):
+    config, seen = settings_for("finetune", tmp_path, amp=amp), []
+    method = Classifier("finetune", vit(depth=3), LinearHeads(16, 3), 3, config).eval()
+    method.head.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    method.probe(None, subject_of(None).train, subject_of(None).test, config)
+    assert set(seen) == {expected}
+
+
 # --- FINOLA's decoder, probed and then fine-tuned --------------------------------------------------------------------
 
 
