@@ -550,9 +550,8 @@ class MultiLevelMAE(Method):
         for parameter, gradient in mean_over_processes(dict(zip(parameters, gradients, strict=True))).items():
             parameter.grad = gradient
         if self.config.hypergradient == "adamw":
-            scale = stepper.scaler.scale(torch.ones((), device=loss.device))  # of fp16, else 1
-            true = {parameter: parameter.grad / scale for parameter in parameters}
-            self.steps |= {module: true for module in modules}
+            kept = {parameter: parameter.grad for parameter in parameters}  # the step takes fp16's scale off, in place
+            self.steps |= {module: kept for module in modules}
         stepper.step()
 
     def weights(self, prefix: str, copy: bool = False) -> dict:
