@@ -685,8 +685,8 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     with Run(method, stepper, train, test, config) as run:
         model = distribute(method, device)
         model = torch.compile(model) if config.compile else model
-        scale = (config.crop_min, 1.0)
-        batches = train.train_batches(plan.after(run.first_step), config.image_size, scale, config.flip, method.views)
+        view = (config.image_size, config.crop, config.flip, method.views)
+        batches = train.train_batches(plan.after(run.first_step), *view)
         method.train()
         for epoch in range(run.first_step // len(plan), config.epochs):
             method.start_epoch(epoch)

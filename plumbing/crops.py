@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -83,3 +84,20 @@ def random_resized_crop(
     rows = resize_matrix(top, h, height, size)
     columns = resize_matrix(torch.where(flipped, left + w, left), torch.where(flipped, -w, w), width, size)
     return resample(images.float(), rows, columns / 255).clamp(0, 1)
+
+
+def padded_crop(images: Tensor, size: int, pad: int, flip: float = 0.5, generator=None) -> Tensor:
+    """Each image, in a frame of `pad` black pixels, cropped to its own size anywhere: uint8 (B, 3, H, W) -> [0, 1].
+
+    The usual crop of CIFAR. `flip` is the probability of a mirror image; another `size` is resized to.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    corner = torch.randint(2 * pad + 1, (2, batch, 1), device=device, generator=generator)
+    flipped = torch.rand(batch, 1, device=device, generator=generator) < flip
+    rows = corner[0] + torch.arange(height, device=device)  # (B, H)
+    columns = corner[1] + torch.arange(width, device=device)  # (B, W)
+    columns = torch.where(flipped, columns.flip(1), columns)
+    framed = F.pad(images, (pad, pad, pad, pad)).movedim(1, -1)  # (B, H + 2 pad, W + 2 pad, 3)
+    number = torch.arange(batch, device=device)[:, None, None]
+    return resize(framed[number, rows[:, :, None], columns[:, None]].movedim(-1, 1), size)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plumbing.crops import mix_seed, random_resized_crop, resize
+from plumbing.crops import mix_seed, padded_crop, random_resized_crop, resize
 from plumbing.decoding import MAX_PIXELS, decode_image, reason_of
 from plumbing.errors import UserError
 from plumbing.processes import STOP_SIGNALS, rank, world_size
@@ -70,13 +70,17 @@ class MemoryImages:
     def __len__(self):
         return len(self.labels)
 
-    def train_batches(self, plan, size, scale=(0.08, 1.0), flip=0.5, views=1):
-        """Augmented batches for a plan of (seed, indices): float (B, 3, size, size), or (B, V, 3, ...), and labels."""
+    def train_batches(self, plan, size, crop=(0.08, 1.0), flip=0.5, views=1):
+        """Augmented batches for a plan of (seed, indices): float (B, 3, size, size), or (B, V, 3, ...), and labels.
+
+        `crop`: least and largest share of the image in a resized crop, or how many pixels around it a padded one has.
+        """
+        cut = random_resized_crop if isinstance(crop, tuple) else padded_crop
         generator = torch.Generator(self.images.device)
         for seed, indices in plan:
             indices = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
             raw = self.images[indices].repeat_interleave(views, dim=0)  # (B * V, 3, H, W)
-            images = random_resized_crop(raw, size, scale, flip=flip, generator=generator.manual_seed(seed))
+            images = cut(raw, size, crop, flip=flip, generator=generator.manual_seed(seed))
             images = images if views == 1 else images.unflatten(0, (-1, views))
             yield images, self.labels[indices]
 
@@ -105,11 +109,16 @@ class FolderImages:
     def __len__(self):
         return len(self.labels)
 
-    def train_batches(self, plan, size, scale=(0.08, 1.0), flip=0.5, views=1):
-        """As MemoryImages.train_batches. Each crop depends on the seed of its step and its place in the batch alone."""
+    def train_batches(self, plan, size, crop=(0.08, 1.0), flip=0.5, views=1):
+        """As MemoryImages.train_batches. Each crop depends on the seed of its step and its place in the batch alone.
+
+        Raises UserError for a padded crop.
+        """
+        if not isinstance(crop, tuple):
+            raise UserError(f"--crop-pad {crop}: files have any size, padded crops are for images of one; give 0")
         ahead, behind = itertools.tee(plan)  # the workers run ahead of the batches that come out
         keys = ([(i, seed, place) for place, i in enumerate(torch.as_tensor(part).tolist())] for seed, part in ahead)
-        loaded = self._load(keys, _Decoder(self.paths, self.labels, size, scale, views, self.max_pixels))
+        loaded = self._load(keys, _Decoder(self.paths, self.labels, size, crop, views, self.max_pixels))
         generator = torch.Generator(self.device)
         for (seed, _), (images, labels) in zip(behind, loaded, strict=True):
             images = images.flatten(0, 1).float() / 255  # (B * V, 3, size, size)

@@ -228,8 +228,7 @@ class Run:
         size -= size % getattr(method, "group", 1)  # MixedAE mixes groups of so many
         order = shuffled(len(self.test), max(1, min(512, len(self.test)) // size) * size, config.seed)
         plan = [(mix_seed(config.seed, i, 4), part) for i, part in enumerate(order.split(size))]
-        scale = (config.crop_min, 1.0)
-        batches = self.test.train_batches(plan, config.image_size, scale, config.flip, method.views)
+        batches = self.test.train_batches(plan, config.image_size, config.crop, config.flip, method.views)
         for (seed, _), (images, labels) in zip(plan, batches, strict=True):
             torch.manual_seed(seed)
             with torch.no_grad(), self.stepper.autocast(), by_itself():

@@ -33,6 +33,7 @@ class TrainConfig:
     max_pixels: int = MAX_PIXELS  # largest picture that is read; more memory is needed for larger ones
     image_size: int = 224  # side of the crops, in pixels
     crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
+    crop_pad: int = 0  # black pixels around an image that is cropped to its own size instead; images in memory alone
     flip: float = 0.5  # probability of a mirror image
     epochs: int = 100  # passes over the training images, or so many times epoch_steps
     epoch_steps: int = 0  # steps of an epoch, 0 for one pass; more of them take the images several times
@@ -72,7 +73,7 @@ class TrainConfig:
         check_choices(self)
         check_size(self)
         check_least(self, image_size=1, epochs=1, batch_size=1, accumulate=1, save_every=1, max_pixels=1)
-        check_least(self, epoch_steps=0, max_steps=0)
+        check_least(self, epoch_steps=0, max_steps=0, crop_pad=0)
         check_least(self, warmup_epochs=0, probe_every=0, probe_images=0, workers=0, seed=0)
         check_least(self, base_lr=0, warmup_lr=0, weight_decay=0, clip=0)
         if not 0 < self.crop_min <= 1:
@@ -81,6 +82,11 @@ class TrainConfig:
             raise UserError(f"--flip {self.flip} is not a probability; give 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} must both be at least 0 and less than 1")
+
+    @property
+    def crop(self) -> tuple[float, float] | int:
+        """What `train_batches` takes: the share of the image that a resized crop keeps, or the pixels around it."""
+        return self.crop_pad or (self.crop_min, 1.0)
 
     def limit(self, steps: int):
         """Hold the run to --max-steps, where an epoch has so many `steps`; what counts epochs shrinks in proportion."""

@@ -22,7 +22,7 @@ class Config(TrainConfig):
     """
 
     protocol: tuple[str, ...] = USUAL  # those that evaluate.py lists
-    recipe: str = ""  # linear: magma finola mae; tran*: finola; finetune: mae mae_code finola ebm mixedae; all: photos
+    recipe: str = ""  # of the protocol's recipes in docs/evaluating.md the one to take, by default the method's own
     data: str = ""  # data set to evaluate on, by default that of the run
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
@@ -82,8 +82,18 @@ class ByWidth(NamedTuple):
     middle: Any
     large: Any
 
-    def at(self, width: int):
-        return self[(192, 384, 768).index(width)]
+    def at(self, dim: int):
+        return self[(192, 384, 768).index(decoder_width(dim))]
+
+
+class BySize(NamedTuple):
+    """A value of a table that has one for ViT-B and one for ViT-L: a width of 1024 or more takes the second."""
+
+    base: Any
+    large: Any
+
+    def at(self, dim: int):
+        return self[dim >= 1024]
 
 
 LINEAR = {"base_lr": 0.1, "weight_decay": 0.0, "crop_min": 0.08}
@@ -118,7 +128,16 @@ RECIPES = {
         "mae": FINETUNE | {"base_lr": 1e-3, "layer_decay": 0.75},  # MAE, Table 9, ViT-B
         "mae_code": FINETUNE | {"base_lr": 5e-4, "layer_decay": 0.65, "erase": 0.25},  # its release, ViT-B
         "ebm": FINETUNE | {"base_lr": 1e-3, "layer_decay": 0.75},  # Energy-inspired pretraining, Table A
-        "mixedae": FINETUNE | {"base_lr": 5e-4, "layer_decay": 0.7},  # MixedAE, Table A2, ViT-B
+        # MixedAE, Table A2
+        "mixedae": FINETUNE
+        | {"base_lr": BySize(5e-4, 1e-3), "batch_size": BySize(1024, 512), "epochs": BySize(100, 50)}
+        | {"layer_decay": 0.7},
+        # MixedAE, appendix B, of eleven small sets: 5,000 steps; a learning rate of 1e-2, of four that are tried
+        "mixedae_small": {"optimizer": "sgd", "base_lr": 4e-2, "weight_decay": 0.0, "batch_size": 64, "pool": "mean"}
+        | {"epochs": 50, "epoch_steps": 100, "warmup_epochs": 0},
+        # MLO-MAE, appendix B.4, of CIFAR: a learning rate of 1e-4 for the batch of 64
+        "mlo_mae_cifar": {"base_lr": 4e-4, "weight_decay": 5e-5, "batch_size": 64, "epochs": 100, "warmup_epochs": 0}
+        | {"betas": (0.9, 0.999), "crop_pad": 4, "pool": "cls"},
         # FINOLA, Table 14
         "finola": FINETUNE
         | {"base_lr": 5e-4, "batch_size": 512, "epochs": ByWidth(200, 150, 100), "drop_path": 0.0, "head": "tran1"}
@@ -130,7 +149,7 @@ RECIPES = {
 DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}  # of protocols without a recipe: what is not Config's
 OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
     "linear": {"magma": "magma", "finola": "finola"},
-    "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},
+    "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"} | {"mlo_mae_cifar": "mlo_mae_cifar"},
 }
 
 
@@ -141,10 +160,10 @@ def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
     """
     if protocol not in RECIPES:
         return DEFAULTS.get(protocol, {}) | {"recipe": ""}
-    recipes, own = RECIPES[protocol], OWN_RECIPE.get(protocol, {}).get(method, "mae")
+    cifar = method == "mlo_mae" and given.get("data") in ("cifar10", "cifar100")
+    recipes, own = RECIPES[protocol], OWN_RECIPE.get(protocol, {}).get(method + "_cifar" * cifar, "mae")
     name = next(name for name in (given.get("recipe"), own, *recipes) if name in recipes)
-    width = decoder_width(dim)
-    values = {field: v.at(width) if isinstance(v, ByWidth) else v for field, v in recipes[name].items()}
+    values = {field: v.at(dim) if isinstance(v, ByWidth | BySize) else v for field, v in recipes[name].items()}
     return values | {"recipe": name}
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from make import generator, rand, seeds
 from PIL import Image
 
-from plumbing.crops import crop_boxes, mix_seed, random_resized_crop, resample, resize, resize_matrix
+from plumbing.crops import crop_boxes, mix_seed, padded_crop, random_resized_crop, resample, resize, resize_matrix
 from plumbing.shapes import render_shapes
 
 
@@ -126,3 +126,23 @@ def test_mix_seed_changes_with_each_number_and_stays_within_63_bits(numbers, pla
 def test_mix_seed_is_the_same_on_every_machine():
     """And in every version: resumed runs and the built-in pictures' crops rest on it."""
     assert mix_seed(0, 0, 0) == 7896617691693857887 and mix_seed(3, 14, 15, 9) == 5438014879190320855
+
+
+@given(st.integers(1, 9), st.integers(1, 4), st.sampled_from([0.0, 0.5, 1.0]), seeds)
+def test_a_padded_crop_is_the_image_moved_over_black(side, pad, flip, seed):
+    """Against every place that it may have, mirrored or not."""
+    images = (rand(6, 3, side, side, seed=seed) * 255).byte()
+    found = (padded_crop(images, side, pad, flip, generator(seed)) * 255).round().byte()
+    for image, got in zip(images.numpy(), found.numpy(), strict=True):
+        framed = np.pad(image, ((0, 0), (pad, pad), (pad, pad)))
+        ways = [framed[:, i : i + side, j : j + side] for i, j in itertools.product(range(2 * pad + 1), repeat=2)]
+        ways = ways * (flip < 1) + [way[..., ::-1] for way in ways] * (flip > 0)
+        assert any(np.array_equal(got, way) for way in ways)
+
+
+def test_padded_crops_have_all_places_equally_often():
+    images = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).expand(9000, 3, 3, 3)
+    found = (padded_crop(images, 3, 1, 0.5, generator(0)) * 255).round().flatten(1)
+    _, counts = found.unique(dim=0, return_counts=True)
+    assert len(counts) == 18  # nine places, mirrored or not
+    assert 0.8 < counts.min() / 500 and counts.max() / 500 < 1.2

@@ -9,7 +9,9 @@ from make import generator, seeds, shapes, write_folders
 from PIL import Image
 
 import plumbing.images
+from plumbing.crops import padded_crop, random_resized_crop
 from plumbing.datasets import load_data
+from plumbing.errors import UserError
 from plumbing.images import BatchPlan, MemoryImages, shuffled
 from plumbing.settings import TrainConfig
 
@@ -35,6 +37,21 @@ def test_folder_batches_do_not_depend_on_workers_or_on_where_a_run_resumes(tmp_p
             assert torch.equal(images, images_again)
             assert torch.equal(labels, labels_again)
     assert not torch.equal(batches[0][0][:, 0], batches[0][0][:, 1])
+
+
+def test_padded_crops_are_for_images_in_memory(tmp_path):
+    data, plan = shapes(6, 8), [(3, [4, 1, 2])]
+    ((images, _),) = data.train_batches(plan, 8, TrainConfig(crop_pad=2).crop, flip=0.0)
+    assert torch.equal(images, padded_crop(data.images[[4, 1, 2]], 8, 2, 0.0, generator(3)))
+    ((images, _),) = data.train_batches(plan, 8, TrainConfig(crop_min=0.5).crop, flip=0.0)
+    assert torch.equal(
+        images, random_resized_crop(data.images[[4, 1, 2]], 8, (0.5, 1.0), flip=0.0, generator=generator(3))
+    )
+    write_folders(tmp_path)
+    with pytest.raises(
+        UserError, match="--crop-pad 2: files have any size, padded crops are for images of one; give 0"
+    ):
+        next(load_data(str(tmp_path)).train_batches(plan, 8, 2))
 
 
 def test_each_image_of_a_folder_batch_has_a_crop_of_its_own(tmp_path):

@@ -54,6 +54,33 @@ def test_finetune_recipes_are_those_of_the_papers(name, rate, decay, erase):
     check(recipe("finetune", name), base_lr=rate, layer_decay=decay, erase=erase, **FINETUNE | strong)
 
 
+def test_the_fine_tuning_of_mixedaes_vit_l_is_its_own():
+    """MixedAE, Table A2 (L)."""
+    strong = {"mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1, "layer_decay": 0.7}
+    for dim, rate, batch, epochs in ((768, 5e-4, 1024, 100), (1024, 1e-3, 512, 50)):
+        config = settings_of("finetune", {"image_size": 224, "data": "x"}, "mixedae", dim, 10**6)
+        check(config, recipe="mixedae", base_lr=rate, batch_size=batch, epochs=epochs, **FINETUNE | strong)
+
+
+def test_small_sets_are_fine_tuned_for_5000_steps_of_sgd():
+    """MixedAE, appendix B, downstream classification: the learning rate of a step is one of the four."""
+    config = recipe("finetune", "mixedae_small")
+    check(config, optimizer="sgd", weight_decay=0.0, layer_decay=1.0, mixup=0.0, cutmix=0.0, randaugment=0.0)
+    assert config.epochs * config.epoch_steps == 5000
+    assert config.base_lr * config.batch_size / 256 in (1e-3, 3e-3, 1e-2, 3e-2)
+
+
+def test_mlo_mae_is_fine_tuned_on_cifar_as_its_appendix_says():
+    """MLO-MAE, appendix B.4; elsewhere it follows MAE (B.3)."""
+    for data, name in (("cifar10", "mlo_mae_cifar"), ("cifar100", "mlo_mae_cifar"), ("imagenet", "mae")):
+        config = settings_of("finetune", {"image_size": 32, "data": data}, "mlo_mae", 768, 10**6)
+        assert config.recipe == name
+    config = recipe("finetune", "mlo_mae_cifar")
+    check(config, optimizer="adamw", weight_decay=5e-5, batch_size=64, epochs=100, crop_pad=4, flip=0.5)
+    check(config, mixup=0.0, cutmix=0.0, randaugment=0.0, erase=0.0, layer_decay=1.0, drop_path=0.0)
+    assert config.base_lr * config.batch_size / 256 == pytest.approx(1e-4)
+
+
 @pytest.mark.parametrize(
     ("dim", "decay", "epochs", "mixup", "cutmix"),
     [(720, 0.9, 200, 0.0, 0.0), (1440, 0.9, 150, 0.2, 0.25), (2880, 0.85, 100, 0.8, 1.0)],

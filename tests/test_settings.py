@@ -286,6 +286,7 @@ def test_any_words_make_a_config_or_one_clear_line(method, data):
         ({"milestones": (1, 10**30)}, "--milestones 10+ makes no sense; give at most 9007199254740992"),
         ({"amp": "bf61"}, "unknown --amp 'bf61'; did you mean 'bf16'"),
         ({"crop_min": 0.0}, "--crop-min 0.0 is not a share of the image"),
+        ({"crop_pad": -1}, "--crop-pad -1 makes no sense; give 0 or more"),
         ({"flip": 1.5}, "--flip 1.5 is not a probability"),
         ({"betas": (2.0, 0.9)}, r"--betas \(2.0, 0.9\) must both be at least 0 and less than 1"),
     ],
