@@ -198,6 +198,28 @@ def without_times(log):
     return [{k: v for k, v in line.items() if k not in other} for line in log]
 
 
+def write_run(folder, method="magma", epochs=2, linear=(10.0, 30.0), seconds=5.0, evaluations=(), **changes):
+    """A run folder as train.py leaves it, without weights: the untrained encoder's line, then one for each epoch."""
+    folder.mkdir(parents=True)
+    config = {"magma": magma, "mixedae": mixedae}[method].Config(epochs=max(2, epochs), out=str(folder))
+    known = {"method": method} | dataclasses.asdict(config) | changes
+    lines = [{"command": "train.py", "precision": "torch.float32"}, {"epoch": 0, "linear": linear[0], "knn": 9.0}]
+    for epoch in range(1, epochs + 1):
+        lines.append({"epoch": epoch, "loss": 4.0 / epoch, "seconds": epoch * seconds, "images_per_second": 7})
+    lines[-1] |= {"linear": linear[1], "knn": 11.0, "effective_rank": 20.0}
+    (folder / "config.json").write_text(json.dumps(known))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    return folder
+
+
+def judged(protocol="linear", value=50.0, data="shapes", **settings):
+    """A line of eval.jsonl."""
+    settings = {"recipe": "magma", "epochs": 100} | settings
+    results = {"trained": {protocol: value}, "untrained": {protocol: 1.0}}
+    return {"protocol": protocol, "data": data, "results": results, "settings": settings}
+
+
 def same_weights(a, b):
     """Whether two states hold the same tensors, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())

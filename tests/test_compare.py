@@ -1,6 +1,5 @@
 """Runs side by side: which are one row, what its figures are, and what is refused. Run folders are written by hand."""
 
-import dataclasses
 import json
 import math
 import statistics
@@ -8,36 +7,13 @@ import statistics
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from make import judged, write_run
 from PIL import Image
 
 import evaluate
-import magma
-import mixedae
 from plumbing.errors import UserError
 from plumbing.tables import format_table
 from protocols.compare import check_comparison, compare, curve, differences, doubts, draw, grouped, read_runs, row_of
-
-
-def write_run(folder, method="magma", epochs=2, linear=(10.0, 30.0), seconds=5.0, evaluations=(), **changes):
-    """A run folder as train.py leaves it, without weights: the untrained encoder's line, then one for each epoch."""
-    folder.mkdir(parents=True)
-    config = {"magma": magma, "mixedae": mixedae}[method].Config(epochs=max(2, epochs), out=str(folder))
-    known = {"method": method} | dataclasses.asdict(config) | changes
-    lines = [{"command": "train.py", "precision": "torch.float32"}, {"epoch": 0, "linear": linear[0], "knn": 9.0}]
-    for epoch in range(1, epochs + 1):
-        lines.append({"epoch": epoch, "loss": 4.0 / epoch, "seconds": epoch * seconds, "images_per_second": 7})
-    lines[-1] |= {"linear": linear[1], "knn": 11.0, "effective_rank": 20.0}
-    (folder / "config.json").write_text(json.dumps(known))
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
-    return folder
-
-
-def judged(protocol="linear", value=50.0, data="shapes", **settings):
-    """A line of eval.jsonl."""
-    settings = {"recipe": "magma", "epochs": 100} | settings
-    results = {"trained": {protocol: value}, "untrained": {protocol: 1.0}}
-    return {"protocol": protocol, "data": data, "results": results, "settings": settings}
 
 
 def rows(*folders):

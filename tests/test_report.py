@@ -8,9 +8,8 @@ import re
 
 import numpy as np
 import pytest
-from make import fit_magma, log_of
+from make import fit_magma, judged, log_of, write_run
 from PIL import Image
-from test_compare import judged, write_run
 
 from plumbing.report import ROOM, write_report
 from plumbing.tables import format_table
