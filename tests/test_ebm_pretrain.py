@@ -675,6 +675,7 @@ def test_backbones_start_as_published():
     convnext, swin = ConvNeXt(), Swin()
     blocks = [module for module in convnext.modules() if isinstance(module, ebm_pretrain.ConvNeXtBlock)]
     assert all((block.scale == 1e-6).all() for block in blocks)
+    assert {module.eps for module in convnext.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
     blocks = [module for module in swin.modules() if isinstance(module, ebm_pretrain.SwinBlock)]
     assert [block.shifted for block in blocks] == [False, True] * 6
     assert float(blocks[-1].position_bias.detach().std()) == pytest.approx(0.02, rel=0.1)

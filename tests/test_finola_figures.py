@@ -98,6 +98,18 @@ def test_the_sheets_of_appendix_e_show_what_their_captions_say():
     torch.testing.assert_close(column("interpolations", "half way"), decode(middle), **close)
 
 
+@torch.no_grad()
+def test_of_many_channels_256_bend_most_and_some_components_are_shown():
+    """Fig. 15 has K = 192."""
+    method, shown = tiny_finola(channels=264), {}
+    found, _, images, _, _ = look(method, count=2)
+    peaks = finola.peak_curvature(method.feature_map(images)).sort(dim=1, descending=True).values
+    torch.testing.assert_close(found["curvature"], peaks[:, :256])
+    album = types.SimpleNamespace(sheet=lambda name, heading, captions, rows: shown.update({name: captions}))
+    draw_embeddings(method, found["q"], found["q"], images, album)
+    assert shown["components"] == ["image", *[f"K = {k}" for k in (1, 4, 16, 64, 192, 264)]]
+
+
 @pytest.mark.parametrize(("low", "scale"), [(0.0, "linear"), (0.001, "log")])
 def test_charts_show_values_over_their_places(low, scale):
     values = torch.tensor([low, 0.25, 0.5])

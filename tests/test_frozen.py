@@ -38,6 +38,7 @@ def test_knn_has_two_metrics(metric, right):
 
 def test_all_training_images_may_vote_and_no_more():
     subject = subject_of(None)
+    assert (Config(image_size=8).k, Config(image_size=8).metric) == (10, "euclidean")  # MAGMA, section 5
     assert run_knn(subject, Config(image_size=8, k=96))["knn"] == pytest.approx(100 / 3)  # the lowest class wins a tie
     with pytest.raises(UserError, match="--k 97 is more than the 96 training images that could be neighbours"):
         run_knn(subject, Config(image_size=8, k=97))
@@ -147,8 +148,28 @@ def test_only_raw_pixels_are_limited_to_twenty_thousand_images(name, monkeypatch
     assert asked == [20_000 if name == "pixels" else 0, 30]
 
 
-def test_eight_classes_at_most_are_drawn():
+@pytest.mark.parametrize("own", ["cls", "mean"])
+def test_features_are_the_encoders_own_in_the_precision_of_the_settings(own):
+    """With no --pool, those that it was trained to give; by --amp bf16 those of half the digits."""
+    subject = subject_of(vit(pool=own))
+    images = subject.test.images / 255
+    with torch.no_grad():
+        tokens = subject.encoder.encode(subject.encoder.embed(images))
+        with torch.autocast("cpu", torch.bfloat16):
+            halved = subject.encoder(images).float()
+    expected = tokens[:, 0] if own == "cls" else tokens[:, 1:].mean(dim=1)
+    subject.features("test", Config(image_size=8, amp="off", pool="mean" if own == "cls" else "cls"))
+    torch.testing.assert_close(subject.features("test", Config(image_size=8, amp="off"))[0], expected)
+    subject.kept.clear()
+    found, _ = subject.features("test", Config(image_size=8, amp="bf16"))
+    torch.testing.assert_close(found.float(), halved, rtol=0, atol=1e-6)
+    assert not torch.allclose(found.float(), expected, rtol=0, atol=1e-5)
+
+
+def test_eight_classes_at_most_are_drawn_and_without_any_the_first_eight():
     subject = subject_of(None)
+    subject.test = dataclasses.replace(striped(30), labels=torch.full((30,), -1), classes=[])
+    assert torch.equal(subject.one_a_class(Config(image_size=8)), subject.test.images[:8] / 255)
     subject.test = dataclasses.replace(striped(30), labels=torch.arange(30) % 10, classes=list("abcdefghij"))
     assert torch.equal(subject.one_a_class(Config(image_size=8)), subject.test.images[:8] / 255)
 

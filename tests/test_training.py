@@ -100,16 +100,23 @@ def test_finetuning_reaches_every_parameter_and_uses_every_augmentation(tmp_path
     assert all(p.grad is not None for p in method.parameters())
 
 
-@pytest.mark.parametrize(("protocol", "std"), [("finetune", 2e-5), ("linear", 0.01)])
-def test_heads_start_as_in_maes_release(protocol, std, tmp_path, monkeypatch):
-    """2e-5 to fine-tune, 0.01 to probe; by the seed of the settings, whatever was drawn before."""
+@pytest.mark.parametrize(("protocol", "std", "pool"), [("finetune", 2e-5, "mean"), ("linear", 0.01, "cls")])
+def test_heads_start_as_in_maes_release(protocol, std, pool, tmp_path, monkeypatch):
+    """2e-5 to fine-tune, 0.01 to probe; by the seed of the settings, whatever was drawn before. The feature is that of
+    the recipe, or the encoder's own where it has none.
+    """
     started = []
-    monkeypatch.setattr(training, "fit", lambda method, *_: started.append(method.head.layers[0].weight.detach()))
+
+    def fit(method, *_):
+        started.append(method.head.layers[0].weight.detach())
+        assert method.encoder.pool == pool
+
+    monkeypatch.setattr(training, "fit", fit)
     for seed, before in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(before)
         fields = {"batchnorm": False} if protocol == "linear" else {}
         config = settings_for(protocol, tmp_path, cache=False, seed=seed, head="linear", **fields)
-        run_protocol(protocol, subject_of(vit(dim=128)), config)
+        run_protocol(protocol, subject_of(vit(dim=128, pool="cls")), config)
     assert float(started[0].std()) == pytest.approx(std, rel=0.15)
     assert torch.equal(started[0], started[1]) and not torch.equal(started[0], started[2])
 
