@@ -62,6 +62,12 @@ def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: 
     for i, name in enumerate(names):
         row = "".join(f"{value:>11.3f}" for value in cosines.mean(dim=0)[i].tolist())
         print(f"{name:<20}{row}{float(norms[:, i].mean()):>11.2g}   {format_row(cosines[:, i, last])}")
+    lr_encoder, _, lr_head, *_ = rates_of(method.config, optimizer)
+    share = sum(head_by_encoder(one["exact"], one["no_factors"], lr_encoder, lr_head) for one in found) / len(found)
+    print(f"learning rates of encoder and head {lr_encoder:.3g} and {lr_head:.3g}")
+    print(
+        f"the head's term is {lr_head * share:.3f} times as long as the encoder's, without learning rates {share:.3f}"
+    )
     means = cosines.mean(dim=0)[:, last].tolist()
     figures = {f"cosine_of_{name}": value for name, value in zip(names, means, strict=True) if name in FORMS}
     return album.written, figures | {f"norm_of_{n}": float(v) for n, v in zip(names, norms.mean(dim=0), strict=True)}
@@ -171,6 +177,14 @@ def compare(found: list) -> tuple[Tensor, Tensor]:
     rows = torch.stack([torch.stack(list(gradients.values())) for gradients in found]).double().cpu()
     unit = F.normalize(rows, dim=2)
     return unit @ unit.transpose(1, 2), rows.norm(dim=2)
+
+
+def head_by_encoder(exact: Tensor, no_factors: Tensor, lr_encoder: float, lr_head: float) -> float:
+    """How long b is beside a, where no_factors = a - b and exact = lr_encoder (a - lr_head b): the terms of Eq. 9, of
+    the path through the head and of the other one, without learning rates.
+    """
+    b = (exact.double() / lr_encoder - no_factors.double()) / (1 - lr_head)
+    return float(b.norm() / (no_factors.double() + b).norm())
 
 
 def chart_of(cosines: Tensor, title: str):

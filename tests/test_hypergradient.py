@@ -24,6 +24,7 @@ from protocols.hypergradient import (
     chart_of,
     compare,
     gradients_of,
+    head_by_encoder,
     rates_of,
 )
 
@@ -97,6 +98,12 @@ def test_gradients_of_a_cycle():
     assert slope == pytest.approx((loss_after(1e-6) - loss_after(-1e-6)) / 2e-6, rel=1e-3)
 
 
+def test_two_gradients_tell_the_length_of_both_terms():
+    a, b = randn(9), randn(9, seed=1)
+    found = head_by_encoder(0.1 * (a - 0.3 * b), a - b, 0.1, 0.3)
+    assert found == pytest.approx(float(b.norm() / a.norm()))
+
+
 def test_the_chart_tells_the_cosines():
     cosines = torch.eye(7, dtype=torch.float64).repeat(3, 1, 1)
     cosines[:, 1, 5] = torch.tensor([0.1, 0.2, 0.6], dtype=torch.float64)
@@ -134,7 +141,12 @@ def test_a_run_is_looked_into(run, capsys):
     argv = [run("mlo", "--seed", "3"), "--protocol", "hypergradient", "--max-steps", "2"]
     assert evaluate.main(argv) == 0
     shown = capsys.readouterr().out
-    assert "mean cosines in 2 cycles" in shown and "cosine of no factors" in shown and "norm_of" not in shown
+    assert (
+        "the head's term is" in shown
+        and "mean cosines in 2 cycles" in shown
+        and "cosine of no factors" in shown
+        and "norm_of" not in shown
+    )
     assert "cosines.png" in shown
     with open(f"{argv[0]}/eval.jsonl") as file:
         found = json.loads(file.readlines()[-1])["results"]["trained"]
