@@ -633,8 +633,8 @@ protocols/settings.py tests/test_recipes.py::test_a_batch_that_exceeds_the_image
 + images
 
 protocols/settings.py tests/test_recipes.py::test_finetune_recipe_of_finola_is_its_table_14
-- (192, 384, 768).index(width)
-+ (768, 384, 192).index(width)
+- (192, 384, 768).index(
++ (768, 384, 192).index(
 
 protocols/settings.py tests/test_recipes.py::test_settings_refuse_what_makes_no_sense
 - <= most or getattr(self, field) == math.inf
@@ -771,6 +771,18 @@ protocols/settings.py tests/test_recipes.py::test_the_fine_tuning_of_mixedaes_vi
 protocols/settings.py tests/test_recipes.py::test_mlo_mae_is_fine_tuned_on_cifar_as_its_appendix_says
 - given.get("data") in ("cifar10", "cifar100")
 + given.get("data") in ("cifar10",)
+
+plumbing/probes.py tests/test_golden.py::test_ours_equals_the_official_number
+- votes = votes / (away + 1e-5)[..., None]
++ votes = votes / (away + 1)[..., None]
+
+common.py tests/test_common.py::test_decay_may_act_on_tokens_or_on_all
+- spared = ("bias",) if on == "tokens" else
++ spared =
+
+magma.py tests/test_processes.py::test_with_a_graph_in_each_process_the_other_losses_are_gathered_alone
+- if self.config.gather_graph else chosen
++
 
 plumbing/curves.py tests/test_curves.py::test_curves_shade_the_epochs_of_the_regulariser
 - end = min(start + lasts, last)
