@@ -573,9 +573,10 @@ def gradient_if(wanted):
     return torch.set_grad_enabled(torch.is_grad_enabled() and bool(wanted))
 
 
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether AdamW's weight decay acts on a parameter: not on biases, norms and tokens."""
-    return parameter.ndim >= 2 and not name.endswith(("token", "tokens", "bias"))
+def decays(name: str, parameter: Tensor, on: str = "matrices") -> bool:
+    """Whether weight decay acts on a parameter: on matrices; on "tokens" too; on "all", biases and norms too."""
+    spared = ("bias",) if on == "tokens" else ("token", "tokens", "bias")
+    return on == "all" or (parameter.ndim >= 2 and not name.endswith(spared))
 
 
 class Stepper:
@@ -635,9 +636,9 @@ class Method(nn.Module):
         """Called before each epoch, counted from 0, for schedules in epochs."""
 
     def optimizer(self, config: TrainConfig) -> torch.optim.Optimizer:
-        """AdamW without decay on biases, norms and tokens. A group's `lr_scale` multiplies its rate (1 without one)."""
-        learned = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        decay, plain = ([p for name, p in learned if decays(name, p) == wanted] for wanted in (True, False))
+        """AdamW, its decay on what `decays` tells. A group's `lr_scale` multiplies its rate (1 without one)."""
+        learned = [(decays(name, p, config.decay_on), p) for name, p in self.named_parameters() if p.requires_grad]
+        decay, plain = ([p for decayed, p in learned if decayed == wanted] for wanted in (True, False))
         groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=config.base_lr, betas=tuple(config.betas), fused=True)
 
@@ -673,8 +674,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
 
     Runs in one process or in each of several (torchrun). Writes the run folder `config.out` (docs/runs.md lists its
     files). Everything random in step t comes from generators seeded by (seed, t, rank), so a run that was killed and
-    resumed equals one that was not.
-    Raises UserError for a configuration that cannot run, NonFiniteLoss, and Stopped after a signal.
+    resumed equals one that was not. Raises UserError for what cannot run, NonFiniteLoss, and Stopped after a signal.
     """
     config.check()  # it may have been changed since it was made
     check_batch(config, len(train))
@@ -685,7 +685,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     with Run(method, stepper, train, test, config) as run:
         model = distribute(method, device)
         model = torch.compile(model) if config.compile else model
-        view = (config.image_size, config.crop, config.flip, method.views)
+        view = config.image_size, config.crop, config.flip, method.views
         batches = train.train_batches(plan.after(run.first_step), *view)
         method.train()
         for epoch in range(run.first_step // len(plan), config.epochs):

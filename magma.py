@@ -231,6 +231,7 @@ class Config(TrainConfig):
     diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
     detach_reference: bool = False  # stop the gradient through the weights w
     gather: bool = False  # one graph, one uniformity and one SSL loss over the images of all processes
+    gather_graph: bool = True  # with --gather; without, each process has a graph of its own, as in the code
     temperature: float = 0.2  # of SimCLR
     vicreg: tuple[float, float, float] = (25.0, 25.0, 1.0)  # weights of invariance, variance and covariance
     projector_dim: int = 2048  # hidden width of the projector of SimCLR and VICReg
@@ -330,7 +331,8 @@ class Magma(Method):
 
     def over_layers(self, function, hidden: list, *settings) -> Tensor:
         """Eq. 2's sum over layers of K: function(regularized, reference); `hidden` is the output of every block."""
-        chosen = [self.gathered(image_features(hidden[layer])) for layer in self.config.layers]  # each (B, D)
+        chosen = [image_features(hidden[layer]) for layer in self.config.layers]  # each (B, D)
+        chosen = [self.gathered(x) for x in chosen] if self.config.gather_graph else chosen
         if self.config.layer_pairs == "all":
             pairs = itertools.permutations(chosen, 2)
             return sum(function(regularized, reference, *settings) for reference, regularized in pairs)

@@ -10,11 +10,13 @@ from plumbing.crops import resize
 from plumbing.processes import note
 
 
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10, chunk: int = 0):
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = 10, chunk: int = 0, weigh: bool = False
+):
     """Share of queries (M, D) whose k nearest rows of the bank (N, D) vote for their label, in percent.
 
-    Euclidean distance, one vote each, the lowest class wins a tie (MAGMA, section 5: k = 10). nan where there is
-    nothing to judge (`unfit`).
+    Euclidean distance, the lowest class wins a tie (MAGMA, section 5: k = 10). One vote each; with `weigh` 1 / distance
+    votes, as in MAGMA's code. nan where there is nothing to judge (`unfit`).
     """
     if unfit(training=bank, test=queries):
         return math.nan
@@ -24,11 +26,16 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
     centre = bank.mean(dim=0)  # the Gram form of a distance loses its digits where the mean is large
     bank, queries = bank - centre, queries - centre
     norms, right = bank.square().sum(dim=1), 0
-    chunk = chunk or max(1, 2**24 // len(bank))  # at most 64 MB of distances at a time
+    # At most 64 MB of distances at a time, and of differences.
+    chunk = chunk or max(1, 2**24 // max(len(bank), k * bank.shape[1] * weigh))
     for part, truth in zip(queries.split(chunk), labels.split(chunk), strict=True):
         distance = torch.addmm(norms, part, bank.T, alpha=-2)  # (chunk, N), up to a constant a row
-        nearest = bank_labels[distance.topk(min(k, len(bank)), largest=False).indices]  # (chunk, k)
-        votes = F.one_hot(nearest, int(bank_labels.max()) + 1).sum(dim=1)
+        found = distance.topk(min(k, len(bank)), largest=False).indices  # (chunk, k)
+        votes = F.one_hot(bank_labels[found], int(bank_labels.max()) + 1)  # (chunk, k, classes)
+        if weigh:  # the distances anew, as differences: those above have lost their digits where they are small
+            away = scale * (part[:, None] - bank[found]).norm(dim=2)  # (chunk, k)
+            votes = votes / (away + 1e-5)[..., None]
+        votes = votes.sum(dim=1)
         right += int((votes.argmax(dim=1) == truth).sum())
     return 100 * right / len(labels)
 

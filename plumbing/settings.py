@@ -44,7 +44,8 @@ class TrainConfig:
     warmup_epochs: int = 10  # epochs in which the learning rate rises linearly
     warmup_lr: float = 0.0  # learning rate that the warm-up starts from
     milestones: tuple[int, ...] = ()  # epochs at which the learning rate falls tenfold, instead of a cosine
-    weight_decay: float = 0.05  # of AdamW; none on biases, norms and tokens
+    weight_decay: float = 0.05  # of AdamW, on what --decay-on says
+    decay_on: Literal["matrices", "tokens", "all"] = "matrices"  # tokens: on these too (MAE's code); all (MAGMA's)
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
     clip: float = 0.0  # largest norm of the gradient, 0 for no limit
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"  # auto: bf16 where the processor has it, else fp16 on a GPU

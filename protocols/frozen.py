@@ -42,7 +42,7 @@ def run_knn(subject: Subject, config: Config) -> dict:
         raise UserError(f"--k {config.k} is more than the {len(bank)} training images that could be neighbours")
     if config.metric == "cosine":  # on the unit sphere, the nearest is the one with the largest cosine
         bank, queries = (F.normalize(x / moderate(x.abs().amax(dim=1, keepdim=True)), dim=1) for x in (bank, queries))
-    return {"knn": knn_accuracy(bank, bank_labels, queries, labels, config.k)}
+    return {"knn": knn_accuracy(bank, bank_labels, queries, labels, config.k, weigh=config.vote == "distance")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ FORMS = {  # name: settings of MLO-MAE, and whether second derivatives are taken
 CYCLES = ("last_step", "all_steps")  # of level I, in the exact derivative of a cycle of AdamW's steps
 SOME = 4  # cycles to look at, without --max-steps
 RATE = 0.5  # learning rates, of their peak: the middle of the cosine; those at a run's end are 0
-OF_THE_LOOP = ("batch_size", "base_lr", "betas", "weight_decay", "crop_min", "flip", "epoch_steps", "seed")
+OF_THE_LOOP = ("batch_size", "base_lr", "betas", "weight_decay", "crop_min", "crop_pad", "flip", "epoch_steps", "seed")
 
 
 def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
@@ -82,7 +82,7 @@ def cycles_of(method: MultiLevelMAE, data, config: Config):
     run = dataclasses.replace(method.config, epochs=config.max_steps or SOME, seed=config.seed)
     plan = LevelPlan(len(data), run, method.trained_on, method.held_out)
     steps = itertools.islice(plan.after(0), run.epochs)
-    return data.train_batches(steps, run.image_size, (run.crop_min, 1.0), run.flip)
+    return data.train_batches(steps, run.image_size, run.crop, run.flip)
 
 
 def rates_of(config, optimizer) -> list:

@@ -35,6 +35,7 @@ class Config(TrainConfig):
     tokens: bool = False  # features: of every patch or place (N, T, D), instead of one vector an image
     k: int = 10  # knn: number of neighbours
     metric: Literal["euclidean", "cosine"] = "euclidean"  # knn: euclidean is MAGMA's
+    vote: Literal["one", "distance"] = "one"  # knn: what a neighbour's vote weighs, 1 or 1 / distance (MAGMA's code)
     cache: bool = True  # linear: encode whole images once, rather than crops and flips in each epoch
     base_lrs: tuple[float, ...] = ()  # linear: one head for each base learning rate, instead of --base-lr
     optimizer: Literal["sgd", "lars", "adamw"] = "adamw"  # of all that train
@@ -67,7 +68,7 @@ class Config(TrainConfig):
         raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)} makes no sense; give {expected}")
 
 
-OUTSIDE = ("untrained", "pixels", "scratch", "tokens", "k", "metric")  # fields that no training depends on
+OUTSIDE = ("untrained", "pixels", "scratch", "tokens", "k", "metric", "vote")  # fields that no training depends on
 
 
 def decoder_width(dim: int) -> int:

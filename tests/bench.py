@@ -509,7 +509,7 @@ def three_levels(device):
     pool = multiprocessing.get_context("spawn")
     for model, decoder in (("vit_micro", (96, 2, 3)), ("vit_tiny", (192, 4, 3))):
         size = {"model": model, **dict(zip(("decoder_dim", "decoder_depth", "decoder_heads"), decoder, strict=True))}
-        for amp, kind in (("off", "exact"), ("off", "finite_difference"), ("bf16", "exact")):
+        for amp, kind in (("off", "exact"), ("off", "finite_difference"), ("bf16", "exact"), ("bf16", "adamw")):
             fields = size | {"amp": amp, "hypergradient": kind}
             versions = [cycle(device, 4, **fields), cycle(device, 3, **fields)]
             mae = cycle(device, 3, objective="mae", **fields)

@@ -128,13 +128,15 @@ def vicreg_loss(a, b, weights):
     return weights[0] * invariance + weights[1] * variance + weights[2] * covariance
 
 
-def knn_accuracy(bank, bank_labels, queries, labels, k):
-    """k nearest neighbours, query by query, by sorting all distances."""
+def knn_accuracy(bank, bank_labels, queries, labels, k, weigh=False):
+    """k nearest neighbours, query by query, by sorting all distances; with `weigh` they vote by 1 / distance."""
     right = 0
     for query, truth in zip(queries, labels.tolist(), strict=True):
-        order = sorted(range(len(bank)), key=lambda i: float((bank[i] - query).square().sum()))
-        votes = [int(bank_labels[i]) for i in order[:k]]
-        right += min(set(votes), key=lambda c: (-votes.count(c), c)) == truth
+        distance = [math.dist(row.tolist(), query.tolist()) for row in bank]
+        votes = {}
+        for i in sorted(range(len(bank)), key=distance.__getitem__)[:k]:
+            votes[int(bank_labels[i])] = votes.get(int(bank_labels[i]), 0) + (1 / (distance[i] + 1e-5) if weigh else 1)
+        right += min(votes, key=lambda c: (-votes[c], c)) == truth
     return 100 * right / len(labels)
 
 

@@ -330,6 +330,15 @@ def test_optimizer_decays_matrices_only():
     assert groups[0]["betas"] == (0.8, 0.9)
 
 
+@pytest.mark.parametrize(("on", "decayed"), [("matrices", 1), ("tokens", 2), ("all", 3)])
+def test_decay_may_act_on_tokens_or_on_all(on, decayed):
+    """MAE's code leaves out biases and norms alone, MAGMA's nothing."""
+    decaying, plain = Regression().optimizer(TrainConfig(decay_on=on)).param_groups
+    shapes = [(3, 12), (1, 1, 3), (3,)]  # weight, token, bias
+    assert {tuple(p.shape) for p in decaying["params"]} == set(shapes[:decayed])
+    assert {tuple(p.shape) for p in plain["params"]} == set(shapes[decayed:])
+
+
 def test_update_accumulates_the_gradient_of_the_whole_batch():
     images = rand(8, 3, 2, 2, dtype=torch.float32)
     whole, logged = step_once(TrainConfig(amp="off"), images)

@@ -834,6 +834,11 @@ def test_recipes_are_tables_11_and_12():
         assert (config.base_lr, config.batch_size, config.weight_decay) == (1e-3, 128, 0.05)
         assert (config.head_lr * 128 / 256, config.mask_lr * 128 / 256) == (1e-3, 1e-3)
         assert (config.unrolling, config.validation, config.level1_data) == (2, 0.2, "train")
+        assert (config.crop_pad, config.flip) == (4, 0.5)
+    assert (read("--data", "cifar10", "--model", "vit_micro").crop, read("--data", "imagenet").crop_pad) == (
+        (0.5, 1.0),
+        0,
+    )
 
 
 def test_optimiser_has_groups_of_its_own_for_every_level():

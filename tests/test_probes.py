@@ -16,13 +16,19 @@ from plumbing.probes import effective_rank, knn_accuracy, probe, ridge_accuracy
 from plumbing.shapes import SHAPES, render_shapes
 
 
-@given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 5), st.integers(1, 6), seeds)
-def test_knn_accuracy_matches_naive_loop(bank, queries, width, k, seed):
-    """MAGMA, section 5: Euclidean neighbours, one vote each."""
+@given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 5), st.integers(1, 6), st.booleans(), seeds)
+def test_knn_accuracy_matches_naive_loop(bank, queries, width, k, weigh, seed):
+    """MAGMA, section 5: Euclidean neighbours, one vote each, or 1 / distance as in its code."""
     x = randn(bank + queries, width, seed=seed)  # float64: no two neighbours are as good as equally far
     y = torch.randint(0, 3, (bank + queries,), generator=generator(seed))
-    want = reference.knn_accuracy(x[:bank], y[:bank], x[bank:], y[bank:], k)
-    assert knn_accuracy(x[:bank], y[:bank], x[bank:], y[bank:], k, chunk=3) == want
+    want = reference.knn_accuracy(x[:bank], y[:bank], x[bank:], y[bank:], k, weigh)
+    assert knn_accuracy(x[:bank], y[:bank], x[bank:], y[bank:], k, chunk=3, weigh=weigh) == want
+
+
+def test_a_neighbour_that_is_the_query_itself_outvotes_all_others():
+    x, y = randn(12, 3), torch.arange(12) % 4
+    assert knn_accuracy(x, y, x, y, k=12, weigh=True) == 100.0
+    assert knn_accuracy(x, y, x, y, k=12) == 25.0
 
 
 def test_knn_accuracy_survives_a_large_common_mean():

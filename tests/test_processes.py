@@ -197,6 +197,22 @@ def test_two_ranks_have_the_gradient_of_one_process(fields):
             assert (gradient - want[name]).norm() < 1e-4 * want[name].norm(), name
 
 
+def test_with_a_graph_in_each_process_the_other_losses_are_gathered_alone():
+    """--gather --no-gather-graph, the way of MAGMA's code."""
+    images, mask = images_of(8, 8), random_mask(8, 4, 0.5, generator(0))
+    want = {}
+    for weight, parts, fields in ((1, 2, {}), (1, 1, {"lam": 0.0, "uniformity": 0.5}), (-1, 1, {"lam": 0.0})):
+        method = tiny_magma(**fields)
+        for part, hidden in zip(images.chunk(parts), mask.chunk(parts), strict=True):
+            (method(part, mask=hidden)["loss"] / parts).backward()
+        for name, p in method.named_parameters():
+            want[name] = want.get(name, 0.0) + weight * p.grad
+    fields = {"uniformity": 0.5, "gather": True, "gather_graph": False}
+    for gradients in processes.start(processes.gradients_of_magma, fields, images, mask):
+        for name, gradient in gradients.items():
+            assert (gradient - want[name]).norm() < 1e-4 * want[name].norm(), name
+
+
 def test_fit_on_two_ranks_keeps_the_weights_equal_and_resumes(tmp_path):
     first, second = processes.start(processes.fit_tiny, tmp_path / "run", [])
     assert same_weights(first["weights"], second["weights"])
