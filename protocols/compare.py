@@ -125,9 +125,7 @@ def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded],
     """
     if given and "protocol" not in given:
         flags = " ".join(map(flag, given))
-        raise UserError(
-            f"{flags} is of no use here: several runs are compared by their logs; or add --protocol"
-        )
+        raise UserError(f"{flags} is of no use here: several runs are compared by their logs; or add --protocol")
     runs = read_runs(folders)
     out = Path(out) if out else runs[0].folder.parent
     for run in runs:
