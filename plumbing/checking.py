@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from plumbing.decoding import MAX_PIXELS, read_whole, reason_of
-from plumbing.errors import UserError
+from plumbing.decoding import MAX_PIXELS, read_whole
+from plumbing.errors import UserError, reason_of
 from plumbing.files import write_atomically
 from plumbing.processes import agree, note, on_rank_zero, world_size
 

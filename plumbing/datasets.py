@@ -8,9 +8,9 @@ import torch
 
 from plumbing.checking import attempt_all, check_same, keep_good, survey
 from plumbing.class_folders import is_image, pick_classes, read_folders
-from plumbing.decoding import MAX_PIXELS, open_picture, reason_of, to_rgb
+from plumbing.decoding import MAX_PIXELS, open_picture, to_rgb
 from plumbing.download import fetch
-from plumbing.errors import UserError, unknown
+from plumbing.errors import UserError, reason_of, unknown
 from plumbing.images import MemoryImages
 from plumbing.processes import note, on_rank_zero
 from plumbing.shapes import SHAPES, render_shapes

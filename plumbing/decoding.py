@@ -135,11 +135,6 @@ def open_picture(path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def reason_of(error: Exception) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def kind_of(head: bytes) -> str:
     """What a file is, by its first bytes: a key of FORMATS, or words to refuse it with."""
     return next((kind for kind, start in KINDS.items() if start.match(head)), "of an unknown kind")

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from plumbing.errors import UserError
+from plumbing.errors import UserError, reason_of
 from plumbing.files import load_checkpoint, plain
 
 
@@ -156,7 +156,7 @@ def load_encoder(path, image_size: int = 0) -> nn.Module:
             raise
         raise UserError(f"{path} does not fit this version ({error})") from None
     except Exception as error:  # noqa: BLE001 (fields from elsewhere can make a constructor fail in any way)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{path} does not fit this version ({reason})") from None
     if sides:
         encoder.check_sides(*sides)
@@ -248,7 +248,7 @@ def read_weights(path):
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # noqa: BLE001 (as for a checkpoint)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{path} is not a file of safetensors ({reason})") from None
 
 

@@ -36,6 +36,11 @@ def printable(text: str) -> str:
     return "".join(map(shown, text))
 
 
+def reason_of(error: Exception, most: int = 200) -> str:
+    """What an error says, in one line of at most so many letters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def what_is_left(checkpoint: Path) -> str:
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint.exists() else "no checkpoint was written"
     return f"{kept}; start anew with a lower --base-lr or --amp off"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from plumbing.crops import mix_seed, padded_crop, random_resized_crop, resize
-from plumbing.decoding import MAX_PIXELS, decode_image, reason_of
-from plumbing.errors import UserError
+from plumbing.decoding import MAX_PIXELS, decode_image
+from plumbing.errors import UserError, reason_of
 from plumbing.processes import STOP_SIGNALS, rank, world_size
 
 

@@ -33,7 +33,7 @@ def run_folder(name: str, config: TrainConfig) -> Path:
     return Path(config.out or f"runs/{name}-{data_name(config.data)}")
 
 
-LATER = {"epoch_steps": 0, "start": "", "crop_pad": 0, "decay_on": "matrices", "gather_graph": True}
+LATER = {"epoch_steps": 0, "start": "", "crop_pad": 0, "decay_on": "matrices", "gather_graph": True, "log_layers": False}
 """Settings that were added later, with the value that earlier runs had."""
 
 
@@ -171,11 +171,15 @@ def read_settings(path: Path) -> dict:
     return found
 
 
+def versions() -> dict:
+    """What a result may depend on beside the code."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+
+
 def log_header(identity: dict, config: TrainConfig) -> str:
     """The first line of a log: how to make the run again."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     header = {"command": " ".join(sys.argv), "method": identity["method"], "config": dataclasses.asdict(config)}
-    return json_text(header | {"precision": identity["precision"], "versions": versions}) + "\n"
+    return json_text(header | {"precision": identity["precision"], "versions": versions()}) + "\n"
 
 
 def read_log(path: Path) -> tuple[str, list]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common import ViT
 from plumbing.datasets import DATASETS
-from plumbing.errors import UserError
+from plumbing.errors import UserError, reason_of
 from plumbing.files import json_text, write_atomically
 from plumbing.images import FolderImages, MemoryImages
 from plumbing.probes import pooled_features
@@ -110,7 +110,7 @@ def check_whole(path: Path, count: int):
     try:
         found = len(np.load(path, mmap_mode="r"))
     except (OSError, ValueError, EOFError, TypeError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = reason_of(error, 100)
         raise UserError(f"{path} is damaged ({reason}); remove it to make it anew") from None
     if found != count:
         raise UserError(f"{path} has {found} rows for {count} images; remove it to make it anew")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common import METHODS, Method, ViT
-from plumbing.errors import UserError
+from plumbing.errors import UserError, reason_of
 from plumbing.files import load_checkpoint
 from plumbing.images import FolderImages, MemoryImages
 from plumbing.probes import features_of, labelled, pooled_features, raw_pixels
@@ -89,7 +89,7 @@ def load_method(run_folder: Path, known: dict, data) -> Method:
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 (settings and weights of an edited file can fail in any way)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"config.json and last.pt of {run_folder} do not fit each other ({reason})") from None
     return method.eval()
 

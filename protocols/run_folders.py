@@ -2,16 +2,13 @@
 
 import dataclasses
 import os
-import platform
 import sys
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from plumbing.errors import UserError, printable
 from plumbing.probes import labelled
 from plumbing.processes import note
+from plumbing.run_files import versions
 from protocols.rows import Subject
 from protocols.settings import Config
 from protocols.training import trains_on_images
@@ -39,8 +36,7 @@ def record(protocol: str, config: Config, subject: Subject, results: dict, secon
     limit = 0 if trains_on_images(protocol, subject, config) else config.probe_images
     line = {"protocol": protocol, "data": config.data}
     line |= {f"{split}_images": len(labelled(getattr(subject, split), limit)) for split in ("train", "test")}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    line |= {"results": results, "seconds": round(seconds, 1), "versions": versions}
+    line |= {"results": results, "seconds": round(seconds, 1), "versions": versions()}
     return line | {"command": " ".join(sys.argv), "settings": dataclasses.asdict(config)}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common import Method, ViT, fit, gradient_if
-from plumbing.errors import UserError
+from plumbing.errors import UserError, reason_of
 from plumbing.files import load_checkpoint
 from plumbing.probes import features_of, labelled, pooled_features
 from plumbing.processes import autocast, note, on_rank_zero
@@ -184,7 +184,7 @@ def start_from_probe(head: nn.Module, kind: str, subject: Subject, config: Confi
         try:
             head.load_state_dict(weights)
         except (TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)
             raise UserError(f"{path} does not fit ({reason}); remove its folder and make it anew") from None
     else:
         note(f"{path} holds no finished probe of this encoder; --protocol {kind} makes one to start from")

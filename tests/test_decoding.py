@@ -23,8 +23,8 @@ from PIL import Image
 import plumbing.checking
 import plumbing.decoding
 from plumbing.datasets import load_data
-from plumbing.decoding import MAX_PIXELS, decode_image, open_picture, orientation_of, read_whole, reason_of, to_rgb
-from plumbing.errors import UserError
+from plumbing.decoding import MAX_PIXELS, decode_image, open_picture, orientation_of, read_whole, to_rgb
+from plumbing.errors import UserError, reason_of
 from plumbing.images import FolderImages
 
 ROOT = Path(__file__).resolve().parents[1]
