@@ -14,6 +14,7 @@ Eq. 3, 5   inverse form                                       inverse_manifold_l
 Eq. 4      Gaussian affinity between images                   affinity
 Eq. 7      normalised Laplacian                               laplacian (and printed_laplacian, as printed)
 Sec. 3.1   image = average of its patches                     image_features
+Fig. 3     the term between all blocks, only measured         Magma.along_the_blocks (--log-layers)
 U-MAE      uniformity (Zhang et al. 2022)                     uniformity_loss
 Sec. 5     SimCLR, VICReg (Chen et al. 2020, Bardes 2021)     contrastive_loss, vicreg_loss, jitter
 
@@ -229,6 +230,7 @@ class Config(TrainConfig):
     laplacian: Literal["normalized", "unnormalized", "printed"] = "normalized"  # that of the code, half of Eq. 2, Eq. 7
     kernel_factor: float = 1.0  # 1 is the code's kernel, 0.5 that of Eq. 4
     diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
+    log_layers: bool = False  # log the term between each block and the next, too (Fig. 3); the training is the same
     detach_reference: bool = False  # stop the gradient through the weights w
     gather: bool = False  # one graph, one uniformity and one SSL loss over the images of all processes
     gather_graph: bool = True  # with --gather; without, each process has a graph of its own, as in the code
@@ -329,15 +331,25 @@ class Magma(Method):
     def gathered(self, features: Tensor) -> Tensor:
         return gather(features) if self.config.gather else features
 
+    def graph_features(self, layers: list) -> list:
+        """Outputs of blocks, each (B, 1 + M, D) -> a vector for each image of the graph, each (B, D)."""
+        found = [image_features(layer) for layer in layers]
+        return [self.gathered(x) for x in found] if self.config.gather_graph else found
+
     def over_layers(self, function, hidden: list, *settings) -> Tensor:
         """Eq. 2's sum over layers of K: function(regularized, reference); `hidden` is the output of every block."""
-        chosen = [image_features(hidden[layer]) for layer in self.config.layers]  # each (B, D)
-        chosen = [self.gathered(x) for x in chosen] if self.config.gather_graph else chosen
+        chosen = self.graph_features([hidden[layer] for layer in self.config.layers])
         if self.config.layer_pairs == "all":
             pairs = itertools.permutations(chosen, 2)
             return sum(function(regularized, reference, *settings) for reference, regularized in pairs)
         *references, last = chosen
         return sum(function(last, reference, *settings) for reference in references) / len(references)
+
+    @torch.no_grad()
+    def along_the_blocks(self, hidden: list, *settings) -> dict:
+        """The term between each block and the one before it (Fig. 3), counted from 1: {"manifold_1_2": scalar, ...}."""
+        pairs = enumerate(itertools.pairwise(self.graph_features(hidden)), 1)
+        return {f"manifold_{i}_{i + 1}": manifold_loss(later, earlier, *settings) for i, (earlier, later) in pairs}
 
     def view(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] as SimCLR or VICReg sees them, each by its own draw -> the same."""
@@ -375,6 +387,8 @@ class Magma(Method):
         with gradient_if(config.uniformity):
             uniformity = uniformity_loss(self.gathered(encoded[:, 0]))  # of the CLS tokens
         terms = {config.ssl: loss, "manifold": manifold, "uniformity": uniformity}
+        if config.log_layers:
+            terms |= self.along_the_blocks(hidden, *kernel, config.diagonal, config.laplacian)
         loss = loss + pull * manifold + config.uniformity * uniformity
         if config.inverse:
             with gradient_if(push):

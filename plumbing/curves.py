@@ -6,6 +6,7 @@ from plumbing.errors import printable
 from plumbing.tables import column_of
 
 UNDRAWN = ("epoch", "seconds", "lr", "images_per_second")  # what a log has beside curves
+BLOCKS = "manifold_"  # before what MAGMA logs of two blocks, which `layer_map` draws
 
 
 def panels(title: str, count: int = 1, size: tuple = (5.2, 3.8)) -> tuple:
@@ -39,7 +40,7 @@ def learning_curves(log: list, title: str, known: dict):
     curves = {}
     for line in log:
         for name, value in line.items():
-            if isinstance(value, int | float) and name not in UNDRAWN:
+            if isinstance(value, int | float) and name not in UNDRAWN and not name.startswith(BLOCKS):
                 curves.setdefault(name, []).append((line["epoch"], value))
     if len(curves.get("loss", ())) < 2:
         return None
@@ -62,6 +63,29 @@ def learning_curves(log: list, title: str, known: dict):
         for one in axes:
             shade = one.axvspan(*span, color="tab:orange", alpha=0.12, linewidth=0, label="regulariser on")
         axes[0].legend(handles=[shade])
+    return figure
+
+
+def layer_map(log: list, title: str, known: dict):
+    """MAGMA's regulariser between each block and the next, over the epochs (Fig. 3); None without two of --log-layers.
+
+    Dashed lines stand before and behind the epochs in which it acts (`known` is config.json of the run).
+    """
+    lines = [line for line in log if any(name.startswith(BLOCKS) for name in line)]
+    if len(lines) < 2:
+        return None
+    names = [name for name in lines[0] if name.startswith(BLOCKS)]
+    values = [[line.get(name, math.nan) for line in lines] for name in names]  # a row for each pair of blocks
+    figure, (axes,) = panels(title, size=(7.2, 4.8))
+    axes.grid(visible=False)
+    place = (lines[0]["epoch"] - 0.5, lines[-1]["epoch"] + 0.5, 0.5, len(names) + 0.5)
+    scale = "log" if wide([value for row in values for value in row]) else "linear"
+    figure.colorbar(axes.imshow(values, norm=scale, origin="lower", aspect="auto", extent=place), label="regulariser")
+    for end in regularised(known, log[-1]["epoch"]) or ():
+        axes.axvline(end + 0.5, color="white", linestyle="--")
+    axes.set_yticks(range(1, len(names) + 1), [name.removeprefix(BLOCKS).replace("_", " to ") for name in names])
+    axes.set(xlabel="epoch", ylabel="blocks")
+    axes.locator_params(axis="x", integer=True)
     return figure
 
 

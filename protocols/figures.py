@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common import METHODS, ViT
 from plumbing.crops import resize
-from plumbing.curves import learning_curves, panels
+from plumbing.curves import layer_map, learning_curves, panels
 from plumbing.errors import UserError, printable
 from plumbing.files import write_atomically
 from plumbing.pictures import save_pictures
@@ -58,11 +58,14 @@ def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Confi
     features, labels = subject.features("test", config)
     album.chart("features", feature_map(features, labels, subject.test.classes, f"{album.title}: test features"))
     title = f"{name} on {data_name(known.get('data', ''))}"  # what it was trained on
-    curves = learning_curves(read_log(run_folder / "log.jsonl")[1], title, known)
+    _, log = read_log(run_folder / "log.jsonl")
+    curves = learning_curves(log, title, known)
     if curves:
         album.chart("curves", curves)
     else:
         notes.append("log.jsonl has no two epochs, so no curves")
+    if layers := layer_map(log, f"{title}: the term between two blocks", known):
+        album.chart("layers", layers)
     for note in notes:
         print(f"note: {note}")
     return album.written, {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from plumbing.curves import learning_curves, panels, regularised, wide
+from plumbing.curves import layer_map, learning_curves, panels, regularised, wide
 from protocols.figures import Album
 
 LOG = [
@@ -82,6 +82,22 @@ def test_where_the_regulariser_acts(change, last, expected):
     assert (
         regularised({"method": "magma", "lam": 1.0, "inverse": 0.0, "e_st": 5, "e_dur": 100} | change, last) == expected
     )
+
+
+def test_the_map_of_the_blocks_has_a_row_for_each_pair_and_a_column_for_each_epoch():
+    """MAGMA, Fig. 3, drawn by no curve of its own."""
+    log = [{"epoch": 0, "knn": 1.0}]
+    log += [{"epoch": e, "loss": 1.0, "manifold_1_2": e, "manifold_2_3": 1000.0 * e} for e in range(1, 5)]
+    known = {"method": "magma", "lam": 1.0, "e_st": 1, "e_dur": 2}
+    axes, colours = layer_map(log, "title", known).axes
+    (image,) = axes.get_images()
+    assert image.get_array().tolist() == [[1, 2, 3, 4], [1000, 2000, 3000, 4000]]
+    assert image.get_extent() == [0.5, 4.5, 0.5, 2.5] and image.origin == "lower"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["1 to 2", "2 to 3"]
+    assert [line.get_xdata()[0] for line in axes.get_lines()] == [1.5, 3.5]  # epochs 2 and 3 of the log lie between
+    assert colours.get_yscale() == "log"
+    assert layer_map(log[:2], "title", known) is None and layer_map(LOG, "title", known) is None
+    assert list(panels_of(learning_curves(log, "title", known))) == ["loss", "probes"]
 
 
 def test_a_long_title_is_not_cut_off():

@@ -7,7 +7,7 @@ import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import generator, images_of, rand, randn, seeds, tiny_magma
+from make import generator, images_of, rand, randn, same_weights, seeds, tiny_magma
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -470,6 +470,36 @@ def test_layers_and_their_pairs_are_the_sum_over_k_of_eq_2():
     torch.testing.assert_close(several, (magma.manifold_loss(z[3], z[0]) + magma.manifold_loss(z[3], z[2])) / 2)
     both = run(tiny_magma(layers=(1, 2), layer_pairs="all"))["manifold"]
     torch.testing.assert_close(both, magma.manifold_loss(z[2], z[1]) + magma.manifold_loss(z[1], z[2]))
+
+
+def test_the_term_between_all_blocks_is_logged_without_a_gradient():
+    """Fig. 3: each block with the one before it, by the settings of the regulariser's kernel."""
+    kernel = {"kernel_factor": 0.5, "laplacian": "unnormalized"}
+    z, plain = features_of_blocks(tiny_magma()), run(tiny_magma(**kernel))
+    found = run(tiny_magma(log_layers=True, **kernel))
+    names = [f"manifold_{i}_{i + 1}" for i in range(1, 6)]
+    assert list(found) == [*plain, *names]
+    assert torch.equal(found["loss"], plain["loss"]) and torch.equal(found["manifold_5_6"], found["manifold"])
+    for i, name in enumerate(names):
+        expected = magma.manifold_loss(z[i + 1], z[i], 0.5, form="unnormalized")
+        torch.testing.assert_close(found[name], expected.detach())
+        assert not found[name].requires_grad
+
+
+def test_logging_all_layers_changes_no_bit_of_the_training():
+    """Weights and the optimiser's moments, before the regulariser, with it and after it."""
+    states = []
+    for fields in ({}, {"log_layers": True}):
+        method = tiny_magma(e_st=1, e_dur=1, **fields)
+        stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+        for step in range(3):
+            method.start_epoch(step)
+            torch.manual_seed(step)
+            method.update(method, [(images_of(6, 8), None)], stepper)
+        states.append((method.state_dict(), stepper.optimizer.state_dict()["state"]))
+    (weights, moments), (others, other_moments) = states
+    assert same_weights(weights, others) and moments.keys() == other_moments.keys()
+    assert all(same_weights(state, other_moments[i]) for i, state in moments.items())
 
 
 def test_the_settings_of_the_kernel_reach_the_regularizer():
