@@ -36,7 +36,8 @@ FORMS = {  # name: settings of MLO-MAE, and whether second derivatives are taken
 CYCLES = ("last_step", "all_steps")  # of level I, in the exact derivative of a cycle of AdamW's steps
 SOME = 4  # cycles to look at, without --max-steps
 RATE = 0.5  # learning rates, of their peak: the middle of the cosine; those at a run's end are 0
-OF_THE_LOOP = ("batch_size", "base_lr", "betas", "weight_decay", "crop_min", "crop_pad", "flip", "epoch_steps", "seed")
+OF_THE_LOOP = ("batch_size", "base_lr", "betas", "weight_decay", "decay_on", "crop_min", "crop_pad", "flip")
+OF_THE_LOOP += ("epoch_steps", "seed")
 
 
 def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
@@ -49,8 +50,7 @@ def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: 
     given |= {"betas": tuple(given.get("betas", LevelsConfig.betas)), "amp": "off", "update_every": 1}
     method.config = dataclasses.replace(method.config, **given)
     method.held_out, method.trained_on = split_labelled(subject.train, method.config)
-    optimizer = method.optimizer(method.config)
-    optimizer.load_state_dict(load_checkpoint(run_folder / "last.pt")["optimizer"])
+    optimizer = optimizer_of(method, run_folder)
     with by_itself():
         found = [gradients_of(method, optimizer, *batch) for batch in cycles_of(method, subject.train, config)]
     cosines, norms = compare(found)
@@ -71,6 +71,20 @@ def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: 
     means = cosines.mean(dim=0)[:, last].tolist()
     figures = {f"cosine_of_{name}": value for name, value in zip(names, means, strict=True) if name in FORMS}
     return album.written, figures | {f"norm_of_{n}": float(v) for n, v in zip(names, norms.mean(dim=0), strict=True)}
+
+
+def optimizer_of(method: MultiLevelMAE, run_folder: Path):
+    """The optimiser of a run as its last.pt has it. Raises UserError where it has none, or one that took no step."""
+    optimizer, state = method.optimizer(method.config), load_checkpoint(run_folder / "last.pt").get("optimizer")
+    try:
+        optimizer.load_state_dict(state)
+        learned = [*method.autoencoder.parameters(), *method.head.parameters()]
+        fits = all(optimizer.state[p]["exp_avg_sq"].shape == p.shape for p in learned)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f"the optimiser in {run_folder / 'last.pt'} is not that of config.json, or has taken no step")
+    return optimizer
 
 
 def format_row(values: Tensor) -> str:

@@ -126,6 +126,7 @@ def run(tmp_path_factory):
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{i}.png")
     base = ["--data", str(folder / "data"), "--workers", "0", "--epochs", "1", "--amp", "off", "--probe-every", "0"]
+    base += ["--epoch-steps", "3"]
     for name, value in make.SMALL_LEVELS.items():
         base += [f"--{name.replace('_', '-')}", str(value)] if name not in ("amp", "epochs", "workers") else []
 
@@ -173,3 +174,12 @@ def test_the_protocol_wants_three_levels(run, tmp_path, capsys):
     path.write_text(path.read_text().replace('"mlo"', '"blo"'))
     assert evaluate.main([str(tmp_path / "blo"), "--protocol", "hypergradient"]) == 2
     assert "is for --objective mlo, and this run has blo" in capsys.readouterr().err
+
+
+def test_the_optimiser_must_be_there(run, tmp_path, capsys):
+    shutil.copytree(run("mlo", "--seed", "3"), tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "last.pt")
+    for state in (None, checkpoint["optimizer"] | {"state": {}}):
+        torch.save(checkpoint | {"optimizer": state}, tmp_path / "run" / "last.pt")
+        assert evaluate.main([str(tmp_path / "run"), "--protocol", "hypergradient"]) == 2
+        assert "is not that of config.json, or has taken no step" in capsys.readouterr().err
