@@ -62,6 +62,8 @@ def test_evaluate_prints_a_table_and_appends_a_line_a_protocol(run_folder, capsy
         assert line["settings"]["seed"] == 0
     assert lines[1]["settings"]["epochs"] == 2
     assert f"{lines[0]['results']['trained']['knn']:.1f}" in table[-3]
+    report = (run_folder / "report.html").read_text()
+    assert all(f"<p>{caption}</p>" in report for caption in ("knn on cifar10", "linear on cifar10, recipe magma"))
     assert evaluate.main(argv[:3]) == 0
     shown = capsys.readouterr().out
     assert "--untrained adds what the encoder knew before" in shown and "--pixels adds what raw pixels say" in shown
@@ -264,6 +266,7 @@ def test_evaluate_draws_every_picture(run_folder, capsys):
             assert len(image.getcolors(image.size[0] * image.size[1])) > 20  # something is on it
             assert count is None or image.width == 4 + count * 132
     assert not (run_folder / "eval.jsonl").exists()
+    assert all(f'alt="pictures/{name}.png"' in (run_folder / "report.html").read_text() for name in ("attention", "keys"))
 
 
 def test_a_run_of_three_levels_is_trained_and_evaluated(tmp_path):
