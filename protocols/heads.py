@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common import Block, ViT, decays, initialize
+from ebm_pretrain import ConvNeXtBlock, SwinBlock
 from plumbing.errors import UserError
 from plumbing.processes import note
 from protocols.settings import Config, decoder_width, result_names
@@ -193,16 +194,32 @@ def drop_path(x: Tensor, rate: float) -> Tensor:
     return x * keep / (1 - rate)
 
 
-def add_drop_path(encoder: ViT, rate: float):
+BRANCHES = {Block: ("attn.proj", "mlp.fc2"), ConvNeXtBlock: ("fc2",)}  # layers whose outputs a block adds to its input
+
+
+def add_drop_path(encoder: nn.Module, rate: float):
     """Stochastic depth (Huang et al. 2016) while training: rates rise linearly from 0 in the first block to `rate`.
 
-    It acts on what a block adds to its input: the outputs of these two layers.
+    It acts on what the blocks of a ViT, a Swin or a ConvNeXt add to their input. What lies between the stages of the
+    latter two is no block. Raises UserError for an encoder without such blocks.
     """
+    blocks = [module for module in encoder.modules() if type(module) in BRANCHES]
+    if not blocks:
+        raise UserError("--drop-path needs a ViT, a Swin or a ConvNeXt; this encoder is none, give --drop-path 0")
 
-    def drop(share, module, inputs, output):
-        return drop_path(output, share) if module.training else output
+    def count_images(module, inputs):  # the block within sees windows, those of an image one after the other
+        module.block.images = len(inputs[0])
 
-    depth = len(encoder.blocks)
-    for i, block in enumerate(encoder.blocks):
-        for layer in (block.attn["proj"], block.mlp["fc2"]):
-            layer.register_forward_hook(functools.partial(drop, rate * i / max(1, depth - 1)))
+    def drop(block, share, module, inputs, output):
+        if not module.training:
+            return output
+        images = getattr(block, "images", len(output))
+        return drop_path(output.unflatten(0, (images, -1)), share).flatten(0, 1)  # all windows of an image, or none
+
+    for i, block in enumerate(blocks):
+        for name in BRANCHES[type(block)]:
+            hook = functools.partial(drop, block, rate * i / max(1, len(blocks) - 1))
+            block.get_submodule(name).register_forward_hook(hook)
+    for module in encoder.modules():
+        if isinstance(module, SwinBlock):
+            module.register_forward_pre_hook(count_images)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import Method, ViT, fit, gradient_if
+from common import Method, fit, gradient_if
 from plumbing.errors import UserError, reason_of
 from plumbing.files import load_checkpoint
 from plumbing.probes import features_of, labelled, pooled_features
@@ -75,8 +75,6 @@ class Classifier(Method):
         self.features = pooled_features if isinstance(head, LinearHeads) else token_features
         encoder.requires_grad_(not self.frozen)
         if not self.frozen and config.drop_path:
-            if not isinstance(encoder, ViT):
-                raise UserError("--drop-path needs a transformer; this encoder has none, give --drop-path 0")
             add_drop_path(encoder, config.drop_path)
 
     def train(self, mode: bool = True):

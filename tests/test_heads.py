@@ -1,5 +1,7 @@
 """Heads, the groups of their optimisers, and stochastic depth."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from make import MapEncoder, rand, randn, seeds, vit
 from torch import nn
 
 import common
+from ebm_pretrain import ConvNeXt, ConvNeXtBlock, Swin, SwinBlock
 from plumbing.errors import UserError
 from protocols import heads
 from protocols.heads import (
@@ -211,6 +214,56 @@ def test_drop_path_drops_whole_images_and_keeps_the_mean():
     assert (out == out[:, :1]).all()
     assert sorted(set(out[:, 0].tolist())) == pytest.approx([0, 4 / 3])
     assert abs(out.mean() - 1) < 0.03
+
+
+def branches_of(block):
+    """What a block adds to its input, one function of the input after the other; of a copy without stochastic depth."""
+    if isinstance(block, ConvNeXtBlock):
+        return [lambda x: block(x) - x]
+    alone = [copy.deepcopy(block) for _ in range(2)]
+    for silenced, other in zip(("mlp.fc2", "attn.proj"), alone, strict=True):
+        for parameter in other.block.get_submodule(silenced).parameters():
+            nn.init.zeros_(parameter)
+    return [lambda x, only=only: only(x) - x for only in alone]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.7])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (ConvNeXt, {"dims": (4, 8), "depths": (1, 2), "stem": 2}),
+        # 16 windows an image, then 4; those of every second block are shifted
+        (Swin, {"dim": 4, "depths": (2, 2), "heads": (1, 2), "window": 2, "stem": 2}),
+    ],
+)
+@torch.no_grad()
+def test_drop_path_of_maps_leaves_out_branches_image_by_image(kind, fields, rate):
+    """Against each branch by itself, on one image by itself. Energy-inspired pretraining, Table A, of Table B."""
+    torch.manual_seed(0)
+    encoder, images = kind(**fields).double(), rand(5, 3, 16, 16, dtype=torch.float64)
+    for i, parameter in enumerate(encoder.parameters()):
+        parameter.copy_(0.3 * randn(*parameter.shape, seed=i))
+    plain, whole = copy.deepcopy(encoder), encoder(images)
+    add_drop_path(encoder, rate)
+    torch.manual_seed(0)
+    found = encoder.train()(images)
+    torch.manual_seed(0)
+    x, kept = plain.stem(plain.normalize(images)), []
+    x = x.movedim(1, -1) if isinstance(plain, Swin) else x
+    blocks = [block for block in plain.blocks if isinstance(block, ConvNeXtBlock | SwinBlock)]
+    for block in plain.blocks:
+        if block not in blocks:  # between two stages
+            x = block(x)
+            continue
+        share = rate * blocks.index(block) / (len(blocks) - 1)
+        for branch in branches_of(block):
+            kept.append(torch.rand(5) >= share)
+            parts = zip(x.split(1), kept[-1], strict=True)
+            x = torch.cat([one + branch(one) / (1 - share) if keep else one for one, keep in parts])
+    x = plain.norm(x)
+    torch.testing.assert_close(found, x.movedim(-1, 1) if isinstance(plain, Swin) else x, rtol=1e-9, atol=1e-9)
+    assert 0 < torch.stack(kept).sum() < torch.stack(kept).numel() or rate == 0
+    assert torch.equal(encoder.eval()(images), whole) and (rate > 0 or torch.equal(found, whole))
 
 
 def test_add_drop_path_rises_from_the_first_block_to_the_last_and_stops_in_eval(monkeypatch):

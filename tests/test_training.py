@@ -34,7 +34,7 @@ def test_protocols_work_on_tokens_and_on_maps(protocol, kind, tmp_path):
 
 
 def test_a_map_has_no_path_to_drop(tmp_path):
-    with pytest.raises(UserError, match="--drop-path needs a transformer; this encoder has none, give --drop-path 0"):
+    with pytest.raises(UserError, match="--drop-path needs a ViT, a Swin or a ConvNeXt; this encoder is none"):
         run_protocol("finetune", subject_of(MapEncoder()), settings_for("finetune", tmp_path, **QUICK))
 
 
