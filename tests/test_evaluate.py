@@ -266,7 +266,8 @@ def test_evaluate_draws_every_picture(run_folder, capsys):
             assert len(image.getcolors(image.size[0] * image.size[1])) > 20  # something is on it
             assert count is None or image.width == 4 + count * 132
     assert not (run_folder / "eval.jsonl").exists()
-    assert all(f'alt="pictures/{name}.png"' in (run_folder / "report.html").read_text() for name in ("attention", "keys"))
+    report = (run_folder / "report.html").read_text()
+    assert all(f'alt="pictures/{name}.png"' in report for name in ("attention", "keys"))
 
 
 def test_a_run_of_three_levels_is_trained_and_evaluated(tmp_path):
