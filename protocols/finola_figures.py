@@ -24,7 +24,11 @@ from protocols.figures import Album, beside, stretch
 from protocols.rows import Subject, method_for
 from protocols.settings import Config
 
-COMPONENTS = (1, 4, 16, 64, 192, 768)  # of Fig. 15
+COMPONENTS = (1, 4, 16, 64, 192, 768)  # that are drawn, and all; the text of Fig. 15 names 192 alone
+CURVATURES = {  # two readings of Fig. 5's features: which map is bent; what is in the names of files before it
+    "curvature": ("curvature of the map that the upsampler is given", ""),
+    "encoder curvature": ("curvature of the encoder's map of the whole image", "encoder_"),
+}
 
 
 def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
@@ -46,23 +50,19 @@ def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config)
         labels = {"xlabel": "test images, sorted", "ylabel": "relative residual"}
         equations = "Eq. 2 and 4" if "laplacian" in residuals else "Eq. 2"
         album.chart("residuals", ranked(f"{album.title}: residuals of {equations}", lines, **labels))
+    if residuals and "laplacian" not in residuals:
+        print("note: A and B unroll fewer than three cells a side, so Eq. 4 is not measured; a finer map has more")
     if "curvature" in found:
-        quartiles = found["curvature"].quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)  # (3, K)
-        lines = dict(zip(("lower quartile", "median of the images", "upper quartile"), quartiles, strict=True))
-        labels = {"xlabel": "channels, sorted", "ylabel": "peak curvature"}
-        album.chart("curvature", ranked(f"{album.title}: curvature", lines, **labels))
         with torch.no_grad():
-            z = method.feature_map(images, method.middle(images)).float()
-        top = peak_curvature(z).topk(min(6, z.shape[1]), dim=1).indices  # (B, K)
-        maps = stretch(z[torch.arange(len(z))[:, None], top], (2, 3))  # (B, K, S, S)
-        captions = ["image", *[f"rank {i + 1}" for i in range(top.shape[1])]]
-        album.sheet("surfaces", "channels of the largest curvature", captions, beside(images, maps))
+            bent = (method.feature_map(images, method.middle(images)).float(), method.encoder(images).float())
+        for (name, (title, prefix)), z in zip(CURVATURES.items(), bent, strict=True):
+            draw_curvature(found[name], z, images, title, prefix, album)
     else:
         print(f"note: a map of {method.size} x {method.size} is too small for curvature; give a larger --image-size")
     figures = {"psnr": float(found["psnr"].mean()), "psnr_of_mean": float(found["psnr of mean"].mean())}
     figures |= {name: float(values.median()) for name, values in residuals.items()}
-    if "curvature" in found:
-        figures["curvature"] = float(found["curvature"][:, 0].median())
+    bent = [name for name in CURVATURES if name in found]
+    figures |= {name.replace(" ", "_"): float(found[name][:, 0].median()) for name in bent}
     return album.written, figures
 
 
@@ -72,7 +72,8 @@ def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config
 
     PSNR of the reconstruction and of the mean training image, both outside the visible block in masked variants, where
     it lies in the middle; the residuals of Eq. 2, and of Eq. 4 in the quadrant right of and below q where it has three
-    cells a side; each image's peak curvatures, sorted, at most 256; the vectors q.
+    cells a side; each image's peak curvatures, sorted, at most 256, of this map and of the encoder's map of the whole
+    image, in which no seam runs around a visible block; the vectors q.
     """
     found = {}
 
@@ -98,10 +99,25 @@ def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config
                 right, down = method.finola.right, method.finola.down
                 part["laplacian"] = laplacian_residual(z[:, :, row:, column:], right, down)
         if method.size >= 3:
-            part["curvature"] = peak_curvature(z).sort(dim=1, descending=True).values[:, :256]
+            with autocast(config.amp, subject.device):
+                bent = (z, method.encoder(images).float())
+            for name, x in zip(CURVATURES, bent, strict=True):
+                part[name] = peak_curvature(x).sort(dim=1, descending=True).values[:, :256]
         for name, value in part.items():
             found.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def draw_curvature(peaks: Tensor, z: Tensor, images: Tensor, title: str, prefix: str, album: Album):
+    """Fig. 5 by the peaks (N, K) of all test images, and the channels of maps z (B, C, S, S) that bend most."""
+    quartiles = peaks.quantile(torch.tensor([0.25, 0.5, 0.75]), dim=0)  # (3, K)
+    lines = dict(zip(("lower quartile", "median of the images", "upper quartile"), quartiles, strict=True))
+    labels = {"xlabel": "channels, sorted", "ylabel": "peak curvature"}
+    album.chart(f"{prefix}curvature", ranked(f"{album.title}: {title}", lines, **labels))
+    top = peak_curvature(z).topk(min(6, z.shape[1]), dim=1).indices  # (B, K)
+    maps = stretch(z[torch.arange(len(z))[:, None], top], (2, 3))  # (B, K, S, S)
+    captions = ["image", *[f"rank {i + 1}" for i in range(top.shape[1])]]
+    album.sheet(f"{prefix}surfaces", f"channels of the largest {title}", captions, beside(images, maps))
 
 
 @torch.no_grad()
