@@ -42,7 +42,7 @@ import torch
 
 from common import load_data
 from plumbing.command import run_command
-from plumbing.datasets import DATASETS
+from plumbing.datasets import DATASETS, load_tests
 from plumbing.encoders import load_encoder
 from plumbing.errors import UserError, unknown
 from plumbing.files import append_line, json_text
@@ -61,7 +61,7 @@ from protocols.finola_figures import draw_finola
 from protocols.heads import width_of
 from protocols.hypergradient import draw_hypergradient
 from protocols.rows import Subject
-from protocols.run_folders import check_labels, note_other_pictures, notes_on, record
+from protocols.run_folders import check_finished, check_labels, check_tests, note_other_pictures, notes_on, record
 from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
 from protocols.training import applies, folder_of, run_protocol, trains_on_images
 
@@ -101,6 +101,7 @@ def judge(run_folder: Path, given: dict, with_help: bool = False):
     if not (run_folder / "encoder.pt").exists():
         raise UserError(f"{run_folder} holds no encoder.pt: a run writes it at the end of its first epoch")
     protocols, known = protocols_of(given), read_settings(run_folder / "config.json")
+    check_tests(protocols, given.get("test_data", ""))
     if known.get("recipe") == "photos":
         given = {"recipe": "photos"} | given
     if with_help:
@@ -126,8 +127,13 @@ def judge(run_folder: Path, given: dict, with_help: bool = False):
     options = {name: given[name] for name in names if name in given}
     options |= {"device": device, "workers": given.get("workers", Config.workers)}
     first_split = "train" if protocols == ["features"] else "labelled"
-    train, test = (load_data(given["data"], split=split, **options) for split in (first_split, "test"))
+    train = load_data(given["data"], split=first_split, **options)
     check_labels(protocols, train)
+    if elsewhere := given.get("test_data"):
+        given = given | {"resume": True}  # what trains has done so already
+        test = load_tests(elsewhere, train.classes, **{x: y for x, y in options.items() if x not in names[:3]})
+    else:
+        test = load_data(given["data"], split="test", **options)
     if of_run and rank() == 0:
         note_other_pictures(run_folder, train.listing)
     method, width = known.get("method", ""), width_of(encoder)
@@ -189,7 +195,9 @@ def check_folders(configs: dict, subjects: list):
         for subject in subjects:
             if applies(protocol, subject, config) and trains_on_images(protocol, subject, config):
                 out = folder_of(protocol, subject, config)
-                if not config.resume:
+                if config.test_data:
+                    on_rank_zero(functools.partial(check_finished, protocol, out, config))
+                elif not config.resume:
                     on_rank_zero(functools.partial(refuse_taken, out))
 
 

@@ -182,6 +182,47 @@ def read_folders(
             told = [f"{val} is the folder {train}: the encoder is judged by images that it was trained on"]
     for text in told:
         note(text)
+    data = checked(paths, labels, classes, root, skip_bad_images, workers, device, max_pixels)
+    if lacking := sorted(set(range(len(classes))) - set(data.labels.tolist())):
+        where = home if val or not tests else f"what is held out of {home}"
+        note(f"{where} has no image of {len(lacking)} of the {len(classes)} classes, such as {classes[lacking[0]]!r}")
+    return data
+
+
+def read_tests(
+    root: Path,
+    classes: list,
+    skip_bad_images: bool = False,
+    workers: int = 0,
+    device="cpu",
+    max_pixels: int = MAX_PIXELS,
+) -> FolderImages:
+    """<class>/* of a folder, or val/<class>/*: pictures to test on, of the classes of a training, known by their names.
+
+    Folders of other names are left out, which is told. Raises UserError where there is no picture of these classes.
+    """
+    root = root if root.parts else Path.cwd()
+    home = root / "val" if (root / "val").is_dir() else root
+    own, _ = pick_classes(home, "", quiet=True)
+    known, paths, labels = [name for name in own if name in classes], [], []
+    for name in known:
+        found, _ = images_below(home / name)
+        paths += found
+        labels += [classes.index(name)] * len(found)
+    if not paths:
+        raise UserError(
+            f"{home} has no folder with images that is named as a class of training is, such as {classes[0]!r}"
+        )
+    note(f"tested on {len(paths)} images of {home}, of {len(set(labels))} of the {len(classes)} classes of training")
+    if others := [name for name in own if name not in classes]:
+        note(f"{len(others)} folders of {home}, such as {others[0]}, are no class of training: left out")
+    return checked(paths, labels, classes, root, skip_bad_images, workers, device, max_pixels)
+
+
+def checked(
+    paths: list, labels: list, classes: list, root: Path, skip_bad_images: bool, workers: int, device, max_pixels: int
+) -> FolderImages:
+    """Pictures below `root` as a data set. Each is looked at once, and bad ones are refused or left out."""
     lines = []
 
     def look() -> dict:  # of process 0
@@ -191,9 +232,6 @@ def read_folders(
 
     check_same(paths, device)
     good = keep_good(paths, on_rank_zero(look), skip_bad_images)
-    if lacking := sorted(set(range(len(classes))) - {labels[i] for i in good}):
-        where = home if val or not tests else f"what is held out of {home}"
-        note(f"{where} has no image of {len(lacking)} of the {len(classes)} classes, such as {classes[lacking[0]]!r}")
     listing = b"".join(lines[i] for i in good if lines)
     paths, numbers = [paths[i] for i in good], torch.tensor([labels[i] for i in good])
     options = {"workers": workers, "device": device, "max_pixels": max_pixels}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from plumbing.checking import attempt_all, check_same, keep_good, survey
-from plumbing.class_folders import is_image, pick_classes, read_folders
+from plumbing.class_folders import is_image, pick_classes, read_folders, read_tests
 from plumbing.decoding import MAX_PIXELS, open_picture, to_rgb
 from plumbing.download import fetch
 from plumbing.errors import UserError, reason_of, unknown
@@ -103,6 +103,20 @@ def load_data(
         instead = "it is a file: give the folder it lies in" if Path(name).is_file() else "give a folder of pictures"
         raise UserError(f"no folder {name}; {instead}")
     raise UserError(unknown("dataset", name, DATASETS) + ", or give a folder of pictures")
+
+
+def load_tests(folder, classes: list, **options):
+    """Pictures of a folder to test on, of classes that a training knows by their names -> FolderImages.
+
+    The folder holds one for each class, or has a `val` that does. `options` are device, skip_bad_images, workers and
+    max_pixels, as those of `load_data`. Raises UserError where there is nothing to test on, or it cannot be read.
+    """
+    if not (folder and Path(folder).is_dir()):
+        raise UserError(f"no folder {folder}; --test-data takes a folder that holds one for each class")
+    try:
+        return read_tests(Path(folder), classes, **options)
+    except OSError as error:
+        raise UserError(f"the data of {folder} cannot be read ({reason_of(error)})") from None
 
 
 def find_home(name: str, root: Path, download: bool = False) -> Path:

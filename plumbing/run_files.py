@@ -33,7 +33,8 @@ def run_folder(name: str, config: TrainConfig) -> Path:
     return Path(config.out or f"runs/{name}-{data_name(config.data)}")
 
 
-LATER = {"epoch_steps": 0, "start": "", "crop_pad": 0, "decay_on": "matrices", "gather_graph": True, "log_layers": False}
+LATER = {"epoch_steps": 0, "start": "", "crop_pad": 0, "decay_on": "matrices", "gather_graph": True}
+LATER |= {"log_layers": False, "vote": "one"}
 """Settings that were added later, with the value that earlier runs had."""
 
 

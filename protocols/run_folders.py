@@ -8,11 +8,12 @@ from pathlib import Path
 from plumbing.errors import UserError, printable
 from plumbing.probes import labelled
 from plumbing.processes import note
-from plumbing.run_files import versions
+from plumbing.run_files import read_log, versions
 from protocols.rows import Subject
 from protocols.settings import Config
 from protocols.training import trains_on_images
 
+TESTED = ("knn", "linear", "clusters", "tran1", "tran4", "finetune")  # protocols that --test-data is for
 UNLABELLED = ("pictures", "finola", "energy", "features", "export")  # protocols that ask for no labels
 
 
@@ -31,10 +32,23 @@ def check_labels(protocols: list, train):
         raise UserError(f"{' '.join(needy)}: these images have no labels; --protocol features or pictures need none")
 
 
+def check_tests(protocols: list, test_data: str):
+    """Raise UserError for a protocol that has no tests on other pictures, which --test-data names."""
+    if test_data and (others := [protocol for protocol in protocols if protocol not in TESTED]):
+        raise UserError(f"--test-data is for {' '.join(TESTED)}, not for {' '.join(others)}; give --data")
+
+
+def check_finished(protocol: str, out: Path, config: Config):
+    """Raise UserError where a protocol that trains has not ended: other pictures are no part of its log."""
+    log = read_log(out / "log.jsonl")[1]
+    if not log or log[-1]["epoch"] < config.epochs:
+        raise UserError(f"{out} is not at its end; run --protocol {protocol} without --test-data first")
+
+
 def record(protocol: str, config: Config, subject: Subject, results: dict, seconds: float) -> dict:
     """A line of eval.jsonl: what was found, of how many images, and how to find it again."""
     limit = 0 if trains_on_images(protocol, subject, config) else config.probe_images
-    line = {"protocol": protocol, "data": config.data}
+    line = {"protocol": protocol, "data": config.test_data or config.data}
     line |= {f"{split}_images": len(labelled(getattr(subject, split), limit)) for split in ("train", "test")}
     line |= {"results": results, "seconds": round(seconds, 1), "versions": versions()}
     return line | {"command": " ".join(sys.argv), "settings": dataclasses.asdict(config)}

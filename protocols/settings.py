@@ -24,6 +24,7 @@ class Config(TrainConfig):
     protocol: tuple[str, ...] = USUAL  # those that evaluate.py lists
     recipe: str = ""  # of the protocol's recipes in docs/evaluating.md the one to take, by default the method's own
     data: str = ""  # data set to evaluate on, by default that of the run
+    test_data: str = ""  # knn to finetune: test on <class>/* of this folder instead; what trains must have ended before
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
     out: str = ""  # folder of what the protocols write, by default RUN; eval.jsonl is always in RUN
@@ -68,7 +69,7 @@ class Config(TrainConfig):
         raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)} makes no sense; give {expected}")
 
 
-OUTSIDE = ("untrained", "pixels", "scratch", "tokens", "k", "metric", "vote")  # fields that no training depends on
+OUTSIDE = ("untrained", "pixels", "scratch", "tokens", "k", "metric", "vote", "test_data")  # of no training
 
 
 def decoder_width(dim: int) -> int:

@@ -104,6 +104,38 @@ def test_evaluate_transfers_to_another_set_and_size(run_folder, finished, tmp_pa
     assert lines[2]["settings"]["image_size"] == 16
 
 
+def test_evaluate_tests_elsewhere_on_classes_of_the_same_name(run_folder, tmp_path, capsys):
+    """MLO-MAE, Table 15: what was fine-tuned is judged by other pictures, and not trained again."""
+    folders = write_folders(tmp_path / "folders", ("ant", "bee", "cat"), train=12, val=1)
+    other = tmp_path / "other"
+    for name, colour in (("cat", (160, 30, 90)), ("bee", (100, 30, 90)), ("dog", (0, 0, 0))):  # colours of training
+        (other / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (30, 20), colour).save(other / name / f"{i}.png")
+    argv = f"{run_folder} --data {folders} --workers 0 --amp off --epochs 1 --batch-size 36".split()
+    elsewhere = [*argv, "--protocol", "knn", "finetune", "--k", "1", "--test-data", str(other)]
+    assert evaluate.main(elsewhere) == 2
+    message = "finetune-folders is not at its end; run --protocol finetune without --test-data first"
+    assert message in capsys.readouterr().err and not (run_folder / "finetune-folders").exists()
+    assert evaluate.main([*argv, "--protocol", "finetune"]) == 0
+    files = [run_folder / "finetune-folders" / name for name in ("last.pt", "encoder.pt", "log.jsonl")]
+    before = [path.read_bytes() for path in files]
+    capsys.readouterr()
+    assert evaluate.main(elsewhere) == 0
+    told = capsys.readouterr().out
+    assert f"tested on 6 images of {other}, of 2 of the 3 classes of training" in told
+    assert f"1 folders of {other}, such as dog, are no class of training: left out" in told
+    assert [path.read_bytes() for path in files] == before
+    lines = lines_of(run_folder)
+    assert [line["protocol"] for line in lines] == ["finetune", "knn", "finetune"]
+    assert [(line["data"], line["test_images"]) for line in lines] == [
+        (str(folders), 3),
+        (str(other), 6),
+        (str(other), 6),
+    ]
+    assert lines[1]["results"]["trained"]["knn"] == 100
+
+
 def test_evaluate_finetunes_beside_scratch_and_resumes(run_folder, capsys):
     argv = f"{run_folder} --protocol finetune --epochs 1 --batch-size 30 --amp off".split()
     assert evaluate.main([*argv, "--untrained"]) == 0
@@ -133,6 +165,10 @@ def test_evaluate_finetunes_beside_scratch_and_resumes(run_folder, capsys):
         ("{run} --protocol knn --recipe mae", "unknown recipe of knn 'mae'; choose from none"),
         ("{run} --protocol linear --recipe mae --batch-size 1", "--batchnorm needs two images in each part"),
         ("{run} --data cifar11", "unknown dataset 'cifar11'"),
+        ("{run} --test-data {tmp}/none", "no folder {tmp}/none; --test-data takes a folder that holds one for each"),
+        ("{run} --test-data {tmp}", "{tmp} has no folder with images that is named as a class of training is, such as"),
+        ("{run} --protocol knn features --test-data {tmp}", "--protocol features is a command of its own"),
+        ("{run} --protocol pictures --test-data {tmp}", "--test-data is for knn linear clusters tran1 tran4 finetune"),
         ("{run} --data stl10", "no stl10 at data/stl10_binary; give the --root that holds stl10_binary"),
         ("{run} --image-size 30", "image size 30 x 30 is not a multiple of the patch size 4"),
         ("{run} --k 0", "--k 0 makes no sense"),
