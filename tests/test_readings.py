@@ -1,4 +1,5 @@
-"""Is docs/readings.md true? Its form, what it names, and the figures that it says were measured on a gradient.
+"""Is docs/readings.md true? Its form, and the figures that it says were measured on a gradient. Are the lists of tables and
+figures complete?
 
 `python tests/test_readings.py` prints these figures.
 """
@@ -88,6 +89,28 @@ def test_no_sentence_of_the_page_is_long():
 
 def test_there_are_measured_figures_of_every_kind_of_loss():
     assert {title for title, *_ in MEASURED} == set(METHODS) - {"Evaluation", "FINOLA"}
+
+
+LISTED = {  # what the papers number: tables, figures
+    "magma": (range(1, 9), range(1, 7)),
+    "mlo_mae": (range(1, 19), range(1, 7)),
+    "mixedae": (("A1", "A2", "A3", "A4", 3), ("A1", 3, 6)),  # of the supplement, and what it tells of the main paper
+    "ebm_pretrain": ((1, 2, 3, "A", "B", "C"), (1, 2, 3, 4, "A")),
+    "finola": (range(1, 20), range(1, 17)),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_every_table_and_figure_of_a_paper_is_on_its_page(name):
+    """Once, with its command or why there is none."""
+    (rows,) = [rows for rows in tables(PAGES[f"docs/{name}.md"]) if "table or figure" in rows[0]]
+    found = {"Table": [], "Fig.": []}
+    for row in rows:
+        what, why = row.values()
+        assert why
+        for kind, numbers in re.findall(r"^(Table|Fig\.) ((?:[A-Z]?\d*, )*[A-Z]?\d*)", what):
+            found[kind] += [number for number in numbers.split(", ") if number]
+    assert [sorted(numbers) for numbers in found.values()] == [sorted(map(str, x)) for x in LISTED[name]]
 
 
 if __name__ == "__main__":
