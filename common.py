@@ -233,7 +233,8 @@ MICRO = [("stem", 0, 16), ("lite", 32, 16), ("down", 64, 32), ("down", 128, 48),
 MICRO += [("down", 192, 64), ("same", 192, 64)]
 OF_720 = (("down", 4 * 240, 4 * 80), ("same", 4 * 320, 4 * 88), ("same", 4 * 480, 4 * 88))  # printed 240, 80, ...
 MOBILE_FORMERS = {
-    "micro": {"token_dim": 64, "head": 256, "rows": MICRO},  # for laptops, not in the paper
+    "micro": {"token_dim": 64, "head": 256, "rows": MICRO},  # for laptops, not in the paper; micro4 has a finer map
+    "micro4": {"token_dim": 64, "head": 256, "rows": [*MICRO[:3], *(("same", *row[1:]) for row in MICRO[3:])]},
     "720": {"token_dim": 192, "head": 720, "rows": table_9(1 / 4, OF_720)},
     "1440": {"token_dim": 256, "head": 1440, "rows": table_9(1 / 2)},
     "2880": {"token_dim": 256, "head": 2880, "rows": table_9(1)},
@@ -241,6 +242,7 @@ MOBILE_FORMERS = {
     "5760": {"token_dim": 256, "head": 2880, "rows": table_9(2)},
 }
 MobileFormerWidth = typing.Literal[tuple(MOBILE_FORMERS)]
+STRIDES = {x: 2 ** sum(row[0] in ("stem", "down") for row in MOBILE_FORMERS[x]["rows"]) for x in MOBILE_FORMERS}
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -389,14 +391,12 @@ def replace_batch_norms(module: nn.Module):
 class MobileFormer(Encoder):
     """Mobile-Former (Chen et al. 2022), a MobileNet with six tokens beside it, as FINOLA uses it (Table 9).
 
-    `width` is "micro", 720, 1440, 2880, 4320 or 5760. Images (B, 3, H, W) in [0, 1], sides a multiple of 16, ->
-    (B, head, H / 16, W / 16); `head` is the width of the last 1 x 1 convolution, 0 for that of the table.
+    `width` is one of MOBILE_FORMERS. Images (B, 3, H, W) in [0, 1], sides a multiple of 16, 4 for "micro4" (`stride`),
+    -> (B, head, H / 16, W / 16); `head` is the width of the last 1 x 1 convolution, 0 for that of the table.
     `norm` is "batch", or "group" where no image may depend on others (`replace_batch_norms`).
     The block is that of the released Mobile-Former. No activation follows the last convolution; that is a choice.
     Parameters lie within 1.2 % of FINOLA's 4.9, 11.7, 25.0 (Table 4), 43.5 and 67.6 M (Table 2b).
     """
-
-    stride = 16  # pixels of a cell, which sides are multiples of
 
     def __init__(self, width: int | str = 2880, head: int = 0, mean=(0.0,) * 3, std=(1.0,) * 3, norm: str = "batch"):
         super().__init__(mean, std, width=width, head=head, norm=norm)
@@ -406,7 +406,7 @@ class MobileFormer(Encoder):
         token_dim, (stem, lite, *rows) = size["token_dim"], size["rows"]
         if norm not in ("batch", "group"):
             raise UserError(unknown("norm", norm, ("batch", "group")))
-        self.dim, channels = head or size["head"], stem[2]
+        self.dim, channels, self.stride = head or size["head"], stem[2], STRIDES[str(width)]  # pixels of a cell
         self.tokens = nn.Parameter(torch.empty(6, token_dim))
         self.stem, self.lite = conv(3, channels, 3, stride=2), LiteBottleneck(channels, *lite[1:])
         channels, self.blocks = lite[2], nn.ModuleList()
@@ -425,7 +425,7 @@ class MobileFormer(Encoder):
             replace_batch_norms(self)
 
     def forward(self, images: Tensor, hidden: bool = False):
-        """Images (B, 3, H, W) -> (B, head, H/16, W/16); with `hidden`, also the list of every block's map."""
+        """Images (B, 3, H, W) -> (B, head, H/stride, W/stride); with `hidden`, also the list of every block's map."""
         x = self.lite(F.relu6(self.stem(self.normalize(images))))  # (B, C, H/2, W/2)
         tokens, maps = self.tokens.expand(len(x), -1, -1), []  # (B, T, d)
         for block in self.blocks:

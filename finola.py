@@ -18,6 +18,7 @@ App. B     pooling, upsamplers (Table 10)  AttentionPool, ConvUpsampler, PatchUp
 Appendix   section 4's norm, Table 11      AveragedFinola, MFDecoder
 
 Train it:   python train.py finola                                on built-in pictures; --variant masked_b, masked_e
+            python train.py finola --width micro4                 the same with the paper's map of 16 x 16 cells
             python train.py finola --data imagenet --root DIR     the paper's experiment (Table 12)
 Look at it: python evaluate.py runs/finola-shapes --protocol finola
 
@@ -50,7 +51,6 @@ from plumbing.start import start_from
 # The paper's mathematics. Maps are (B, C, H, W), x counts columns, y counts rows. Any float dtype and device.
 # ---------------------------------------------------------------------------------------------------------------------
 
-STRIDE = 16  # pixels of a cell of the grid
 DIRECTIONS = ("right", "left", "down", "up")  # the paper's A, A-, B, B-
 
 
@@ -286,13 +286,17 @@ class ResConv(nn.Module):
 
 
 class ConvUpsampler(nn.Module):
-    """FINOLA's upsampler (Table 10): maps (B, C, H, W) -> pictures (B, 3, 16 H, 16 W). `width` is the table's 512."""
+    """FINOLA's upsampler (Table 10): maps (B, C, H, W) -> pictures (B, 3, 16 H, 16 W). `width` is the table's 512.
 
-    def __init__(self, dim: int, width: int = 512):
+    For cells of fewer pixels, a smaller power of 2 from 2 on, the first rows are left out.
+    """
+
+    def __init__(self, dim: int, width: int = 512, cell: int = 16):
         super().__init__()
         half, quarter = width // 2, width // 4
-        layers = [ResConv(dim, width)]
         rows = [(width, width, half), (half, half, half), (half, half, quarter), (quarter, quarter, quarter)]
+        rows = rows[-int(math.log2(cell)) :]
+        layers = [ResConv(dim, rows[0][0])]
         for inputs, up, out in rows:  # each at twice the size: up-conv (upsample and 3 x 3 convolution), res-conv
             layers += [nn.Upsample(scale_factor=2), nn.Conv2d(inputs, up, 3, padding=1), ResConv(up, out)]
         self.layers = nn.Sequential(*layers, *normed(quarter), nn.Conv2d(quarter, 3, 3, padding=1))
@@ -304,16 +308,17 @@ class ConvUpsampler(nn.Module):
 class PatchUpsampler(nn.Module):
     """Masked FINOLA's upsampler (Table 10): transformer blocks without positions, none in -E, and a linear layer."""
 
-    def __init__(self, dim: int, blocks: int = 0, heads: int = 8):
+    def __init__(self, dim: int, blocks: int = 0, heads: int = 8, cell: int = 16):
         super().__init__()
+        self.cell = cell  # pixels
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(blocks)])
         self.norm = nn.LayerNorm(dim, eps=1e-6) if blocks else nn.Identity()
-        self.linear = nn.Linear(dim, 3 * STRIDE**2)
+        self.linear = nn.Linear(dim, 3 * cell**2)
         self.apply(initialize)
 
-    def forward(self, z: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 3, 16 H, 16 W)
+    def forward(self, z: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 3, 16 H, 16 W), for cells of 16 pixels
         patches = self.linear(self.norm(self.blocks(rearrange(z, "b c h w -> b (h w) c"))))
-        return unpatchify(patches, STRIDE, STRIDE * z.shape[2], STRIDE * z.shape[3])
+        return unpatchify(patches, self.cell, self.cell * z.shape[2], self.cell * z.shape[3])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,10 +345,11 @@ class Config(TrainConfig):
     upsampler_width: int = 512  # channels of the convolutional upsampler's first block (Table 10)
     upsampler_blocks: int = 6  # transformer blocks of the upsampler of masked_b (Table 16)
     start: str = ""  # weights to start from: an encoder.pt or last.pt with such a Mobile-Former
+    freeze_encoder: bool = False  # keep the encoder of --start as it is (Fig. 8)
 
     def check(self):
         super().check()
-        unit = STRIDE if self.variant == "finola" else 2 * STRIDE
+        unit = common.STRIDES[self.width] * (1 if self.variant == "finola" else 2)
         if self.image_size % unit:
             raise UserError(f"--image-size {self.image_size} is not a multiple of {unit}, which {self.variant} needs")
         check_least(self, channels=4, upsampler_width=4, upsampler_blocks=0)
@@ -351,6 +357,8 @@ class Config(TrainConfig):
             raise UserError("--origin belongs to --variant finola: masked variants start from the visible block")
         if self.norm in ("running", "batch") and self.variant == "masked_b":
             raise UserError(f"--norm {self.norm} is an ablation of unrolling; give --variant finola or masked_e")
+        if self.freeze_encoder and not self.start:
+            raise UserError("--freeze-encoder keeps an encoder that was trained; give its run's last.pt by --start")
 
 
 MASKED = {"epochs": 1600, "batch_size": 1024, "channels": 512}  # Tables 12 and 15
@@ -362,6 +370,7 @@ RECIPES = {
     "imagenet --variant masked_b": MASKED,
     "photos": LAPTOP | {"epochs": 20, "epoch_steps": 50, "base_lr": 16e-3, "crop_min": 0.3},
     "shapes": LAPTOP | {"epochs": 9, "base_lr": 24e-3, "crop_min": 0.8, "probe_every": 9},
+    "shapes --width micro4": {"channels": 128, "epochs": 4, "probe_every": 4},
     "cifar10": LAPTOP | {"epochs": 10, "base_lr": 16e-3, "crop_min": 0.3},
 }
 
@@ -386,7 +395,8 @@ class FinolaAutoencoder(Method):
     def __init__(self, config: Config, data):
         super().__init__()
         self.config, self.masked = config, config.variant != "finola"
-        self.size = config.image_size // STRIDE  # cells a side
+        self.cell = common.STRIDES[config.width]  # pixels of a cell of the grid
+        self.size = config.image_size // self.cell  # cells a side
         dim, norm, pooled = config.channels, config.norm, config.variant != "masked_b"
         self.encoder = MobileFormer(config.width, dim if pooled else 0, data.mean, data.std)  # 0: a width of its own
         kinds = {"channel": Finola, "none": UnnormedFinola}
@@ -397,14 +407,21 @@ class FinolaAutoencoder(Method):
             self.project = nn.Conv2d(self.encoder.dim, dim, 1)
         self.captions = ("image", "masked image", "reconstruction") if self.masked else ("image", "reconstruction")
         if self.masked:
-            self.upsampler = PatchUpsampler(dim, 0 if pooled else config.upsampler_blocks)
+            self.upsampler = PatchUpsampler(dim, 0 if pooled else config.upsampler_blocks, cell=self.cell)
         else:
-            self.upsampler = ConvUpsampler(dim, config.upsampler_width)
+            self.upsampler = ConvUpsampler(dim, config.upsampler_width, self.cell)
             (row, column), last = self.start, self.size - 1
             idle = {"right": column == last, "left": column == 0, "down": row == last, "up": row == 0}
             for name, unused in idle.items():  # DDP would wait for the gradient of an idle one for ever
                 getattr(self.finola, name).requires_grad_(not unused)
         self.origin = start_from(self, config)
+        self.encoder.requires_grad_(not config.freeze_encoder)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval()  # its norms keep their statistics
+        return self
 
     @property
     def start(self) -> tuple[int, int]:
@@ -422,10 +439,14 @@ class FinolaAutoencoder(Method):
         """The corners (B, 2) of blocks in the middle, to look at; None where the whole image is seen."""
         return torch.full((len(images), 2), self.size // 4, device=images.device) if self.masked else None
 
+    def block(self, images: Tensor, corner: Tensor) -> Tensor:
+        """The visible blocks of images, half as high and wide, whose first cells are `corner` (B, 2)."""
+        return cut(images, self.cell * corner, self.config.image_size // 2)
+
     def embed(self, images: Tensor, corner: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) -> vectors q (B, C), of visible blocks alone if `corner` (B, 2) says where these are."""
         if corner is not None:
-            images = cut(images, STRIDE * corner, STRIDE * self.size // 2)  # before the encoder, which sees no more
+            images = self.block(images, corner)  # before the encoder, which sees no more
         return self.pool(self.encoder(images))
 
     def unroll(self, q: Tensor, corner: Tensor | None = None) -> Tensor:
@@ -440,8 +461,8 @@ class FinolaAutoencoder(Method):
         """The map z (B, C, S, S) that the upsampler is given."""
         if self.config.variant != "masked_b":
             return self.unroll(self.embed(images, corner), corner)
-        block = cut(images, STRIDE * corner, STRIDE * self.size // 2)
-        return self.finola.blockwise(self.project(self.encoder(block)), self.size, corner[:, 0], corner[:, 1])
+        block = self.project(self.encoder(self.block(images, corner)))
+        return self.finola.blockwise(block, self.size, corner[:, 0], corner[:, 1])
 
     def decode(self, z: Tensor) -> Tensor:
         """Maps (B, C, S, S) -> images (B, 3, H, W), not clamped to [0, 1]."""
@@ -453,7 +474,7 @@ class FinolaAutoencoder(Method):
             return torch.ones_like(images[:, :1])
         rows, columns = (block_sources(x, self.size // 2) >= self.size // 2 for x in corner.T)  # predicted, each (B, S)
         hidden = rows[:, :, None] | columns[:, None]  # (B, S, S)
-        return hidden.repeat_interleave(STRIDE, dim=1).repeat_interleave(STRIDE, dim=2)[:, None].to(images.dtype)
+        return hidden.repeat_interleave(self.cell, dim=1).repeat_interleave(self.cell, dim=2)[:, None].to(images.dtype)
 
     def forward(self, images: Tensor, labels: Tensor | None = None, corner: Tensor | None = None) -> dict:
         """Loss and PSNR of images (B, 3, H, W); masked variants take the corners of the blocks (B, 2) or draw them."""

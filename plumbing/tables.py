@@ -12,6 +12,7 @@ COLUMNS = {  # what a result is called, and its digits; another one goes by its 
     "dz/dy": ("dz/dy", 3),
     "laplacian": ("laplacian", 3),
     "curvature": ("curvature", 3),
+    "encoder_curvature": ("encoder curvature", 3),
     "davies_bouldin": ("Davies-Bouldin", 2),
     "cosine_ratio": ("cosine ratio", 3),
     "cosine_gap": ("cosine gap", 3),

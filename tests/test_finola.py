@@ -391,6 +391,9 @@ def test_the_upsampler_is_that_of_table_10():
             rows.append(("conv", layer.out_channels))
     table = [("res", 512), ("conv", 512), ("res", 256), ("conv", 256), ("res", 256), ("conv", 256), ("res", 128)]
     assert rows == [*table, ("conv", 128), ("res", 128), ("conv", 3)]
+    with torch.device("meta"):  # cells of 4 pixels need the last two doublings
+        assert len(finola.ConvUpsampler(3072, cell=4).layers) == len(upsampler.layers) - 6
+        assert finola.ConvUpsampler(3072, cell=4)(torch.empty(1, 3072, 16, 16)).shape == (1, 3, 64, 64)
 
 
 def plain_upsampler(upsampler, z):
@@ -416,6 +419,10 @@ def test_the_upsampler_matches_the_layers_written_out():
     upsampler, z = finola.ConvUpsampler(64, width=64), randn(2, 64, 2, 3, dtype=torch.float32)
     torch.testing.assert_close(upsampler(z), plain_upsampler(upsampler, z), rtol=1e-4, atol=1e-5)
     assert upsampler(z).shape == (2, 3, 32, 48)
+    finer = finola.ConvUpsampler(64, width=64, cell=4)  # from the width that the table has before the last doublings
+    widths = [layer.layers[-1].out_channels for layer in finer.layers if isinstance(layer, finola.ResConv)]
+    assert widths == [32, 16, 16]
+    torch.testing.assert_close(finer(z), plain_upsampler(finer, z), rtol=1e-4, atol=1e-5)
     assert [finola.normed(n)[0].num_groups for n in (3072, 512, 128, 64, 16, 6, 3)] == [32, 32, 32, 16, 4, 1, 1]
 
 
@@ -676,6 +683,60 @@ def test_captions_stand_over_what_they_name(variant):
         torch.testing.assert_close(rows[i], torch.stack([images[i], masked, restored]))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_finer_map_keeps_everything_in_its_place(variant):
+    """With a Mobile-Former of stride 4 a cell has 4 x 4 pixels: what is cut, predicted and judged, for each image."""
+    method, images = tiny_finola(variant=variant, width="micro4", image_size=32).eval(), images_of(2, 32)
+    corner = None if variant == "finola" else torch.tensor([[1, 3], [4, 0]])  # in cells, of blocks of 4 x 4 of them
+    z, hidden = method.feature_map(images, corner), method.scored(images, corner)
+    assert (z.shape, method.decode(z).shape) == ((2, 16, 8, 8), (2, 3, 32, 32))
+    if variant == "finola":
+        torch.testing.assert_close(z[:, :, 4, 4], method.pool(method.encoder(images)))
+        assert hidden.all()
+        return
+    for i, (row, column) in enumerate(((1, 3), (4, 0))):
+        rows, columns = slice(4 * row, 4 * row + 16), slice(4 * column, 4 * column + 16)
+        block = method.encoder(images[i : i + 1, :, rows, columns])  # (1, C, 4, 4)
+        expected = torch.ones(1, 32, 32)
+        expected[:, rows, columns] = 0
+        torch.testing.assert_close(hidden[i], expected)
+        if variant == "masked_b":
+            found = z[i, :, row : row + 4, column : column + 4]
+            torch.testing.assert_close(found, method.project(block)[0], rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(z[i, :, row + 2, column + 2], method.pool(block)[0], rtol=1e-4, atol=1e-5)
+    linear = finola.PatchUpsampler(4, cell=4)
+    z = torch.zeros(1, 4, 2, 3)
+    z[0, 0, 1, 2] = 1
+    changed = (linear(z) - linear(torch.zeros_like(z))).abs().sum(dim=(0, 1)) > 0
+    assert changed.shape == (8, 12) and changed[4:, 8:].all() and changed.sum() == 16
+
+
+@pytest.mark.parametrize("variant", ["masked_e", "masked_b"])
+def test_a_frozen_encoder_is_kept_while_the_rest_learns(variant, tmp_path):
+    """Fig. 8: "the encoders of the two masked FINOLA variants are frozen"; of the rest what fits is taken over."""
+    fields = {"width": "micro4", "image_size": 16, "channels": 16 if variant == "masked_e" else 256}
+    masked = tiny_finola(variant=variant, **fields)
+    for name, value in masked.encoder.state_dict().items():
+        value += 1 if "running" in name else 0  # so that statistics are those of some training
+    torch.save({"identity": {}, "weights": masked.state_dict()}, tmp_path / "last.pt")
+    fields["start"] = str(tmp_path / "last.pt")
+    method = tiny_finola(freeze_encoder=True, **fields).train()
+    assert method.training and method.finola.training and not method.encoder.training
+    kept = ["finola", "pool"] if variant == "masked_e" else ["finola"]
+    for name, value in masked.state_dict().items():
+        if name.split(".")[0] in ("encoder", *kept):
+            torch.testing.assert_close(method.state_dict()[name], value)
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    method(images_of(2, 16))["loss"].backward()
+    method.optimizer(method.config).step()
+    moved = {name.split(".")[0] for name, x in method.state_dict().items() if not torch.equal(x, before[name])}
+    assert moved == {"finola", "pool", "upsampler"}
+    free = tiny_finola(**fields).train()
+    assert free.encoder.training and all(p.requires_grad for p in free.parameters())
+
+
 def test_the_settings_reach_the_parts():
     method = tiny_finola(variant="masked_b", upsampler_blocks=3, channels=24)
     assert len(method.upsampler.blocks) == 3
@@ -713,6 +774,9 @@ def test_recipes_are_table_12():
         ({"norm": "layer"}, "unknown --norm 'layer'"),
         ({"image_size": 72}, "--image-size 72 is not a multiple of 16"),
         ({"image_size": 48, "variant": "masked_e"}, "--image-size 48 is not a multiple of 32"),
+        ({"image_size": 18, "width": "micro4"}, "--image-size 18 is not a multiple of 4"),
+        ({"image_size": 12, "width": "micro4", "variant": "masked_b"}, "--image-size 12 is not a multiple of 8"),
+        ({"freeze_encoder": True}, "--freeze-encoder keeps an encoder that was trained; give its run's last.pt"),
         ({"channels": 3}, "--channels 3 makes no sense; give 4 or more"),
         ({"upsampler_width": 2}, "--upsampler-width 2 makes no sense; give 4 or more"),
         ({"upsampler_blocks": -1, "variant": "masked_b"}, "--upsampler-blocks -1"),

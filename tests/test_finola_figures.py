@@ -44,10 +44,10 @@ def test_what_the_analysis_measures(variant):
     mean = train_images.mean(dim=0).expand_as(images)
     torch.testing.assert_close(found["psnr of mean"], finola.psnr(images, mean, mask))
     assert not torch.allclose(finola.psnr(images, mean), finola.psnr(images, mean, mask)) or corner is None
-    curvature = finola.peak_curvature(z).sort(dim=1).values.flip(1)
-    torch.testing.assert_close(found["curvature"], curvature)
+    for name, x in (("curvature", z), ("encoder curvature", method.encoder(images))):  # of the whole image, both
+        torch.testing.assert_close(found[name], finola.peak_curvature(x).sort(dim=1).values.flip(1))
     if variant == "masked_b":
-        assert set(found) == {"psnr", "psnr of mean", "curvature"}
+        assert set(found) == {"psnr", "psnr of mean", "curvature", "encoder curvature"}
         return
     start = 3 if variant == "finola" else 2  # of six cells; in the middle of a block of three that starts at cell 1
     q = method.embed(images, corner)
@@ -63,7 +63,7 @@ def test_what_the_analysis_measures(variant):
 def test_residuals_are_those_of_the_channel_norm():
     """Eq. 2 has the channel norm; with moving averages of its statistics there is nothing to measure."""
     found, *_ = look(tiny_finola(norm="running"))
-    assert set(found) == {"psnr", "psnr of mean", "curvature", "q"}
+    assert set(found) == {"psnr", "psnr of mean", "curvature", "encoder curvature", "q"}
 
 
 @torch.no_grad()
@@ -129,10 +129,12 @@ def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path):
     known = dataclasses.asdict(method.config) | {"method": "finola"}
     written, figures = draw_finola(tmp_path, known, subject, dataclasses.replace(config, out=str(tmp_path), data="x"))
     names = ["mean", "interpolations", "samples", "components", "residuals", "curvature", "surfaces"]
+    names += ["encoder_curvature", "encoder_surfaces"]
     assert written == [tmp_path / "finola" / f"{name}.png" for name in names]
     expected = {"psnr": found["psnr"].mean(), "psnr_of_mean": found["psnr of mean"].mean()}
     expected |= {name: found[name].median() for name in ("dz/dx", "dz/dy", "laplacian")}
     expected["curvature"] = found["curvature"].amax(dim=1).median()
+    expected["encoder_curvature"] = found["encoder curvature"].amax(dim=1).median()
     assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
 
 
@@ -160,9 +162,10 @@ def drawn(request, tmp_path_factory):
 
     with torch.no_grad():
         own = method.embed(images[:2], corner)  # one of each class is shown
-        z = method.feature_map(images[:2], corner)
+        z, whole = method.feature_map(images[:2], corner), method.encoder(images[:2])
+    maps = {"": z, "encoder_": whole}
     return types.SimpleNamespace(
-        images=images[:2], found=found, own=own, z=z, sheets=sheets, charts=charts, decode=decode
+        images=images[:2], found=found, own=own, maps=maps, sheets=sheets, charts=charts, decode=decode
     )
 
 
@@ -171,7 +174,8 @@ def test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_im
     two that are shown; Fig. 15 by a singular value decomposition instead.
     """
     q, close = drawn.found["q"], {"rtol": 1e-3, "atol": 1e-3}
-    assert len(q) == 6 and list(drawn.sheets) == ["mean", "interpolations", "samples", "components", "surfaces"]
+    sheets = ["mean", "interpolations", "samples", "components", "surfaces", "encoder_surfaces"]
+    assert len(q) == 6 and list(drawn.sheets) == sheets
     for captions, rows in drawn.sheets.values():
         assert len(captions) == rows.shape[1]
         torch.testing.assert_close(rows[:, 0], drawn.images)
@@ -192,11 +196,12 @@ def test_the_images_on_the_sheets_are_pulled_along_the_embeddings_of_all_test_im
         torch.testing.assert_close(rows[:, column], drawn.decode(expected.float()), **close)
 
 
-def test_the_surfaces_are_the_channels_that_bend_most_each_in_its_own_range(drawn):
-    """Fig. 5: in the order of the peaks of Eq. 9."""
-    captions, rows = drawn.sheets["surfaces"]
+@pytest.mark.parametrize("prefix", ["", "encoder_"])
+def test_the_surfaces_are_the_channels_that_bend_most_each_in_its_own_range(drawn, prefix):
+    """Fig. 5: in the order of the peaks of Eq. 9, on the map of the upsampler and on the encoder's."""
+    captions, rows = drawn.sheets[f"{prefix}surfaces"]
     assert captions == ["image", *[f"rank {i}" for i in range(1, 7)]]
-    for i, z in enumerate(drawn.z):
+    for i, z in enumerate(drawn.maps[prefix]):
         peaks = [float(finola.peak_curvature(channel)) for channel in z]
         order = sorted(range(len(peaks)), key=lambda c: -peaks[c])
         for rank in range(6):
@@ -219,42 +224,49 @@ def test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature(drawn):
     assert list(shown) == [f"{name}: median {sorted(found[name].tolist())[2]:.2f}" for name in names]
     for name, values in zip(names, shown.values(), strict=True):
         assert list(values) == pytest.approx(sorted(found[name].tolist()))
-    shown = lines("curvature")
-    ranks = found["curvature"].sort(dim=0).values.double()  # of six images, channel by channel
-    expected = {  # between the second and the third of six, the third and the fourth, the fourth and the fifth
-        "lower quartile": 0.75 * ranks[1] + 0.25 * ranks[2],
-        "median of the images": (ranks[2] + ranks[3]) / 2,
-        "upper quartile": 0.25 * ranks[3] + 0.75 * ranks[4],
-    }
-    assert list(shown) == list(expected)
-    for name, values in expected.items():
-        assert list(shown[name]) == pytest.approx(values.tolist(), rel=1e-4)
+    for chart in ("curvature", "encoder_curvature"):
+        shown = lines(chart)
+        ranks = found[chart.replace("_", " ")].sort(dim=0).values.double()  # of six images, channel by channel
+        expected = {  # between the second and the third of six, the third and the fourth, the fourth and the fifth
+            "lower quartile": 0.75 * ranks[1] + 0.25 * ranks[2],
+            "median of the images": (ranks[2] + ranks[3]) / 2,
+            "upper quartile": 0.25 * ranks[3] + 0.75 * ranks[4],
+        }
+        assert list(shown) == list(expected)
+        for name, values in expected.items():
+            assert list(shown[name]) == pytest.approx(values.tolist(), rel=1e-4)
+    axes = ("channels, sorted", "peak curvature")
     assert labels == {
         "residuals": ("test images, sorted", "relative residual", "residuals of Eq. 2 and 4"),
-        "curvature": ("channels, sorted", "peak curvature", "curvature"),
+        "curvature": (*axes, "curvature of the map that the upsampler is given"),
+        "encoder_curvature": (*axes, "curvature of the encoder's map of the whole image"),
     }
+
+
+FEW = "A and B unroll fewer than three cells a side, so Eq. 4 is not measured; a finer map has more"
 
 
 @pytest.mark.parametrize(
-    ("fields", "note"),
+    ("fields", "notes"),
     [
-        ({"variant": "masked_b"}, "masked_b has no vector q, so no embeddings and no residuals"),
-        ({"norm": "none"}, "residuals are those of Eq. 2, which has the channel norm, so there are none"),
-        ({"image_size": 32}, "a map of 2 x 2 is too small for curvature; give a larger --image-size"),
-        ({}, ""),  # four cells a side, two in the quadrant right of and below q
+        ({"variant": "masked_b"}, ["masked_b has no vector q, so no embeddings and no residuals"]),
+        ({"norm": "none"}, ["residuals are those of Eq. 2, which has the channel norm, so there are none"]),
+        ({"image_size": 32}, [FEW, "a map of 2 x 2 is too small for curvature; give a larger --image-size"]),
+        ({}, [FEW]),  # four cells a side, two in the quadrant right of and below q
+        ({"image_size": 96}, []),
     ],
 )
-def test_what_cannot_be_measured_is_said(fields, note, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_measured_is_said(fields, notes, tmp_path, monkeypatch, capsys):
     method, charts = tiny_finola(**fields), {}
     found, _, _, subject, config = look(method)
     monkeypatch.setattr(finola_figures, "method_for", lambda *_: method)
     monkeypatch.setattr(Album, "sheet", lambda *_: None)
     monkeypatch.setattr(Album, "chart", lambda self, name, figure: charts.update({name: figure.get_suptitle()}))
     _, figures = draw_finola(None, {}, subject, dataclasses.replace(config, out=str(tmp_path), data="x"))
-    assert capsys.readouterr().out == (f"note: {note}\n" if note else "")
+    assert capsys.readouterr().out.splitlines() == [f"note: {note}" for note in notes]
     assert set(figures) == {name.replace(" ", "_") for name in found} - {"q"}
     assert ("residuals" in charts) == ("dz/dx" in found) and ("curvature" in charts) == ("curvature" in found)
-    assert charts.get("residuals", "Eq. 2").endswith("Eq. 2")  # Eq. 4 takes three cells
+    assert charts.get("residuals", "Eq. 2").endswith("Eq. 2 and 4" if not notes else "Eq. 2")  # Eq. 4 takes three cells
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -284,10 +296,10 @@ def test_a_run_is_trained_and_looked_into(variant, folders, tmp_path, capsys):
     assert evaluate.main(command) == 0, capsys.readouterr().err
     files = {path.stem for path in (out / "finola").iterdir()}
     embeddings = {"mean", "interpolations", "samples", "components", "residuals"} if variant != "masked_b" else set()
-    assert files == embeddings | {"curvature", "surfaces"}
+    assert files == embeddings | {"curvature", "surfaces", "encoder_curvature", "encoder_surfaces"}
     lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     found = next(line["results"]["trained"] for line in lines if line["protocol"] == "finola")
-    assert set(found) - {"dz/dx", "dz/dy", "laplacian"} == {"psnr", "psnr_of_mean", "curvature"}
+    assert set(found) - {"dz/dx", "dz/dy", "laplacian"} == {"psnr", "psnr_of_mean", "curvature", "encoder_curvature"}
     assert "untrained" in lines[0]["results"]
     shown = capsys.readouterr().out
     assert "PSNR" in shown

@@ -63,8 +63,8 @@ def test_every_width_is_table_9():
     for width in ("4320", "5760"):
         assert [out / int(width) for _, _, out in rows[width]] == [out / 2880 for _, _, out in rows["2880"]]
         assert [kind for kind, _, _ in rows[width]].count("down") == 3
-    for size in MOBILE_FORMERS.values():  # sides are halved four times, wherever the width comes from
-        assert [kind for kind, _, _ in size["rows"]].count("down") == 3
+    for width, size in MOBILE_FORMERS.items():  # sides are halved four times, wherever the width comes from
+        assert [kind for kind, _, _ in size["rows"]].count("down") == (1 if width == "micro4" else 3)
 
 
 def test_with_3072_channels_encoders_are_nearly_those_of_table_2b():
@@ -84,6 +84,13 @@ def test_the_map_has_a_cell_for_16_pixels(rows, columns):
     assert len(hidden) == len(encoder.blocks)
     assert hidden[2].shape[2:] == (2 * rows, 2 * columns)  # at 1/8, the last before the last halving
     assert micro(head=7).head[0].out_channels == micro(head=7).dim == 7
+
+
+@torch.no_grad()
+def test_a_finer_map_comes_from_as_many_blocks_without_the_last_two_halvings():
+    finer = MobileFormer("micro4").eval()
+    assert finer(rand(1, 3, 8, 12)).shape == (1, 256, 2, 3)
+    assert (finer.stride, micro().stride, len(finer.blocks)) == (4, 16, len(micro().blocks))
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -252,5 +259,5 @@ def test_tokens_have_no_weight_decay():
 
 
 def test_a_width_that_does_not_exist_is_refused():
-    with pytest.raises(UserError, match="unknown Mobile-Former '100'; choose from micro, 720"):
+    with pytest.raises(UserError, match="unknown Mobile-Former '100'; choose from micro, micro4, 720"):
         MobileFormer(100)
