@@ -271,6 +271,8 @@ class Config(TrainConfig):
     hidden: int = 512  # hidden width of the masking network
     objective: Literal["mlo", "blo", "full", "mae", "fixed"] = "mlo"  # levels, or a baseline: random masks, one mask
     unrolling: int = 1  # steps of level I for one of level II (Table 7)
+    head_steps: int = 1  # steps of level II for one of level III, the last of which is differentiated (section 3.2)
+    fresh_head: bool = False  # start the head anew in each cycle (Algorithm 1, line 13)
     update_every: int = 1  # cycles between two steps of the masking network (Table 16)
     hypergradient: Derivative = "exact"  # of plain steps, exact or by the paper's difference; or of AdamW's, exact
     radius: float = 0.01  # finite_difference: how far the parameters move
@@ -292,10 +294,12 @@ class Config(TrainConfig):
 
     def check(self):
         super().check()
-        check_least(self, unrolling=1, update_every=1, hidden=1, gamma=0, proximal=0)
+        check_least(self, unrolling=1, head_steps=1, update_every=1, hidden=1, gamma=0, proximal=0)
         check_positive(self, "base_lr", "head_lr", "mask_lr", "temperature", "radius")
         if not 0 < self.validation < 1:
             raise UserError(f"--validation {self.validation} is no share of the images; give more than 0, less than 1")
+        if self.objective == "blo" and (self.head_steps > 1 or self.fresh_head):
+            raise UserError("--objective blo has no level II: leave out --head-steps and --fresh-head")
         if self.hypergradient == "adamw" and self.clip:
             raise UserError("--hypergradient adamw does not differentiate --clip; leave out one of the two")
         if self.hypergradient == "adamw" and not self.lr_factors:
@@ -348,6 +352,8 @@ class MultiLevelMAE(Method):
         self.head = nn.Linear(encoder.dim, len(data.classes))  # C
         if config.head == "code":
             self.head = nn.Sequential(nn.LayerNorm(encoder.dim, eps=1e-6), nn.Dropout(0.1), self.head)
+        if config.fresh_head:
+            self.first_head = copy.deepcopy(self.head).requires_grad_(False)
         patches = math.prod(encoder.grid)
         self.masking = MaskingNetwork(patches, encoder.dim, config.hidden) if config.learns_masks else None  # T
         self.origin = start_from(self, config, VIT_SIZES)
@@ -429,19 +435,25 @@ class MultiLevelMAE(Method):
     # A cycle.
 
     def update(self, model: nn.Module, batches: list, stepper) -> dict:
-        """A cycle: Eq. 6 `unrolling` times, Eq. 7 once, and Eq. 8 where images for it came along (`LevelPlan`)."""
+        """A cycle: Eq. 6 and 7 some times each, and Eq. 8 where images for it came along (`LevelPlan`)."""
         ((images, labels),) = batches
         config, size = self.config, self.config.batch_size // world_size()
         parts = list(zip(images.split(size), labels.split(size), strict=True))
-        unlabelled, (training, *validation) = parts[: config.unrolling], parts[config.unrolling :]
-        total = 0.0
+        unlabelled, labelled_parts = parts[: config.unrolling], parts[config.unrolling :]
+        trainings, validation = labelled_parts[: config.head_steps], labelled_parts[config.head_steps :]
+        total, training = 0.0, trainings[-1]
         for batch, _ in unlabelled:
             before = self.weights("autoencoder.", copy=bool(validation))  # of several steps, the last is differentiated
             loss, head_loss, probability = self.train_autoencoder(batch, training, stepper)
             total = total + loss.detach() / config.unrolling
-        head_before = self.weights("head.", copy=True)
-        if config.objective != "blo":
-            head_loss = self.train_head(*training, stepper)
+        if config.fresh_head:
+            self.head.load_state_dict(self.first_head.state_dict())
+            for parameter in self.head.parameters():
+                stepper.optimizer.state.pop(parameter, None)
+        for batch in trainings:
+            head_before = self.weights("head.", copy=True)
+            if config.objective != "blo":
+                head_loss = self.train_head(*batch, stepper)
         if validation:
             self.learn_masks((unlabelled[-1][0], None), training, validation[0], before, head_before, stepper)
         logged = {"loss": total, "loss_head": head_loss.detach()}
@@ -602,7 +614,7 @@ class MultiLevelMAE(Method):
 
 
 class LevelPlan(BatchPlan):
-    """Which images a cycle loads: a batch for each step of level I, one for level II, and one for level III where T
+    """Which images a cycle loads: a batch for each step of level I and of level II, and one for level III where T
     learns in it. An epoch is one pass of level II over its images, `trained_on`, or --epoch-steps cycles; level III has
     those `held_out`.
 
@@ -613,7 +625,7 @@ class LevelPlan(BatchPlan):
 
     def __init__(self, images: int, config: Config, trained_on: Tensor, held_out: Tensor):
         super().__init__(images, config)
-        if min(len(trained_on), len(held_out)) < config.batch_size:
+        if min(len(trained_on) // config.head_steps, len(held_out)) < config.batch_size:
             raise UserError(
                 f"a batch of {config.batch_size} is larger than the {len(held_out)} images of level III "
                 f"or the {len(trained_on)} of level II; lower --batch-size or change --validation"
@@ -621,10 +633,11 @@ class LevelPlan(BatchPlan):
         allowed = torch.ones(images, dtype=torch.bool)  # in level I
         if config.level1_data == "train":
             allowed[held_out] = False
-        self.pools = ((allowed.nonzero()[:, 0], config.unrolling), (trained_on, 1), (held_out, 1))  # images, steps
+        self.pools = ((allowed.nonzero()[:, 0], config.unrolling), (trained_on, config.head_steps), (held_out, 1))
 
     def __len__(self):
-        return self.config.epoch_steps or len(self.pools[1][0]) // self.config.batch_size
+        images, steps = self.pools[1]
+        return self.config.epoch_steps or len(images) // (steps * self.config.batch_size)
 
     def draw(self, epoch: int) -> list:
         config, levels = self.config, []

@@ -48,6 +48,7 @@ def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: 
         raise UserError(f"--protocol hypergradient is for --objective mlo, and this run has {method.config.objective}")
     given = {name: known[name] for name in OF_THE_LOOP if name in known}
     given |= {"betas": tuple(given.get("betas", LevelsConfig.betas)), "amp": "off", "update_every": 1}
+    given |= {"head_steps": 1, "fresh_head": False}  # a cycle with one step of level II, whatever the run had
     method.config = dataclasses.replace(method.config, **given)
     method.held_out, method.trained_on = split_labelled(subject.train, method.config)
     optimizer = optimizer_of(method, run_folder)

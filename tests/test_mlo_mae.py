@@ -574,6 +574,40 @@ def test_several_steps_below_count_the_last_one():
         torch.testing.assert_close(gradient, other.steps[-1][name])
 
 
+def test_of_several_steps_of_the_head_the_last_one_is_differentiated():
+    """Section 3.2: level II may make several steps, each on a batch of its own."""
+    images, labels = (x.split(4) for x in batch_of(tiny_levels(), 4, dtype=torch.float64))
+    both = tiny_levels(unrolling=1, head_steps=2).double()
+    recorder = LevelRecorder(both)
+    logged = both.update(both, [(torch.cat(images), torch.cat(labels))], recorder)
+    one = tiny_levels(unrolling=1).double()
+    pretext, first, last, validation = zip(images, labels, strict=True)
+    before, other = one.weights("autoencoder.", copy=True), LevelRecorder(one)
+    one.train_autoencoder(pretext[0], first, other)
+    one.train_head(*first, other)
+    head_before = one.weights("head.", copy=True)
+    loss = one.train_head(*last, other)
+    one.learn_masks((pretext[0], None), last, validation, before, head_before, other)
+    assert len(recorder.steps) == len(other.steps) == 4
+    torch.testing.assert_close(logged["loss_head"], loss.detach())
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(both.get_parameter(name), parameter, msg=name)
+
+
+def test_a_fresh_head_starts_each_cycle_where_it_was_at_first():
+    """Algorithm 1, line 13. The optimiser forgets what it knew of the last head."""
+    method = tiny_levels(unrolling=1, fresh_head=True, weight_decay=0.0)
+    first = {name: value.clone() for name, value in method.weights("head.").items()}
+    stepper = common.Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
+    for seed in (0, 1):
+        method.update(method, [batch_of(method, 3, seed=seed)], stepper)
+        assert all(stepper.optimizer.state[p]["step"] == 1 for p in method.head.parameters())
+        for name, value in method.weights("head.").items():
+            rate, moved_by = stepper.optimizer.param_groups[2]["lr"], (value - first[name]).abs()
+            assert 0 < moved_by.max() <= 1.001 * rate  # one step of Adam from there
+    assert stepper.optimizer.state[next(method.autoencoder.parameters())]["step"] == 2
+
+
 def test_the_hypergradient_has_no_dropout():
     method = tiny_levels(head="code")
     images, labels = (x.split(4) for x in batch_of(method, 3))
@@ -740,6 +774,10 @@ def test_a_plan_has_the_form_that_its_example_tells(seed):
     assert torch.cat([batch[2] for batch in batches]).sort().values.tolist() == list(range(8))  # II: one pass
     assert torch.cat([batch[:2] for batch in batches]).flatten().bincount().tolist() == [2] * 8  # I: two passes
     assert all(sorted(batch[3].tolist()) == [8, 9] for batch in batches[::2])  # III
+    config.head_steps = 2
+    batches = LevelPlan(10, config, trained_on=torch.arange(8), held_out=torch.tensor([8, 9])).draw(0)
+    assert [tuple(batch.shape) for batch in batches] == [(5, 2), (4, 2)]
+    assert torch.cat([batch[2:4] for batch in batches]).flatten().sort().values.tolist() == list(range(8))
 
 
 def test_processes_share_each_levels_batch(monkeypatch):
@@ -892,6 +930,8 @@ def test_the_tuned_encoder_starts_as_the_pretrained_one():
         ({"hypergradient": "adamw", "lr_factors": False}, "leave out --no-lr-factors"),
         ({"mask_gradient": "hard"}, "unknown --mask-gradient 'hard'"),
         ({"unrolling": 0}, "--unrolling 0 makes no sense"),
+        ({"head_steps": 0}, "--head-steps 0 makes no sense"),
+        ({"objective": "blo", "fresh_head": True}, "--objective blo has no level II"),
         ({"update_every": 0}, "--update-every 0 makes no sense"),
         ({"validation": 1.0}, "--validation 1.0 is no share"),
         ({"accumulate": 2}, "--accumulate does not work here"),
