@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from common import METHODS, ViT
+from common import METHODS, ViT, patchify, random_mask, unpatchify
+from mlo_mae import MultiLevelMAE, top_mask
 from plumbing.crops import resize
 from plumbing.curves import layer_map, learning_curves, panels
 from plumbing.errors import UserError, printable
@@ -40,6 +41,9 @@ def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Confi
         with autocast(config.amp, subject.device):
             rows = method.pictures(images)
         album.sheet("reconstructions", "reconstructions", method.captions, rows)
+        if isinstance(method, MultiLevelMAE) and method.masking is not None:
+            captions = ["image", "random 10 %", *[f"learned {100 * share:.0f} %" for share in SHARES]]
+            album.sheet("masks", "the patches that are masked first", captions, masks_of(method, images))
     elif method is not None:
         notes.append(f"reconstructions are drawn at the run's own size, {method.config.image_size}, alone")
 
@@ -121,6 +125,22 @@ def stretch(x: Tensor, dims) -> Tensor:
     """Shift and scale to [0, 1] over some dimensions; what is all the same becomes 0."""
     low, high = x.amin(dim=dims, keepdim=True), x.amax(dim=dims, keepdim=True)
     return (x - low) / (high - low).clamp_min(1e-12)
+
+
+SHARES = (0.1, 0.25, 0.5, 0.75)  # of the patches
+
+
+@torch.no_grad()
+def masks_of(method: MultiLevelMAE, images: Tensor) -> Tensor:
+    """MLO-MAE, Fig. 4: images (B, 3, H, W), then a tenth of their patches masked at random, as MAE does, then SHARES of
+    them, the most probable ones by the masking network: rows (B, 2 + SHARES, 3, H, W). Masked is grey.
+    """
+    _, probability = method.choose(method.encoder.embed(images))  # (B, N)
+    patch, patches = method.encoder.patch, patchify(images, method.encoder.patch)  # (B, N, P)
+    masks = [random_mask(*probability.shape, SHARES[0], device=images.device)]
+    masks += [top_mask(probability, share) for share in SHARES]
+    rows = [unpatchify(patches.masked_fill(mask[..., None], 0.5), patch, *images.shape[2:]) for mask in masks]
+    return torch.stack([images, *rows], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import rand, randn, seeds, subject_of, tiny_magma, vit
+from make import rand, randn, seeds, subject_of, tiny_levels, tiny_magma, vit
 from PIL import Image
 
 import common
@@ -20,6 +20,7 @@ from protocols.figures import (
     heat,
     key_maps,
     look_inside,
+    masks_of,
     principal_components,
     stretch,
 )
@@ -132,6 +133,24 @@ def test_the_pictures_of_a_run_show_what_their_captions_say(tmp_path, monkeypatc
     for label, shown in enumerate(charts["features"].axes[0].collections):
         found = torch.tensor(shown.get_offsets().data)
         torch.testing.assert_close(found, points[subject.test.labels == label], rtol=1e-3, atol=1e-4)
+
+
+def test_learned_masks_hide_the_most_probable_patches_and_random_ones_any():
+    """MLO-MAE, Fig. 4: a tenth and more, each share with all patches of the smaller ones. Masked patches are grey."""
+    method, images = tiny_levels(patch=2), 0.4 * rand(3, 3, 16, 16)  # 64 patches, none of them grey
+    probability = method.masking(method.encoder.embed(images))
+    torch.manual_seed(0)
+    rows = masks_of(method, images)
+    assert torch.equal(rows[:, 0], images)
+    cells = rows.unfold(3, 2, 2).unfold(4, 2, 2).movedim(2, -1).flatten(4).flatten(2, 3)  # (B, K, N, P)
+    grey = (cells == 0.5).all(dim=-1)
+    assert torch.equal((cells == 0.5).any(dim=-1), grey)
+    assert torch.equal(cells[~grey], cells[:, :1].expand_as(cells)[~grey])
+    assert grey.sum(dim=2).tolist() == [[0, 6, 6, 16, 32, 48]] * 3
+    for k in range(2, 6):
+        for b in range(3):
+            assert probability[b][grey[b, k]].min() > probability[b][~grey[b, k]].max()
+    assert not torch.equal(grey[:, 1], grey[:, 2]) and not torch.equal(grey[0, 1], grey[1, 1])
 
 
 # --- how features lie ------------------------------------------------------------------------------------------------
