@@ -15,12 +15,14 @@ Sec. 3.1, 3.2    colorization; one of four for each image       grayscale, mixed
 Eq. 3, 4, Alg. 1 gradient steps, stop-gradient between them     descent, restore
 Eq. 4            error of every step                            restoration_loss
 Eq. 2            corrupted images as negatives (N = 0, Fig. A)  contrast_loss
+Eq. 1 to 3       samples from noise, Fig. 1, left               likelihood_loss, langevin (--objective sampling)
 Fig. 1, right    chains from corrupted images                   sample
 Sec. 2.2         energy of an image                             Energy
 Table B          other backbones                                ConvNeXt, Swin
 
 Train it:  python train.py ebm_pretrain                              on built-in pictures, on a laptop
            python train.py ebm_pretrain --model swin_micro           any backbone
+           python train.py ebm_pretrain --objective sampling         samples from noise, which the paper does without
            python train.py ebm_pretrain --data imagenet --root DIR   the paper's experiment (Table A)
 Look at it: python evaluate.py runs/ebm_pretrain-shapes --protocol energy
 
@@ -33,6 +35,7 @@ Choices that change a number (docs/ebm_pretrain.md has all of them):
 """
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -193,6 +196,29 @@ def contrast_loss(clean: Tensor, corrupted: Tensor) -> Tensor:
     return F.softplus(clean - corrupted).mean()
 
 
+def likelihood_loss(clean: Tensor, sampled: Tensor) -> Tensor:
+    """Mean E(x+) - mean E(x-), whose gradient by the weights is Eq. 2: energies (B,), (B',) -> scalar.
+
+    That of the negative log-likelihood (Eq. 1), if x- are samples of exp(-E) / Z. The loss itself has no lower bound.
+    """
+    return clean.mean() - sampled.mean()
+
+
+@torch.no_grad()
+def langevin(energy, x: Tensor, steps: int, step_size: Tensor | float, temperature: float = 0.0, generator=None):
+    """Eq. 3, `steps` times x - alpha dE/dx, without gradients: (B, C, H, W) -> the same.
+
+    As printed it has no noise, and ends in a minimum of the energy. Langevin's adds sqrt(2 alpha temperature) eps: with
+    small steps the chain forgets its start, and ends with the law exp(-E / temperature) / Z.
+    """
+    for _ in range(steps):
+        x = x - descent(energy, x, step_size)
+        if temperature:
+            eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x = x + (2 * step_size * temperature) ** 0.5 * eps
+    return x
+
+
 def first_step_size(energy, images: Tensor, target: float) -> Tensor:
     """The alpha for which the first step from `images` has the root mean square `target`."""
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # float32: these gradients are tiny
@@ -266,12 +292,13 @@ class Config(TrainConfig):
     base_lr: float = 1e-4  # learning rate for a batch of 256
     model: Literal[ViTSize, TableB, MobileFormers] = "vit_small"  # the backbone
     patch: int = 16  # side of a patch of a vit, in pixels
-    objective: Literal["energy", "autoencoder", "mae"] = "energy"  # or a baseline: Table 2, Table 1
+    objective: Literal["energy", "sampling", "autoencoder", "mae"] = "energy"  # or Eq. 2; or baselines: Tables 2, 1
     task: Literal[TASKS] = "gridded"  # how images are corrupted
     grid: int = 16  # gridded: side of the squares, in pixels; 16, 24 and 32 in Table 1
     mask_ratio: float = 0.7  # gridded, mae: share of the squares or patches that are blank (Table 1)
     scale: int = 16  # super_resolution: how many times the image shrinks; 14, 16, 24 and 32 in Table 2
     steps: int = 2  # N: gradient steps on each image; 0 takes corrupted images as negatives (Fig. A)
+    temperature: float = 0.0  # sampling: of the chain's noise; 0 is Eq. 3 as printed, 1 the law of Eq. 1
     criterion: Literal["smooth_l1", "mse"] = "smooth_l1"  # error of the restored pixels: Listing 1, or Eq. 4
     scored: Literal["all", "changed"] = "all"  # pixels that count in the loss: all, or those that were corrupted
     first_step: float = 0.3  # root mean square of the very first step; it sets alpha
@@ -281,13 +308,17 @@ class Config(TrainConfig):
     decoder_heads: int = 16  # autoencoder, mae: attention heads of the decoder
     start: str = ""  # weights to start from: an encoder.pt or last.pt; for a vit also MAE's or timm's
 
+    @property
+    def is_energy(self) -> bool:
+        return self.objective in ("energy", "sampling")
+
     def check(self):
         super().check()
-        check_least(self, grid=1, scale=1, steps=0, alpha_lr=0)
+        check_least(self, grid=1, scale=1, steps=int(self.objective == "sampling"), alpha_lr=0, temperature=0)
         check_positive(self, "first_step")
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"--mask-ratio {self.mask_ratio} blanks nothing or all; give more than 0, less than 1")
-        if self.compile and self.objective == "energy":
+        if self.compile and self.is_energy:
             raise UserError("--compile does not work here: torch.compile has no second derivatives")
         squares = math.ceil(self.image_size / self.grid) ** 2
         if self.task in ("gridded", "mixed") and not 0 < round(self.mask_ratio * squares) < squares:
@@ -299,6 +330,8 @@ LAPTOP = {"model": "vit_micro", "image_size": 32, "patch": 4, "grid": 4, "scale"
 LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3, "task": "mixed", "warmup_epochs": 1}
 LAPTOP |= {"base_lr": 16e-3, "crop_min": 0.5}
 LONG = {"epochs": 200, "task": "mixed"}
+SAMPLING = {"image_size": 16, "batch_size": 32, "epochs": 5, "epoch_steps": 60, "base_lr": 4e-3}
+SAMPLING |= {"steps": 20, "first_step": 0.1}
 
 RECIPES = {
     "imagenet": {},  # Tables 1 and 2, the defaults of Config
@@ -309,6 +342,7 @@ RECIPES = {
     # Laptop recipes of ours.
     "photos": LAPTOP | {"image_size": 64, "patch": 8, "grid": 8, "epochs": 10, "epoch_steps": 40},
     "shapes": LAPTOP | {"epochs": 5, "probe_every": 5},
+    "shapes --objective sampling": SAMPLING,
     "cifar10": LAPTOP | {"epochs": 10},
 }
 
@@ -333,7 +367,7 @@ class EnergyPretraining(Method):
         own, size, generator = encoder is not None, config.image_size, torch.Generator().manual_seed(0)
         encoder = encoder if own else build_encoder(config, data)
         images = torch.rand(2, 3, size, size, generator=generator).to(next(encoder.parameters()).device)  # for a trial
-        if config.objective == "energy":
+        if config.is_energy:
             self.energy = Energy(encoder, images, data.mean, data.std)
             self.log_alpha = nn.Parameter(torch.tensor(0.0))
             self.started = False  # whether the first batch has set log alpha
@@ -353,7 +387,7 @@ class EnergyPretraining(Method):
 
     @property
     def encoder(self) -> nn.Module:
-        return (self.energy if self.config.objective == "energy" else self.autoencoder).encoder
+        return (self.energy if self.config.is_energy else self.autoencoder).encoder
 
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
         """AdamW; log alpha in a group of its own, without decay."""
@@ -404,9 +438,25 @@ class EnergyPretraining(Method):
         patches = self.autoencoder.predict(tokens[:, :1], tokens[:, 1:]).float()  # (B, N, P)
         return [common.unpatchify(patches, self.encoder.patch, *corrupted.shape[-2:])]
 
+    def from_noise(self, images: Tensor) -> Tensor:
+        """Uniform noise in [0, 1], normalised, in the shape of images (B, 3, H, W): where chains of Eq. 3 start."""
+        return (torch.rand_like(images) - self.mean) / self.std
+
+    def sampling(self, images: Tensor) -> dict:
+        """Eq. 2 for images (B, 3, H, W) and as many samples. The first batch sets alpha, which stays as it is."""
+        config, start = self.config, self.from_noise(images)
+        if self.training and not self.started:
+            self.start(start)
+        sampled = langevin(self.energy, start, config.steps, self.step_size(start), config.temperature)
+        clean, sampled = self.energy((images - self.mean) / self.std), self.energy(sampled)
+        means = {"energy": clean.detach().mean(), "energy_sampled": sampled.detach().mean()}
+        return {"loss": likelihood_loss(clean, sampled)} | means
+
     def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
         """Loss of images (B, 3, H, W), the share of squared error left at the end (1 = no change), and alpha."""
         config = self.config
+        if config.objective == "sampling":
+            return self.sampling(images)
         if config.objective == "mae":
             out = self.autoencoder(images)
             return {"loss": common.reconstruction_loss(out.prediction, out.target, out.mask)}
@@ -428,12 +478,12 @@ class EnergyPretraining(Method):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """With `started`, which is no buffer: each step would have to wait for a GPU to read it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.config.objective == "energy":
+        if self.config.is_energy:
             destination[prefix + "started"] = torch.tensor(self.started)
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if self.config.objective == "energy":
+        if self.config.is_energy:
             name, self.started = prefix + "started", bool(state_dict.get(prefix + "started"))
             missing += [name] * (name not in state_dict)
             unexpected[:] = [other for other in unexpected if other != name]
@@ -441,7 +491,7 @@ class EnergyPretraining(Method):
     def probe(self, encode, train, test, config: Config) -> dict:
         """kNN and linear accuracy, and what is left of the squared error, task by task, of a tenth as many images."""
         found = probe(encode, train, test, config.image_size, config.probe_images)
-        if config.objective == "mae" or (config.objective == "energy" and not config.steps):
+        if config.objective in ("mae", "sampling") or (config.objective == "energy" and not config.steps):
             return found
         chosen = labelled(test, max(1, (config.probe_images or 20_000) // 10))
 
@@ -461,9 +511,16 @@ class EnergyPretraining(Method):
         return found | {f"left_{task}": float(share) for task, share in zip(self.tasks, left, strict=True)}
 
     @property
+    def stages(self) -> list:
+        """After which steps of `sampling` there is a picture: every quarter."""
+        return sorted({math.ceil(self.config.steps * i / 4) for i in range(1, 5)})
+
+    @property
     def captions(self) -> tuple:
         if self.config.objective == "mae":
             return self.autoencoder.captions
+        if self.config.objective == "sampling":
+            return ("image", "noise", *[f"step {count}" for count in self.stages])
         count = self.config.steps or 1
         steps = ["output"] if self.config.objective != "energy" else [f"step {i + 1}" for i in range(count)]
         return ("image", *[caption for task in self.tasks for caption in (task.replace("_", " "), *steps)])
@@ -474,6 +531,12 @@ class EnergyPretraining(Method):
         if self.config.objective == "mae":
             return self.autoencoder.pictures(images)
         columns = [(images - self.mean) / self.std]
+        if self.config.objective == "sampling":
+            columns.append(self.from_noise(images))
+            alpha = self.step_size(columns[-1])
+            for before, after in itertools.pairwise([0, *self.stages]):
+                columns.append(langevin(self.energy, columns[-1], after - before, alpha, self.config.temperature))
+            return (torch.stack(columns, dim=1) * self.std + self.mean).clamp(0, 1)
         for task in self.tasks:
             _, corrupted = self.corrupt(images, task)
             columns += [corrupted, *self.restored(corrupted)]

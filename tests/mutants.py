@@ -212,6 +212,28 @@ finola.py tests/test_finola.py::test_masked_b_leaves_the_visible_block_where_it_
 - self.size, corner[:, 0], corner[:, 1])
 + self.size, corner[:, 1], corner[:, 0])
 
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_chain_on_a_quadratic_energy_has_the_law_that_is_known
+- x = x + (2 * step_size * temperature) ** 0.5 * eps
++ x = x + (step_size * temperature) ** 0.5 * eps
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_likelihood_loss_has_the_gradient_of_eq_1
+- return clean.mean() - sampled.mean()
++ return sampled.mean() - clean.mean()
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_sampling_is_eq_2_on_chains_from_uniform_noise
+- return (torch.rand_like(images) - self.mean) / self.std
++ return torch.rand_like(images)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_sampling_is_eq_2_on_chains_from_uniform_noise
+- if self.training and not self.started:
+-             self.start(start)
++ if False:
++             self.start(start)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_pictures_of_sampling_are_a_chain_at_every_quarter
+- columns[-1], after - before, alpha, self.config.temperature
++ columns[-1], after, alpha, self.config.temperature
+
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_a_gridded_mask_blanks_whole_squares_and_the_exact_share
 - -(-height // patch), -(-width // patch)
 + -(-height // patch), -(-height // patch)

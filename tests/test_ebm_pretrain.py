@@ -701,6 +701,97 @@ def test_blank_patches_do_not_have_huge_gradients():
         assert step[:14].mean() < 10 * step[18:].mean()
 
 
+# --- samples from noise ----------------------------------------------------------------------------------------------
+
+
+def quadratic(centre, width=1.0):
+    """E(x) = |x - centre|^2 / (2 width^2), of which exp(-E) / Z is a normal law."""
+    return lambda x: ((x - centre) ** 2).sum(dim=(1, 2, 3)) / (2 * width**2)
+
+
+@pytest.mark.parametrize(("temperature", "steps"), [(0.0, 1), (0.0, 5), (0.7, 1), (0.7, 5), (1.0, 200)])
+def test_the_chain_on_a_quadratic_energy_has_the_law_that_is_known(temperature, steps):
+    """Eq. 3, without noise as printed or Langevin's: x_n is normal, and its mean and variance are sums of powers.
+
+    After many small steps it is the law exp(-E / temperature) / Z, whatever the start.
+    """
+    centre, width, alpha, start = 2.0, 0.8, 0.05, -3.0
+    x = torch.full((4000, 1, 1, 2), start, dtype=torch.float64)
+    found = ebm_pretrain.langevin(quadratic(centre, width), x, steps, alpha, temperature, generator(0))
+    shrink = 1 - alpha / width**2
+    mean = centre + shrink**steps * (start - centre)
+    variance = 2 * alpha * temperature * sum(shrink ** (2 * i) for i in range(steps))
+    assert float(found.mean()) == pytest.approx(mean, abs=4 * (variance / 8000) ** 0.5 + 1e-12)
+    assert float(found.var()) == pytest.approx(variance, rel=0.06, abs=1e-12)
+    if steps == 200:
+        assert variance == pytest.approx(temperature * width**2, rel=0.05) and mean == pytest.approx(centre, abs=1e-3)
+    assert not found.requires_grad and torch.equal(x, torch.full_like(x, start))
+
+
+def test_the_likelihood_loss_has_the_gradient_of_eq_1():
+    """Eq. 2, on three states of which the model has a half, a quarter and a quarter: samples in exactly this ratio."""
+    energies = torch.tensor([-math.log(2), 0.0, 0.0], dtype=torch.float64).requires_grad_()
+    data, sampled = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 0, 1, 2])
+    exact = (energies[data] + (-energies).exp().sum().log()).mean()  # E + log Z
+    (expected,) = torch.autograd.grad(exact, energies)
+    (found,) = torch.autograd.grad(ebm_pretrain.likelihood_loss(energies[data], energies[sampled]), energies)
+    torch.testing.assert_close(found, expected)
+    assert expected.abs().sum() > 0.4
+
+
+def test_descent_on_eq_2_finds_the_law_of_the_data():
+    """The centre of a quadratic energy goes to the mean of the data, where the likelihood is highest."""
+    data, centre = 1.5 + randn(200, 1, 1, 1), torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    for step in range(20):
+        energy = quadratic(centre)
+        x = ebm_pretrain.langevin(energy, rand(200, 1, 1, 1, seed=step).double(), 10, 0.3, 1.0, generator(step))
+        (gradient,) = torch.autograd.grad(ebm_pretrain.likelihood_loss(energy(data), energy(x)), centre)
+        with torch.no_grad():
+            centre -= 0.3 * gradient
+    assert centre.item() == pytest.approx(float(data.mean()), abs=0.15)
+
+
+def test_sampling_is_eq_2_on_chains_from_uniform_noise():
+    """Eq. 2 and 3 written out: no gradient passes through a chain, and alpha, set by the first batch, stays."""
+    method, images = tiny_energy(objective="sampling", steps=3, first_step=0.2), images_of(4)
+    torch.manual_seed(5)
+    out = method(images)
+    torch.manual_seed(5)
+    x = (torch.rand_like(images) - DATA_MEAN) / DATA_STD
+    alpha = method.log_alpha.exp()
+    step = ebm_pretrain.descent(method.energy, x, alpha).detach()
+    assert float(step.square().mean().sqrt()) == pytest.approx(0.2, rel=1e-4)
+    for _ in range(3):
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(method.energy(x).sum(), x)
+        x = (x - alpha * gradient).detach()
+    energies = method.energy((images - DATA_MEAN) / DATA_STD), method.energy(x)
+    expected = sum(energies[0]) / 4 - sum(energies[1]) / 4
+    torch.testing.assert_close(out["loss"], expected)
+    torch.testing.assert_close([out["energy"], out["energy_sampled"]], [one.detach().mean() for one in energies])
+    weights = [p for p in method.energy.parameters() if p.requires_grad]
+    for ours, slow in zip(*(torch.autograd.grad(x, weights) for x in (out["loss"], expected)), strict=True):
+        torch.testing.assert_close(ours, slow)
+    assert not method.log_alpha.requires_grad and out["loss"].requires_grad and not out["energy"].requires_grad
+    assert method.probe(lambda x: x.flatten(1), shapes(6, 16), shapes(6, 16), method.config).keys() == {
+        *("knn", "linear", "effective_rank")
+    }
+
+
+def test_pictures_of_sampling_are_a_chain_at_every_quarter():
+    method, images = tiny_energy(objective="sampling", steps=6, temperature=0.01), images_of(2)
+    method(images)
+    assert method.captions == ("image", "noise", "step 2", "step 3", "step 5", "step 6")
+    torch.manual_seed(5)
+    rows = method.pictures(images)
+    torch.manual_seed(5)
+    x, found = method.from_noise(images), [(images - DATA_MEAN) / DATA_STD]
+    for step in range(7):
+        found += [x] if step in (0, 2, 3, 5, 6) else []
+        x = ebm_pretrain.langevin(method.energy, x, 1, method.log_alpha.exp(), 0.01)
+    torch.testing.assert_close(rows, (torch.stack(found, dim=1) * DATA_STD + DATA_MEAN).clamp(0, 1))
+
+
 # --- the method ------------------------------------------------------------------------------------------------------
 
 
@@ -1008,6 +1099,8 @@ def test_the_probe_restores_a_tenth_of_the_images_that_it_takes(wanted, most, mo
         ({"criterion": "l1"}, "unknown --criterion 'l1'"),
         ({"scored": "masked"}, "unknown --scored 'masked'"),
         ({"steps": -1}, "--steps -1 makes no sense"),
+        ({"steps": 0, "objective": "sampling"}, "--steps 0 makes no sense; give 1 or more"),
+        ({"temperature": -1.0}, "--temperature -1.0 makes no sense"),
         ({"grid": 0}, "--grid 0 makes no sense"),
         ({"scale": 0}, "--scale 0 makes no sense"),
         ({"mask_ratio": 1.0}, "--mask-ratio 1.0 blanks nothing or all"),
