@@ -13,6 +13,7 @@ COLUMNS = {  # what a result is called, and its digits; another one goes by its 
     "laplacian": ("laplacian", 3),
     "curvature": ("curvature", 3),
     "encoder_curvature": ("encoder curvature", 3),
+    "encoder_seam": ("encoder seam", 1),
     "davies_bouldin": ("Davies-Bouldin", 2),
     "cosine_ratio": ("cosine ratio", 3),
     "cosine_gap": ("cosine gap", 3),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from finola import (
     FinolaAutoencoder,
+    gaussian_curvature,
     gaussian_samples,
     interpolate,
     laplacian_residual,
@@ -63,6 +64,7 @@ def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config)
     figures |= {name: float(values.median()) for name, values in residuals.items()}
     bent = [name for name in CURVATURES if name in found]
     figures |= {name.replace(" ", "_"): float(found[name][:, 0].median()) for name in bent}
+    figures |= {name.replace(" ", "_"): 100 * float(found[name].mean()) for name in ("seam", "encoder seam") if bent}
     return album.written, figures
 
 
@@ -73,7 +75,7 @@ def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config
     PSNR of the reconstruction and of the mean training image, both outside the visible block in masked variants, where
     it lies in the middle; the residuals of Eq. 2, and of Eq. 4 in the quadrant right of and below q where it has three
     cells a side; each image's peak curvatures, sorted, at most 256, of this map and of the encoder's map of the whole
-    image, in which no seam runs around a visible block; the vectors q.
+    image, and the shares of channels that bend most at a seam (`seams`); the vectors q.
     """
     found = {}
 
@@ -101,11 +103,29 @@ def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config
         if method.size >= 3:
             with autocast(config.amp, subject.device):
                 bent = (z, method.encoder(images).float())
-            for name, x in zip(CURVATURES, bent, strict=True):
+            for name, x, seam in zip(CURVATURES, bent, seams(method), strict=True):
                 part[name] = peak_curvature(x).sort(dim=1, descending=True).values[:, :256]
+                cells = gaussian_curvature(x).abs().flatten(2).argmax(dim=2).cpu()  # (B, C)
+                part[name.replace("curvature", "seam")] = seam.flatten()[cells].float().mean(dim=1)
         for name, value in part.items():
             found.setdefault(name, []).append(value.cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def seams(method: FinolaAutoencoder) -> tuple[Tensor, Tensor]:
+    """Where maps bend whatever the image shows, cells (S, S), bool: that of the upsampler, and that of the encoder.
+
+    An unrolled map beside q, where the matrices meet; a block-wise one on both sides of the visible block's edge; the
+    encoder's in its two outermost rings, for convolutions pad.
+    """
+    size, place = method.size, torch.arange(method.size)
+
+    def ring(row: float, column: float) -> Tensor:  # how far from there a cell is, in rows or columns
+        return (place - row).abs()[:, None].maximum((place - column).abs()[None])
+
+    middle, block = (size - 1) / 2, size // 4 + (size // 2 - 1) / 2
+    unrolled, edge = ring(*method.start) <= 1, (ring(block, block) - size // 2 / 2).abs() < 1
+    return edge if method.config.variant == "masked_b" else unrolled, ring(middle, middle) > middle - 2
 
 
 def draw_curvature(peaks: Tensor, z: Tensor, images: Tensor, title: str, prefix: str, album: Album):

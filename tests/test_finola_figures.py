@@ -19,6 +19,8 @@ from protocols.finola_figures import draw_embeddings, draw_finola, look_into_fin
 from protocols.rows import Subject
 from protocols.settings import Config
 
+BENT = ("curvature", "encoder curvature", "seam", "encoder seam")
+
 
 def look(method, count=6):
     """What is found in a method, the training and the test images, the subject and its settings."""
@@ -46,8 +48,21 @@ def test_what_the_analysis_measures(variant):
     assert not torch.allclose(finola.psnr(images, mean), finola.psnr(images, mean, mask)) or corner is None
     for name, x in (("curvature", z), ("encoder curvature", method.encoder(images))):  # of the whole image, both
         torch.testing.assert_close(found[name], finola.peak_curvature(x).sort(dim=1).values.flip(1))
+    seam, border = torch.zeros(6, 6, dtype=torch.bool), torch.ones(6, 6, dtype=torch.bool)
+    if variant == "finola":
+        seam[2:5, 2:5] = True  # around q
+    elif variant == "masked_e":
+        seam[1:4, 1:4] = True
+    else:
+        seam[:5, :5] = True  # a block of 3 x 3 cells and what surrounds it
+        seam[2, 2] = False
+    border[2:4, 2:4] = False
+    for name, x, there in (("seam", z, seam), ("encoder seam", method.encoder(images), border)):
+        for i, curvature in enumerate(finola.gaussian_curvature(x).abs()):
+            hits = [bool((k == k.max())[there].any()) for k in curvature]
+            assert float(found[name][i]) == pytest.approx(sum(hits) / len(hits))
     if variant == "masked_b":
-        assert set(found) == {"psnr", "psnr of mean", "curvature", "encoder curvature"}
+        assert set(found) == {"psnr", "psnr of mean", *BENT}
         return
     start = 3 if variant == "finola" else 2  # of six cells; in the middle of a block of three that starts at cell 1
     q = method.embed(images, corner)
@@ -63,7 +78,7 @@ def test_what_the_analysis_measures(variant):
 def test_residuals_are_those_of_the_channel_norm():
     """Eq. 2 has the channel norm; with moving averages of its statistics there is nothing to measure."""
     found, *_ = look(tiny_finola(norm="running"))
-    assert set(found) == {"psnr", "psnr of mean", "curvature", "encoder curvature", "q"}
+    assert set(found) == {"psnr", "psnr of mean", *BENT, "q"}
 
 
 @torch.no_grad()
@@ -135,6 +150,7 @@ def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path):
     expected |= {name: found[name].median() for name in ("dz/dx", "dz/dy", "laplacian")}
     expected["curvature"] = found["curvature"].amax(dim=1).median()
     expected["encoder_curvature"] = found["encoder curvature"].amax(dim=1).median()
+    expected |= {name.replace(" ", "_"): 100 * found[name].mean() for name in ("seam", "encoder seam")}
     assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
 
 
@@ -299,7 +315,8 @@ def test_a_run_is_trained_and_looked_into(variant, folders, tmp_path, capsys):
     assert files == embeddings | {"curvature", "surfaces", "encoder_curvature", "encoder_surfaces"}
     lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     found = next(line["results"]["trained"] for line in lines if line["protocol"] == "finola")
-    assert set(found) - {"dz/dx", "dz/dy", "laplacian"} == {"psnr", "psnr_of_mean", "curvature", "encoder_curvature"}
+    names = {"psnr", "psnr_of_mean", *(name.replace(" ", "_") for name in BENT)}
+    assert set(found) - {"dz/dx", "dz/dy", "laplacian"} == names
     assert "untrained" in lines[0]["results"]
     shown = capsys.readouterr().out
     assert "PSNR" in shown

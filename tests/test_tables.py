@@ -37,6 +37,7 @@ def test_format_table_shows_a_dash_for_what_a_row_lacks_and_for_what_has_no_valu
         ("dz/dx", "dz/dx", "1.235"),
         ("curvature", "curvature", "1.235"),
         ("encoder_curvature", "encoder curvature", "1.235"),
+        ("encoder_seam", "encoder seam", "1.2"),
         ("davies_bouldin", "Davies-Bouldin", "1.23"),
         ("cosine_ratio", "cosine ratio", "1.235"),
         ("left_super_resolution", "left of super resolution", "1.235"),
