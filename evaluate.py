@@ -66,7 +66,7 @@ from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
 from protocols.training import applies, folder_of, run_protocol, trains_on_images
 
 HELP = ("python evaluate.py RUN [--protocol NAME ...] [--any-field value]",)
-HELP += ("Recipes of the protocols change many of these defaults; RUN --protocol NAME --help shows what holds.",)
+HELP += (f"Protocols: {' '.join(PROTOCOLS)}. Recipes change defaults: RUN --protocol NAME --help shows what holds.",)
 DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy, "features": write_features}
 DRAWING |= {"hypergradient": draw_hypergradient}
 
@@ -131,7 +131,8 @@ def judge(run_folder: Path, given: dict, with_help: bool = False):
     check_labels(protocols, train)
     if elsewhere := given.get("test_data"):
         given = given | {"resume": True}  # what trains has done so already
-        test = load_tests(elsewhere, train.classes, **{x: y for x, y in options.items() if x not in names[:3]})
+        reading = {x: options[x] for x in ("skip_bad_images", "max_pixels", "workers", "device") if x in options}
+        test = load_tests(elsewhere, train.classes, **reading)
     else:
         test = load_data(given["data"], split="test", **options)
     if of_run and rank() == 0:

@@ -245,6 +245,8 @@ class Config(TrainConfig):
 
     def check(self):
         super().check()
+        if not self.gather and not self.gather_graph:
+            raise UserError("--no-gather-graph says what --gather leaves out; give both or neither")
         check_least(self, lam=0, uniformity=0, inverse=0, e_st=0, e_dur=0, colour=0, projector_dim=1)
         check_positive(self, "kernel_factor", "temperature")
         if not 0 <= self.blur <= 1:

@@ -628,7 +628,8 @@ class LevelPlan(BatchPlan):
         if min(len(trained_on) // config.head_steps, len(held_out)) < config.batch_size:
             raise UserError(
                 f"a batch of {config.batch_size} is larger than the {len(held_out)} images of level III "
-                f"or the {len(trained_on)} of level II; lower --batch-size or change --validation"
+                f"or the {len(trained_on)} of level II at --head-steps {config.head_steps}; lower --batch-size or "
+                f"--head-steps, or change --validation"
             )
         allowed = torch.ones(images, dtype=torch.bool)  # in level I
         if config.level1_data == "train":

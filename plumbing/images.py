@@ -110,12 +110,7 @@ class FolderImages:
         return len(self.labels)
 
     def train_batches(self, plan, size, crop=(0.08, 1.0), flip=0.5, views=1):
-        """As MemoryImages.train_batches. Each crop depends on the seed of its step and its place in the batch alone.
-
-        Raises UserError for a padded crop.
-        """
-        if not isinstance(crop, tuple):
-            raise UserError(f"--crop-pad {crop}: files have any size, padded crops are for images of one; give 0")
+        """As MemoryImages.train_batches, without padded crops. A step's seed and a place in the batch make a crop."""
         ahead, behind = itertools.tee(plan)  # the workers run ahead of the batches that come out
         keys = ([(i, seed, place) for place, i in enumerate(torch.as_tensor(part).tolist())] for seed, part in ahead)
         loaded = self._load(keys, _Decoder(self.paths, self.labels, size, crop, views, self.max_pixels))

@@ -52,8 +52,10 @@ def write_report(out: Path) -> Path:
     known, (header, log) = read_settings(out / "config.json"), read_log(out / "log.jsonl")
     title = printable(f"{known.get('method', 'encoder')} on {data_name(known.get('data', ''))}")
     parts = [f"<h1>{text(title)}</h1>", f"<p>{text(state_of(known, log))}</p>"]
-    if results := measured(log, bool(log) and "knn" in log[-1]):
-        parts += ["<h2>What it learned</h2>", table(results, "linear: ridge regression on frozen features")]
+    labels = bool(log) and "knn" in log[-1]
+    if results := measured(log, labels):
+        caption = "linear: ridge regression on frozen features" if labels else "without labels"
+        parts += ["<h2>What it learned</h2>", table(results, caption)]
     if found := read_evaluations(out / "eval.jsonl"):
         parts += ["<h2>How it was judged</h2>", *(table(line["results"], caption_of(line)) for line in found)]
     pictures = pictures_of(out, known, log, title)

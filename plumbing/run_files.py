@@ -198,14 +198,19 @@ def read_log(path: Path) -> tuple[str, list]:
 
 
 def read_evaluations(path: Path) -> list:
-    """The lines of an eval.jsonl, as dicts: the last one of each protocol, data set and recipe."""
+    """The lines of an eval.jsonl, as dicts: the last one of each protocol, data set and recipe.
+
+    A row that it lacks (--scratch judges the untrained encoder alone) is that of the line before.
+    """
     found = {}
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get("results"), dict) and "protocol" in line:
                 settings = line["settings"] if isinstance(line.get("settings"), dict) else {}
-                found[str((line["protocol"], line.get("data"), settings.get("recipe")))] = line | {"settings": settings}
+                key = str((line["protocol"], line.get("data"), settings.get("recipe")))
+                results = found.get(key, {}).get("results", {}) | line["results"]
+                found[key] = line | {"settings": settings, "results": results}
     return list(found.values())
 
 

@@ -16,7 +16,7 @@ from plumbing.crops import mix_seed
 from plumbing.encoders import check_encoder, save_encoder
 from plumbing.errors import NonFiniteLoss, Stopped, UserError, printable, what_is_left
 from plumbing.files import append_line, json_text, load_checkpoint, write_atomically
-from plumbing.images import shuffled
+from plumbing.images import FolderImages, shuffled
 from plumbing.pictures import check_drawing, save_pictures
 from plumbing.probes import pooled_features, probe, raw_pixels
 from plumbing.processes import agree, by_itself, note, noted_signals, on_rank_zero, rank, world_size
@@ -39,9 +39,8 @@ SHOWN = ("loss", "knn", "linear", "accuracy", "held_out_loss", "effective_rank")
 class Meter:
     """Means of logged scalars over an epoch, read from the device every few steps: each read waits for it."""
 
-    def __init__(self, sums: dict | None = None, count: int = 0, spent: float = 0.0):
+    def __init__(self, sums: dict | None = None, count: int = 0):
         self.sums, self.count, self.waiting = dict(sums or {}), count, []
-        self.spent = spent  # seconds that earlier starts took for this epoch
 
     def add(self, step: int, values: dict):
         self.waiting.append((step, values))
@@ -68,8 +67,10 @@ class Meter:
         return {name: total / max(1, self.count) for name, total in self.sums.items()}
 
 
-def restore_run(method, stepper, out: Path, first_step: int) -> Meter:
-    """Put back weights, optimiser and loss scaler of a checkpoint; returns the sums of its unfinished epoch."""
+def restore_run(method, stepper, out: Path, first_step: int) -> tuple[Meter, float | None]:
+    """Put back weights, optimiser and loss scaler of a checkpoint; returns the sums of its unfinished epoch, and the
+    seconds of training so far, None where an older run did not count them.
+    """
     state = load_checkpoint(out / "last.pt")
     total = stepper.config.epochs * stepper.steps
     if first_step > total:
@@ -81,7 +82,7 @@ def restore_run(method, stepper, out: Path, first_step: int) -> Meter:
         stepper.optimizer.load_state_dict(state["optimizer"])
         stepper.scaler.load_state_dict(state["scaler"])
         sums = {name: float(value) for name, value in state["sums"].items()}
-        return Meter(sums, int(state["count"]), float(state.get("spent", 0)))
+        return Meter(sums, int(state["count"])), state.get("seconds")
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -100,6 +101,8 @@ class Run:
     def __init__(self, method, stepper, train, test, config):
         self.method, self.stepper, self.config, self.steps = method, stepper, config, stepper.steps
         self.train, self.test, self.device = train, test, stepper.device
+        if config.crop_pad and isinstance(train, FolderImages):
+            raise UserError(f"--crop-pad {config.crop_pad} is for images of one size in memory, not for files; give 0")
         self.out = run_folder(method.name, config)
         self.identity = identity_of(method, train, config, stepper)
         self.read_back = False  # whether what was saved has been read again, once a run
@@ -122,9 +125,9 @@ class Run:
             self.to_remove = [] if any(path.exists() for path in mine) else mine
             self.first_step = on_rank_zero(lambda: open_run(out, self.identity, config, listing))
             stack.push(self.leave_no_trace)
-            self.meter, self.log, epoch = Meter(), [], self.first_step // self.steps
+            self.meter, self.log, epoch, self.seconds = Meter(), [], self.first_step // self.steps, 0.0
             if self.first_step:
-                self.meter = restore_run(self.method, self.stepper, out, self.first_step)
+                self.meter, self.seconds = restore_run(self.method, self.stepper, out, self.first_step)
                 header = log_header(self.identity, config)
                 self.log = on_rank_zero(lambda: rewind_log(out / "log.jsonl", epoch, header))
             total, batch = config.epochs * self.steps, config.batch_size
@@ -142,11 +145,10 @@ class Run:
                 if self.first_step == total:
                     print("the run is finished: nothing is left to do")
                 if not self.log or self.log[-1]["epoch"] < epoch:
-                    self.log_epoch(epoch)  # the untrained encoder, or a kill came between a checkpoint and its line
+                    self.log_epoch(epoch, **self.so_far())  # or a kill came between a checkpoint and its line
             if self.first_step % self.steps == 0:  # its sums were those of a finished epoch, for the line in the log
                 self.meter = Meter()
-            self.done = self.first_step % self.steps * batch  # images of this epoch
-            self.started = time.perf_counter() - self.meter.spent
+            self.started, self.done = time.perf_counter(), 0
             self.closing = stack.pop_all()
         return self
 
@@ -179,13 +181,22 @@ class Run:
         self.meter.flush(self.out / "last.pt")
         self.check_weights(epoch * self.steps - 1)
         if rank() == 0:
-            spent = time.perf_counter() - self.started
-            times = {"images_per_second": round(self.done / spent)}
-            times |= {"seconds": round(spent + self.log[-1].get("seconds", 0), 2)}  # of training, since its beginning
+            speed = round(self.done / (time.perf_counter() - self.started))
+            self.count_time()
             if epoch % self.config.save_every == 0 or epoch == self.config.epochs:
                 self.save(epoch * self.steps)  # before the probe, which may fail
-            self.log_epoch(epoch, **times)
+            self.log_epoch(epoch, images_per_second=speed, **self.so_far())
         self.meter, self.started, self.done = Meter(), time.perf_counter(), 0
+
+    def count_time(self):
+        """Add what has passed since it was counted last, without probes, to the seconds of training."""
+        now = time.perf_counter()
+        self.seconds = None if self.seconds is None else self.seconds + now - self.started
+        self.started = now
+
+    def so_far(self) -> dict:
+        """The seconds of training for the log: over all starts, of a run that counted them from its first step."""
+        return {"seconds": round(self.seconds, 2)} if self.seconds else {}
 
     def results(self) -> dict:
         """What was measured (`measured`)."""
@@ -244,7 +255,7 @@ class Run:
         state = {"identity": self.identity, "step": step, "sums": self.meter.sums, "count": self.meter.count}
         state |= {"weights": self.method.state_dict(), "optimizer": self.stepper.optimizer.state_dict()}
         state |= {"scaler": self.stepper.scaler.state_dict()}
-        state |= {"spent": time.perf_counter() - self.started if step % self.steps else 0.0}
+        state |= {"seconds": self.seconds}
         write_atomically(self.out / "last.pt", lambda file: torch.save(state, file))
         self.save_weights()
 
@@ -263,6 +274,7 @@ class Run:
     def stop(self, done: int, number: int):
         """What a signal asks for: a checkpoint, and one line on how to go on."""
         self.meter.flush(self.out / "last.pt")
+        self.count_time()
         self.check_weights(done - 1)
         on_rank_zero(lambda: self.save(done))
         self.bar.close()

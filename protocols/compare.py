@@ -14,7 +14,15 @@ from plumbing.errors import UserError, printable
 from plumbing.files import json_text, write_atomically
 from plumbing.pictures import plain_style
 from plumbing.processes import note
-from plumbing.run_files import data_name, digest_of, read_evaluations, read_log, read_settings, refuse_among_pictures
+from plumbing.run_files import (
+    LATER,
+    data_name,
+    digest_of,
+    read_evaluations,
+    read_log,
+    read_settings,
+    refuse_among_pictures,
+)
 from plumbing.settings import FREE_FIELDS, TrainConfig, flag
 from plumbing.tables import cell, column_of, format_table
 
@@ -54,7 +62,7 @@ class Recorded:
         """What two runs that differ in their seed alone have in common."""
         listing = self.folder / "images.tsv"
         pictures = digest_of(listing.read_bytes()) if listing.exists() else self.known.get("data")
-        settings = {name: value for name, value in self.known.items() if name not in OWN}
+        settings = {name: value for name, value in (LATER | self.known).items() if name not in OWN}
         epoch, precision = self.log[-1]["epoch"], self.header.get("precision")
         return json_text([self.known.get("method"), pictures, precision, epoch, sorted(settings.items())])
 
@@ -102,7 +110,7 @@ def name_of(group: list[Recorded]) -> str:
     names = [data_name(str(run.folder)) for run in group]
     if len(group) == 1:
         return printable(names[0])
-    start = os.path.commonprefix(names).removesuffix("seed").rstrip("-_. ")
+    start = os.path.commonprefix(names).rstrip("0123456789").removesuffix("seed").rstrip("-_. ")
     return printable(f"{start or names[0]} ({len(group)} seeds)")
 
 
@@ -127,13 +135,15 @@ def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded],
         flags = " ".join(map(flag, given))
         raise UserError(f"{flags} is of no use here: several runs are compared by their logs; or add --protocol")
     runs = read_runs(folders)
+    if needy := [str(run.folder) for run in runs if given and not (run.folder / "encoder.pt").exists()]:
+        raise UserError(f"{needy[0]} holds no encoder.pt to run a protocol on; leave it out, or --protocol")
     out = Path(out) if out else runs[0].folder.parent
     for run in runs:
         refuse_among_pictures(out, TrainConfig(**{x: run.known[x] for x in ("data", "root") if x in run.known}))
     found = read_settings(out / "compare.json").get("runs")
-    there = sorted(itertools.chain(*found.values())) if isinstance(found, dict) else None
-    exists = any((out / name).exists() for name in ("compare.json", "compare.png"))
-    if exists and there != sorted(str(run.folder) for run in runs):
+    there = itertools.chain(*found.values()) if isinstance(found, dict) else ["?"]
+    others = {os.path.realpath(folder) for folder in there} - {os.path.realpath(run.folder) for run in runs}
+    if others and any((out / name).exists() for name in ("compare.json", "compare.png")):
         raise UserError(f"{out} has a comparison of other runs; choose another folder by --out")
     return runs, out
 

@@ -154,14 +154,16 @@ def head_groups(head: nn.Module, config: Config) -> list:
             {"params": list(layer.parameters()), "lr_scale": rate / config.base_lr, "weight_decay": config.weight_decay}
             for layer, rate in zip(head.layers, rates, strict=True)
         ]
-    return layer_groups(None, head, 1.0, config.weight_decay)
+    return layer_groups(None, head, 1.0, config.weight_decay, config.decay_on)
 
 
-def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weight_decay: float) -> list:
+def layer_groups(
+    encoder: nn.Module | None, head: nn.Module, decay: float, weight_decay: float, on: str = "matrices"
+) -> list:
     """Parameter groups with layer-wise learning rates: `decay` to the power of the layers that lie above.
 
     What an encoder registers before its `blocks` (patches and tokens) is the lowest layer; what comes after them, and
-    the head, is the highest. Biases, norms and tokens have no weight decay. Without an encoder, the head alone.
+    the head, is the highest. Weight decay acts `on` what `common.decays` says. Without an encoder, the head alone.
     Raises UserError where there is a decay but no blocks.
     """
     layers, groups = [(0, name, parameter) for name, parameter in head.named_parameters()], {}
@@ -176,7 +178,7 @@ def layer_groups(encoder: nn.Module | None, head: nn.Module, decay: float, weigh
             above = 0
         layers.append((above, name, parameter))
     for above, name, parameter in layers:
-        groups.setdefault((above, decays(name, parameter)), []).append(parameter)
+        groups.setdefault((above, decays(name, parameter, on)), []).append(parameter)
     return [
         {"params": group, "lr_scale": decay**above, "weight_decay": weight_decay if decayed else 0.0}
         for (above, decayed), group in groups.items()

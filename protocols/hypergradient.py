@@ -54,7 +54,7 @@ def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: 
     optimizer = optimizer_of(method, run_folder)
     with by_itself():
         found = [gradients_of(method, optimizer, *batch) for batch in cycles_of(method, subject.train, config)]
-    cosines, norms = compare(found)
+    cosines, norms = cosines_and_norms(found)
     album = Album(Path(config.out) / "hypergradient", f"gradients of the masks on {data_name(config.data)}")
     album.chart("cosines", chart_of(cosines, album.title))
     print(f"mean cosines in {len(found)} cycles, the norm, and the cosine with last_step in each cycle")
@@ -187,7 +187,7 @@ def through_cycle(method: MultiLevelMAE, weights: dict, states: dict, unlabelled
     return dict(zip(masking, gradients, strict=True))
 
 
-def compare(found: list) -> tuple[Tensor, Tensor]:
+def cosines_and_norms(found: list) -> tuple[Tensor, Tensor]:
     """Gradients of some cycles, {name: (W,)} each -> their cosines (cycles, names, names) and norms (cycles, names)."""
     rows = torch.stack([torch.stack(list(gradients.values())) for gradients in found]).double().cpu()
     unit = F.normalize(rows, dim=2)

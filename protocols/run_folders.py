@@ -8,7 +8,7 @@ from pathlib import Path
 from plumbing.errors import UserError, printable
 from plumbing.probes import labelled
 from plumbing.processes import note
-from plumbing.run_files import read_log, versions
+from plumbing.run_files import read_log, read_settings, versions
 from protocols.rows import Subject
 from protocols.settings import Config
 from protocols.training import trains_on_images
@@ -41,7 +41,8 @@ def check_tests(protocols: list, test_data: str):
 def check_finished(protocol: str, out: Path, config: Config):
     """Raise UserError where a protocol that trains has not ended: other pictures are no part of its log."""
     log = read_log(out / "log.jsonl")[1]
-    if not log or log[-1]["epoch"] < config.epochs:
+    wanted = read_settings(out / "config.json").get("epochs", config.epochs)  # --max-steps may have made it fewer
+    if not log or log[-1]["epoch"] < wanted:
         raise UserError(f"{out} is not at its end; run --protocol {protocol} without --test-data first")
 
 

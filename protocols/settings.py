@@ -21,8 +21,8 @@ class Config(TrainConfig):
     Raises UserError where one makes no sense.
     """
 
-    protocol: tuple[str, ...] = USUAL  # those that evaluate.py lists
-    recipe: str = ""  # of the protocol's recipes in docs/evaluating.md the one to take, by default the method's own
+    protocol: tuple[str, ...] = USUAL  # one or more of those above
+    recipe: str = ""  # a recipe of the protocol, by default the method's own; docs/evaluating.md lists them
     data: str = ""  # data set to evaluate on, by default that of the run
     test_data: str = ""  # knn to finetune: test on <class>/* of this folder instead; what trains must have ended before
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
@@ -151,7 +151,7 @@ RECIPES = {
 DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}  # of protocols without a recipe: what is not Config's
 OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
     "linear": {"magma": "magma", "finola": "finola"},
-    "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"} | {"mlo_mae_cifar": "mlo_mae_cifar"},
+    "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},
 }
 
 
@@ -162,8 +162,9 @@ def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
     """
     if protocol not in RECIPES:
         return DEFAULTS.get(protocol, {}) | {"recipe": ""}
-    cifar = method == "mlo_mae" and given.get("data") in ("cifar10", "cifar100")
-    recipes, own = RECIPES[protocol], OWN_RECIPE.get(protocol, {}).get(method + "_cifar" * cifar, "mae")
+    recipes, own = RECIPES[protocol], OWN_RECIPE.get(protocol, {}).get(method, "mae")
+    if method == "mlo_mae" and given.get("data") in ("cifar10", "cifar100"):
+        own = "mlo_mae_cifar"
     name = next(name for name in (given.get("recipe"), own, *recipes) if name in recipes)
     values = {field: v.at(dim) if isinstance(v, ByWidth | BySize) else v for field, v in recipes[name].items()}
     return values | {"recipe": name}

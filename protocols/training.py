@@ -86,7 +86,8 @@ class Classifier(Method):
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
         if self.frozen:
             return make_optimizer(head_groups(self.head, config), config)
-        return make_optimizer(layer_groups(self.encoder, self.head, config.layer_decay, config.weight_decay), config)
+        rates = (config.layer_decay, config.weight_decay, config.decay_on)
+        return make_optimizer(layer_groups(self.encoder, self.head, *rates), config)
 
     @torch.no_grad()
     def augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

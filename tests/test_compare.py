@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from PIL import Image
 
 import evaluate
 from plumbing.errors import UserError
+from plumbing.run_files import read_evaluations
 from plumbing.tables import format_table
 from protocols.compare import check_comparison, compare, curve, differences, doubts, draw, grouped, read_runs, row_of
 
@@ -76,6 +78,27 @@ def test_a_row_tells_the_last_of_the_log_and_what_protocols_found(tmp_path):
         "kNN (knn)": (60.0, 1),
         "minutes": (10 / 60, 1),
     }
+
+
+def test_what_was_judged_before_is_not_lost_to_a_line_without_it(tmp_path):
+    """finetune, then finetune --scratch, which has the row of the untrained encoder alone."""
+    lines = [judged("finetune", 70.0), judged("finetune", 0.0) | {"results": {"untrained": {"finetune": 60.0}}}]
+    folder = write_run(tmp_path / "a", evaluations=lines)
+    assert rows(folder)["a"]["finetune (magma)"] == (70.0, 1)
+    assert read_evaluations(folder / "eval.jsonl")[0]["results"]["untrained"] == {"finetune": 60.0}
+
+
+def test_runs_of_before_and_after_a_setting_was_added_are_alike(tmp_path):
+    folders = [write_run(tmp_path / name, seed=seed) for name, seed in (("a-seed9", 9), ("a-seed10", 10))]
+    known = json.loads((folders[0] / "config.json").read_text())
+    (folders[0] / "config.json").write_text(json.dumps({x: y for x, y in known.items() if x != "crop_pad"}))
+    assert list(grouped(read_runs(folders))) == ["a (2 seeds)"]
+
+
+@pytest.mark.parametrize("numbers", [(1, 10), (10, 11, 12), (0, 1)])
+def test_a_row_of_seeds_has_the_name_that_they_share(numbers, tmp_path):
+    folders = [write_run(tmp_path / f"x-seed{n}", seed=n) for n in numbers]
+    assert list(grouped(read_runs(folders))) == [f"x ({len(numbers)} seeds)"]
 
 
 def test_a_column_that_one_seed_lacks_is_not_the_rows(tmp_path):
@@ -165,7 +188,7 @@ def test_without_labels_the_held_out_loss_is_drawn(tmp_path):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_printed_and_drawn_and_never_overwrites_another(tmp_path, capsys):
+def test_a_comparison_is_printed_and_drawn_and_never_overwrites_another(tmp_path, capsys, monkeypatch):
     folders = [write_run(tmp_path / f"run-seed{n}", seed=n, linear=(0.0, 30.0 + n)) for n in range(2)]
     other = write_run(tmp_path / "other", method="mixedae")
     assert evaluate.main(list(map(str, folders))) == 0
@@ -176,6 +199,11 @@ def test_a_comparison_is_printed_and_drawn_and_never_overwrites_another(tmp_path
     assert record["runs"] == {"run (2 seeds)": list(map(str, folders))}
     assert record["table"]["run (2 seeds)"]["linear"] == [30.5, statistics.stdev([30, 31])]
     assert evaluate.main(list(map(str, reversed(folders)))) == 0  # the same ones again
+    third = write_run(tmp_path / "run-seed2", seed=2)
+    monkeypatch.chdir(tmp_path)  # by another spelling, and one more
+    assert evaluate.main(["run-seed0", "run-seed1", "run-seed2", "--out", "."]) == 0
+    assert evaluate.main([str(folders[0]), str(third)]) == 2
+    folders.append(third)
     before = (tmp_path / "compare.png").read_bytes()
     capsys.readouterr()
     assert evaluate.main([str(folders[0]), str(other)]) == 2
@@ -192,6 +220,8 @@ def test_a_comparison_is_printed_and_drawn_and_never_overwrites_another(tmp_path
 def test_protocols_run_on_each_run_and_then_the_runs_are_compared(tmp_path, monkeypatch):
     folders = [str(write_run(tmp_path / name, lam=lam)) for name, lam in (("a", 1.0), ("b", 2.0))]
     done = []
+    for folder in folders:
+        (Path(folder) / "encoder.pt").write_bytes(b"")
     monkeypatch.setattr(evaluate, "judge", lambda folder, given: done.append((str(folder), given)))
     monkeypatch.setattr(evaluate, "compare", lambda *given: done.append(given))
     assert evaluate.main([*folders, "--protocol", "knn", "--k", "5", "--out", "there"]) == 0
@@ -207,6 +237,7 @@ def test_protocols_run_on_each_run_and_then_the_runs_are_compared(tmp_path, monk
         ("a b a", "", "{tmp}/a is given twice; give each run once"),
         ("a b", "--k 5 --data shapes", "--k --data is of no use here: several runs are compared by their logs"),
         ("a odd", "", "{tmp}/odd/config.json holds no settings of a run"),
+        ("a b", "--protocol knn", "{tmp}/a holds no encoder.pt to run a protocol on; leave it out, or --protocol"),
         ("a b", "--out {tmp}/pictures/train/ant", "the folder {tmp}/pictures/train/ant lies among the images of"),
     ],
 )

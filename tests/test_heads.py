@@ -201,6 +201,10 @@ def test_layer_groups_count_from_the_blocks_whatever_lies_around_them():
     with pytest.raises(UserError, match="--layer-decay needs an encoder made of blocks"):
         layer_groups(nn.Linear(8, 8), head, 0.5, 0.0)
     assert len(layer_groups(None, head, 1.0, 0.0)) == 2
+    for on in ("matrices", "tokens", "all"):  # as `common.decays` says
+        groups = layer_groups(None, head, 1.0, 0.3, on)
+        decayed = {id(p) for group in groups if group["weight_decay"] == 0.3 for p in group["params"]}
+        assert decayed == {id(p) for name, p in head.named_parameters() if common.decays(name, p, on)}
 
 
 # --- stochastic depth ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from protocols.hypergradient import (
     FORMS,
     adamw_step,
     chart_of,
-    compare,
+    cosines_and_norms,
     gradients_of,
     head_by_encoder,
     rates_of,
@@ -73,7 +73,7 @@ def test_gradients_of_a_cycle():
     assert list(found) == [*FORMS, *CYCLES]
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     torch.testing.assert_close(found["adamw"], found["last_step"], rtol=1e-6, atol=1e-10)
-    cosines, norms = compare([found])
+    cosines, norms = cosines_and_norms([found])
     assert cosines[0].diagonal().tolist() == pytest.approx([1] * 7)
     assert norms[0].tolist() == pytest.approx([float(g.norm()) for g in found.values()])
     assert (cosines[0, 0, 2:5] < 0.999).all()  # all but the difference point elsewhere

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from make import generator, seeds, shapes, write_folders
+from make import fit_magma, generator, seeds, shapes, write_folders
 from PIL import Image
 
 import plumbing.images
@@ -47,11 +47,10 @@ def test_padded_crops_are_for_images_in_memory(tmp_path):
     assert torch.equal(
         images, random_resized_crop(data.images[[4, 1, 2]], 8, (0.5, 1.0), flip=0.0, generator=generator(3))
     )
-    write_folders(tmp_path)
-    with pytest.raises(
-        UserError, match="--crop-pad 2: files have any size, padded crops are for images of one; give 0"
-    ):
-        next(load_data(str(tmp_path)).train_batches(plan, 8, 2))
+    write_folders(tmp_path / "data", train=8)
+    with pytest.raises(UserError, match="--crop-pad 2 is for images of one size in memory, not for files; give 0"):
+        fit_magma(tmp_path / "run", "--crop-pad", "2", data=load_data(str(tmp_path / "data")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_each_image_of_a_folder_batch_has_a_crop_of_its_own(tmp_path):

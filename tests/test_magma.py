@@ -725,6 +725,7 @@ def test_recipes_are_tables_4_and_5():
         ({"layers": (-1, 5)}, "give two or more different blocks from -6 to 5"),
         ({"layers": (0, 6)}, "give two or more different blocks from -6 to 5"),
         ({"lam": -1.0}, "--lam -1.0 makes no sense; give 0 or more"),
+        ({"gather_graph": False}, "--no-gather-graph says what --gather leaves out"),
         ({"temperature": 0.0}, "--temperature 0.0 makes no sense; give more than 0"),
         ({"kernel_factor": math.inf}, "--kernel-factor inf makes no sense"),
         ({"blur": 7.0}, "--blur 7.0 is not a probability; give 0 to 1"),

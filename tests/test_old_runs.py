@@ -47,7 +47,7 @@ def test_a_checkpoint_has_the_parts_that_it_always_had(old_run, tmp_path):
     old, new = (load_checkpoint(folder / "last.pt") for folder in (old_run, tmp_path / "new"))
     parts = ["identity", "step", "sums", "count", "weights", "optimizer", "scaler"]
     assert list(old) == parts
-    assert list(new) == [*parts, "spent"]  # seconds of an unfinished epoch, which older runs did not count
+    assert list(new) == [*parts, "seconds"]  # of training, which older runs did not count
     assert (old["step"], old["count"], new["step"], new["count"]) == (8, 3, 5, 5)
     assert old["sums"].keys() == new["sums"].keys()
     assert LATER | old["identity"] | {"epochs": 1} == LATER | new["identity"]
@@ -64,7 +64,7 @@ def test_an_old_run_goes_on_as_the_code_that_began_it_did(old_run, capsys):
     assert len(log) == 5
     for line, expected in zip(log[3:], WENT_ON, strict=True):
         assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-        assert line.keys() == expected.keys() | {"images_per_second", "seconds", "knn", "linear", "effective_rank"}
+        assert line.keys() == expected.keys() | {"images_per_second", "knn", "linear", "effective_rank"}
     assert "epochs      1 of 3 done, 5 steps each" in capsys.readouterr().out
     assert load_checkpoint(old_run / "last.pt")["step"] == 15
 

@@ -1,5 +1,5 @@
-"""Is docs/readings.md true? Its form, and the figures that it says were measured on a gradient. Are the lists of tables and
-figures complete?
+"""Is docs/readings.md true? Its form, and the figures that it says were measured on a gradient. And are the lists of
+tables and figures complete?
 
 `python tests/test_readings.py` prints these figures.
 """

@@ -139,7 +139,7 @@ def test_a_report_stays_below_two_megabytes(count, tmp_path):
 def test_a_report_leaves_out_what_is_not_there_or_damaged(tmp_path, monkeypatch):
     (tmp_path / "bare").mkdir()
     page = Page(write_report(tmp_path / "bare").read_text())
-    assert page.text[-1:] != [] and "No log of its training is here." in page.text and not page.images
+    assert "No log of its training is here." in page.text and not page.images
     folder = write_run(tmp_path / "a")
     (folder / "pictures.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     monkeypatch.setattr("plumbing.report.learning_curves", lambda *_: None)

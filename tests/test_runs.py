@@ -147,6 +147,10 @@ def test_the_seconds_of_a_log_are_those_of_all_its_starts(tmp_path, monkeypatch)
         lines = log_of(tmp_path / out)[2:]
         assert [line["seconds"] for line in lines] == [10.0, 20.0, 30.0, 40.0]  # five steps an epoch
         assert [line["images_per_second"] for line in lines] == [4] * 4
+    path = tmp_path / "run" / "log.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))  # a kill before the last line
+    fit_magma(tmp_path / "run", "--probe-every", "0", "--resume", method_class=Timed)
+    assert log_of(tmp_path / "run")[-1]["seconds"] == 40.0
 
 
 # --- stopping and going on -------------------------------------------------------------------------------------------
