@@ -222,7 +222,7 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
                 results[subject.name] = found
                 table[subject.name] |= found
         if rank() == 0:
-            line = record(protocol, config, subjects[0], results, time.perf_counter() - started)
+            line = record(run_folder, protocol, config, subjects[0], results, time.perf_counter() - started)
             append_line(run_folder / "eval.jsonl", json_text(line))
 
 

@@ -1,12 +1,13 @@
 """What train.py is asked for: a method, its settings, a run for each seed."""
 
 import dataclasses
+import typing
 from pathlib import Path
 
 from plumbing.errors import UserError, printable, unknown
 from plumbing.processes import note
 from plumbing.run_files import read_settings, run_folder
-from plumbing.settings import Parser, TrainConfig, flag, given_flags, read_flags, words
+from plumbing.settings import Parser, TrainConfig, field_types, flag, given_flags, read_flags, words
 
 ELSEWHERE = {  # methods that a flag makes of another: {name without - and _: method and flags}
     "mae": "magma --lam 0",
@@ -77,9 +78,13 @@ def saved_settings(path: Path, method: str, config_class) -> dict:
     fields = {field.name for field in dataclasses.fields(config_class)}
     if strange := sorted(found.keys() - fields - {"method"}):
         note(f"{printable(str(path))} has settings that {method} does not know: {printable(' '.join(strange))}")
-    given = []
+    if found.get("max_steps"):
+        note(f"{printable(str(path))} is of a run cut by --max-steps {found['max_steps']}: its epochs are few")
+    given, kinds = [], field_types(config_class)
     for name in sorted(found.keys() & fields - {"resume"}):
         value = tuple(found[name]) if isinstance(found[name], list) else found[name]
+        if isinstance(value, dict) or isinstance(value, tuple) != (typing.get_origin(kinds[name]) is tuple):
+            raise UserError(f"--config {path}: {name} {printable(str(found[name]))[:80]} is no value of {flag(name)}")
         if isinstance(value, bool):
             given.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
         elif isinstance(value, tuple):

@@ -14,11 +14,12 @@ from plumbing.decoding import open_picture
 from plumbing.errors import UserError, printable
 from plumbing.files import write_atomically
 from plumbing.pictures import plain_style
-from plumbing.run_files import data_name, measured, read_evaluations, read_log, read_settings
+from plumbing.run_files import data_name, measured, read_evaluations, read_log, read_settings, sound
 from plumbing.tables import table_rows
 
 FOLDERS = (".", "pictures", "finola", "energy", "hypergradient")  # of a run, where there may be pictures
 UNSHOWN = ("curves.png", "compare.png")  # drawn anew; of other runs too
+MOST = 60  # pictures
 ROOM = 1_300_000  # bytes of all pictures together, before base64 makes four of three
 STYLE = """
 :root { color-scheme: light dark; --line: light-dark(#d8d8d8, #444); --quiet: light-dark(#555, #aaa); }
@@ -52,10 +53,11 @@ def write_report(out: Path) -> Path:
     known, (header, log) = read_settings(out / "config.json"), read_log(out / "log.jsonl")
     title = printable(f"{known.get('method', 'encoder')} on {data_name(known.get('data', ''))}")
     parts = [f"<h1>{text(title)}</h1>", f"<p>{text(state_of(known, log))}</p>"]
-    labels = bool(log) and "knn" in log[-1]
+    labels = any("knn" in line for line in log)
     if results := measured(log, labels):
+        epoch = max(line["epoch"] for line in log if ("knn" if labels else "effective_rank") in line)
         caption = "linear: ridge regression on frozen features" if labels else "without labels"
-        parts += ["<h2>What it learned</h2>", table(results, caption)]
+        parts += ["<h2>What it learned</h2>", table(results, f"after epoch {epoch}; {caption}")]
     if found := read_evaluations(out / "eval.jsonl"):
         parts += ["<h2>How it was judged</h2>", *(table(line["results"], caption_of(line)) for line in found)]
     pictures = pictures_of(out, known, log, title)
@@ -66,8 +68,10 @@ def write_report(out: Path) -> Path:
     parts += ["<h2>Settings</h2>", f"<dl>{settings}</dl>"] * bool(settings)
     first = json.loads(header) if header else {}
     if first:
-        versions = ", ".join(f"{x} {y}" for x, y in (first.get("versions") or {}).items())
-        parts += ["<h2>To make it again</h2>", f"<pre>{text(first['command'])}</pre>", f"<p>{text(versions)}</p>"]
+        versions = sound(first).get("versions")
+        made = ", ".join(f"{x} {y}" for x, y in versions.items()) if isinstance(versions, dict) else ""
+        command = text(shown(first["command"]))
+        parts += ["<h2>To make it again</h2>", f"<pre>{command}</pre>", f"<p>{text(made)}</p>"]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched, nothing runs
     page = f"""<!doctype html>
 <html lang="en">
@@ -89,7 +93,9 @@ def text(value) -> str:
 
 
 def shown(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "–" if value in ("", None) else str(value)
+    """A setting as text, of at most 2,000 letters."""
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
+    return "–" if value in ("", None) else str(value)[:2000]
 
 
 def state_of(known: dict, log: list) -> str:
@@ -114,7 +120,8 @@ def caption_of(line: dict) -> str:
     """What a line of eval.jsonl is the result of."""
     recipe = line["settings"].get("recipe")
     data = data_name(str(line.get("data", "")))
-    return f"{line['protocol']} on {data}" + (f", recipe {recipe}" if recipe else "")
+    made = [f"recipe {recipe}"] * bool(recipe) + [f"after epoch {line.get('epoch')}"] * ("epoch" in line)
+    return ", ".join([f"{line['protocol']} on {data}", *made])
 
 
 def pictures_of(out: Path, known: dict, log: list, title: str) -> list:
@@ -127,12 +134,12 @@ def pictures_of(out: Path, known: dict, log: list, title: str) -> list:
                 found.append(("How it learned", "", file.getvalue()))
     except UserError:
         pass  # there is no matplotlib
-    for path in [path for folder in FOLDERS for path in sorted((out / folder).glob("*.png"))]:
-        if path.name not in UNSHOWN:
-            with contextlib.suppress(OSError, ValueError, SyntaxError, EOFError):  # a damaged one is left out
-                open_picture(path).load()
-                found.append((heading, str(path.relative_to(out)), path.read_bytes()))
-                heading = ""
+    paths = [path for folder in FOLDERS for path in sorted((out / folder).glob("*.png")) if path.name not in UNSHOWN]
+    for path in paths[:MOST]:
+        with contextlib.suppress(OSError, ValueError, SyntaxError, EOFError):  # a damaged one is left out
+            open_picture(path).load()
+            found.append((heading, str(path.relative_to(out)), path.read_bytes()))
+            heading = ""
     return found
 
 
@@ -141,7 +148,7 @@ def figure(png: bytes, caption: str, share: int) -> str:
     kind, content, side = "png", png, 1600
     if len(png) > share:
         kind, image = "jpeg", Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
-    while len(content) > share:
+    while len(content) > share and side > 32:
         image.thumbnail((side, side))
         image.save(file := io.BytesIO(), "JPEG", quality=85)
         content, side = file.getvalue(), side * 3 // 4

@@ -192,9 +192,20 @@ def read_log(path: Path) -> tuple[str, list]:
             line = json.loads(text)
             if isinstance(line, dict) and "command" in line:
                 header = text + "\n"
-            elif isinstance(line, dict) and type(line.get("epoch")) is int:
-                lines.append(line)
+            elif isinstance(line, dict) and type(sound(line).get("epoch")) is int:
+                lines.append(sound(line))
     return header, lines
+
+
+def sound(values: dict) -> dict:
+    """What of a dict of JSON can be a result: finite numbers that floats can count, texts, None, and dicts of these."""
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found[name] = sound(value)
+        elif value is None or isinstance(value, str | bool) or (isinstance(value, int | float) and abs(value) < 2**53):
+            found[name] = value
+    return found
 
 
 def read_evaluations(path: Path) -> list:
@@ -205,11 +216,14 @@ def read_evaluations(path: Path) -> list:
     found = {}
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("results"), dict) and "protocol" in line:
+            line, kinds = json.loads(text), {"protocol": str, "results": dict}
+            if isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items()):
                 settings = line["settings"] if isinstance(line.get("settings"), dict) else {}
+                line["results"] = {row: x for row, x in sound(line["results"]).items() if isinstance(x, dict)}
                 key = str((line["protocol"], line.get("data"), settings.get("recipe")))
-                results = found.get(key, {}).get("results", {}) | line["results"]
+                before = found.get(key, {})
+                same = before.get("epoch") == line.get("epoch")
+                results = (before.get("results", {}) if same else {}) | line["results"]
                 found[key] = line | {"settings": settings, "results": results}
     return list(found.values())
 
@@ -228,7 +242,10 @@ def measured(log: list, labels: bool) -> dict:
 
     Without labels these are the loss on held-out pictures and the effective rank of the features. {} without probes.
     """
-    first = next((line for line in log if line["epoch"] == 0), {})
-    found = {"trained": log[-1] if log else {}, "untrained": first, "pixels": first.get("pixels") or {}}
     names = ("linear", "knn") if labels else ("held_out_loss", "effective_rank")
+    probed = [line for line in log if names[1] in line and line["epoch"]]
+    first = next((line for line in log if line["epoch"] == 0), {})
+    pixels = first.get("pixels")
+    found = {"trained": probed[-1] if probed else {}, "untrained": first}
+    found |= {"pixels": pixels if isinstance(pixels, dict) else {}}
     return {row: {x: line.get(x) for x in names} for row, line in found.items() if names[1] in line}

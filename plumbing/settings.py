@@ -195,7 +195,7 @@ def in_proportion(config_class, recipe: dict, given: dict) -> list:
     one epoch or more stays at its least. [] where nothing moves. Both dicts are {field: value}.
     """
     full = {field: recipe.get(field, getattr(config_class, field)) for field, _ in config_class.in_epochs}
-    old = recipe.get("epochs", config_class.epochs)
+    old = max(1, recipe.get("epochs", config_class.epochs))
     new, moved = given.get("epochs", old), []
     for field, least in config_class.in_epochs:
         values = full[field] if isinstance(full[field], tuple) else (full[field],)

@@ -37,7 +37,8 @@ def cell(value, digits: int) -> str:
         return value
     if isinstance(value, tuple):
         return f"{value[0]:.{digits}f} ± {value[1]:.{digits}f}"
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+    known = isinstance(value, int | float) and not math.isnan(value)
+    return f"{value:.{digits}f}" if known else "-"
 
 
 def table_rows(results: dict, corner: str = "") -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import statistics
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from plumbing.run_files import (
     read_log,
     read_settings,
     refuse_among_pictures,
+    refuse_taken,
 )
 from plumbing.settings import FREE_FIELDS, TrainConfig, flag
 from plumbing.tables import cell, column_of, format_table
 
 LOGGED = ("loss", "linear", "knn", "held_out_loss", "effective_rank")  # the columns from the log; minutes come last
+TRAINED = {"tran1", "tran4", "finetune"}  # protocols with a run folder of their own
 OWN = FREE_FIELDS - {"start"} | {"seed", "method", "data"}  # what does not make two runs of one method different
 
 
@@ -69,7 +72,7 @@ class Recorded:
 
 def where_from(line: dict, run: Recorded) -> str:
     """What a line of eval.jsonl was made by: its recipe, or else its protocol, and its data where they are others."""
-    data = "" if line.get("data") == run.known.get("data") else f", {data_name(str(line.get('data')))}"
+    data = "" if line.get("data") == run.known.get("data") else f", {printable(str(line.get('data')))}"
     return f"{line['settings'].get('recipe') or line['protocol']}{data}"
 
 
@@ -135,8 +138,14 @@ def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded],
         flags = " ".join(map(flag, given))
         raise UserError(f"{flags} is of no use here: several runs are compared by their logs; or add --protocol")
     runs = read_runs(folders)
+    if out and os.path.isfile(out):
+        raise UserError(f"--out {out} is a file; give a folder")
     if needy := [str(run.folder) for run in runs if given and not (run.folder / "encoder.pt").exists()]:
         raise UserError(f"{needy[0]} holds no encoder.pt to run a protocol on; leave it out, or --protocol")
+    anew = not {"resume", "scratch", "test_data"} & set(given)
+    for run, protocol in itertools.product(runs, TRAINED & set(given["protocol"]) if given and anew else ()):
+        data = given.get("data", run.known.get("data", ""))
+        refuse_taken(run.folder / f"{protocol}-{data_name(data)}")  # before hours are spent on the runs before it
     out = Path(out) if out else runs[0].folder.parent
     for run in runs:
         refuse_among_pictures(out, TrainConfig(**{x: run.known[x] for x in ("data", "root") if x in run.known}))
@@ -160,16 +169,16 @@ def compare(folders: list, out: str = ""):
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     columns.sort(key="minutes".__eq__)  # last
     texts = {name: {x: cell(*row[x]) if x in row else "-" for x in columns} for name, row in rows.items()}
-    print(format_table(texts, "the last epoch"))
-    for text in (*differences(groups), *doubts(runs)):
+    print(format_table(texts, "last on record"))
+    for text in (*differences(groups), *doubts(runs), *gaps(groups)):
         note(text)
     with plain_style():
         chart = draw(groups)
     out.mkdir(parents=True, exist_ok=True)
     found = {name: {x: value for x, (value, _) in row.items()} for name, row in rows.items()}
     record = {"runs": {name: [str(run.folder) for run in group] for name, group in groups.items()}, "table": found}
-    write_atomically(out / "compare.json", lambda file: file.write(json_text(record, indent=2).encode() + b"\n"))
     write_atomically(out / "compare.png", lambda file: chart.savefig(file, format="png"))
+    write_atomically(out / "compare.json", lambda file: file.write(json_text(record, indent=2).encode() + b"\n"))
     print(f"wrote {out / 'compare.png'}, {out / 'compare.json'}")
 
 
@@ -201,10 +210,25 @@ def doubts(runs: list[Recorded]) -> list:
         for line in run.evaluations:
             counts = {x: y for x, y in line["settings"].items() if x not in OWN - {"probe_images"}}
             settings.setdefault((line["protocol"], where_from(line, run)), []).append(counts)
+            last = run.log[-1]["epoch"]
+            if line.get("epoch", last) != last:
+                where = f"{line['protocol']} ({where_from(line, run)}) of {run.folder}"
+                lines.append(f"{where} was run after epoch {line['epoch']}, and the log is at {last}")
     for (protocol, source), several in settings.items():
         names = sorted({x for one in several for x in one if one[x] != several[0].get(x)})
         if names:
             lines.append(f"{protocol} ({source}) was not run with the same {' '.join(map(flag, names))} for all")
+    return lines
+
+
+def gaps(groups: dict) -> list:
+    """A line for each column that only some runs of a row have, so that the row has none."""
+    lines = []
+    for name, group in groups.items():
+        found = [run.values() for run in group]
+        for column in dict.fromkeys(column for one in found for column in one):
+            if lacking := [str(run.folder) for run, one in zip(group, found, strict=True) if column not in one]:
+                lines.append(f"{name} has no {column}, since {lacking[0]} has none")
     return lines
 
 
@@ -222,13 +246,15 @@ def draw(groups: dict):
         values = []
         for colour, group in enumerate(groups.values()):
             across, middle, spread = curve(group, x, name)
-            one.plot(across, middle, color=f"C{colour}", marker="o", markersize=2)
+            style = ("-", "--", ":", "-.")[colour // 10 % 4]  # matplotlib has ten colours
+            one.plot(across, middle, style, color=f"C{colour}", marker="o", markersize=2)
             one.fill_between(across, middle - spread, middle + spread, color=f"C{colour}", alpha=0.2, linewidth=0)
             values += middle.tolist()
         title = "loss (each method's own)" if name == "loss" and len(methods) > 1 else column_of(name)[0]
         one.set(title=title if number < 3 else "", xlabel="epoch" if x == "epoch" else "seconds of training")
         if values and name != "linear" and wide(values):
             one.set_yscale("log")
+    figure.set_figheight(figure.get_figheight() + 0.25 * math.ceil(len(groups) / 3))
     legend = figure.legend(axes[0].get_lines(), list(map(str, range(len(groups)))), loc="outside lower center", ncols=3)
     for text, name in zip(legend.get_texts(), groups, strict=True):
         text.set(text=name, parse_math=False)  # the name of a folder is no formula
@@ -240,9 +266,9 @@ def curve(group: list[Recorded], x: str, name: str) -> tuple:
     found = [{line["epoch"]: line for line in run.log if isinstance(line.get(name), int | float)} for run in group]
     epochs = [epoch for epoch in found[0] if all(epoch in lines for lines in found)]
     if x == "seconds":  # the untrained encoder has had none
-        epochs = [e for e in epochs if e == 0 or all("seconds" in lines[e] for lines in found)]
+        epochs = [e for e in epochs if e == 0 or all(isinstance(lines[e].get(x), int | float) for lines in found)]
         epochs = epochs if any(epochs) else []
-    at = [statistics.fmean(lines[e].get("seconds", 0) if x == "seconds" else e for lines in found) for e in epochs]
+    at = [statistics.fmean(lines[e][x] if e else 0 for lines in found) for e in epochs]
     values = np.array([[lines[e][name] for lines in found] for e in epochs]).reshape(len(epochs), len(group))
     spread = values.std(axis=1, ddof=1) if len(group) > 1 else np.zeros(len(epochs))
     return np.array(at), values.mean(axis=1) if len(epochs) else np.zeros(0), spread

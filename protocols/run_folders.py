@@ -46,11 +46,12 @@ def check_finished(protocol: str, out: Path, config: Config):
         raise UserError(f"{out} is not at its end; run --protocol {protocol} without --test-data first")
 
 
-def record(protocol: str, config: Config, subject: Subject, results: dict, seconds: float) -> dict:
-    """A line of eval.jsonl: what was found, of how many images, and how to find it again."""
+def record(run_folder: Path, protocol: str, config: Config, subject: Subject, results: dict, seconds: float) -> dict:
+    """A line of eval.jsonl: what was found, after which epoch of the run, of how many images, how to find it again."""
     limit = 0 if trains_on_images(protocol, subject, config) else config.probe_images
     line = {"protocol": protocol, "data": config.test_data or config.data}
     line |= {f"{split}_images": len(labelled(getattr(subject, split), limit)) for split in ("train", "test")}
+    line |= {"epoch": log[-1]["epoch"]} if (log := read_log(run_folder / "log.jsonl")[1]) else {}
     line |= {"results": results, "seconds": round(seconds, 1), "versions": versions()}
     return line | {"command": " ".join(sys.argv), "settings": dataclasses.asdict(config)}
 

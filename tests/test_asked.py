@@ -67,6 +67,12 @@ def test_flags_win_over_settings_of_another_run(tmp_path):
     assert (found.warmup_epochs, found.e_st) == (1, round(config.e_st / 2)) and found.moved
 
 
+def test_settings_of_a_run_that_was_cut_are_told(tmp_path, capsys):
+    _, path = saved(tmp_path, "magma", "--max-steps", "4")
+    asked("--config", path)
+    assert capsys.readouterr().out == f"note: {path} is of a run cut by --max-steps 4: its epochs are few\n"
+
+
 def test_settings_that_are_not_known_are_told(tmp_path, capsys):
     config, path = saved(tmp_path, "magma")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"colour_of_sky": "blue"}))
@@ -83,6 +89,9 @@ def test_settings_that_are_not_known_are_told(tmp_path, capsys):
         ('{"method": "mixedae"}', "", "--config {path} holds settings of mixedae, not of magma"),
         ('{"epochs": 3}', "", "--config {path} holds settings of no method, not of magma"),
         ('{"method": "magma", "epochs": "x"}', "", "--config {path}: argument --epochs: invalid int value: 'x'"),
+        ('{"method": "magma", "gather": ["--out", "z"]}', "", "--config {path}: gather ['--out', 'z'] is no value of"),
+        ('{"method": "magma", "out": {"a": 1}}', "", "--config {path}: out {{'a': 1}} is no value of --out"),
+        ('{"method": "magma", "epochs": 0}', "--epochs -1", "--epochs -1 makes no sense; give 1 or more"),
         ('{"method": "magma", "flip": 3}', "", "--flip 3.0 is not a probability"),
         ('{"method": "magma", "epochs": 3}', "--recipe photos", "--recipe photos and --config both say"),
         ('{"method": "magma"}', "--seeds 1 2 1", "--seeds 1 2 1: give each seed once, and no --seed beside them"),

@@ -13,9 +13,21 @@ from PIL import Image
 
 import evaluate
 from plumbing.errors import UserError
+from plumbing.report import write_report
 from plumbing.run_files import read_evaluations
 from plumbing.tables import format_table
-from protocols.compare import check_comparison, compare, curve, differences, doubts, draw, grouped, read_runs, row_of
+from protocols.compare import (
+    check_comparison,
+    compare,
+    curve,
+    differences,
+    doubts,
+    draw,
+    gaps,
+    grouped,
+    read_runs,
+    row_of,
+)
 
 
 def rows(*folders):
@@ -145,6 +157,24 @@ def test_what_cannot_be_compared_is_told(tmp_path):
 # --- the chart -------------------------------------------------------------------------------------------------------
 
 
+def test_what_only_some_seeds_have_and_what_is_older_than_the_log_is_told(tmp_path):
+    seeds = [
+        write_run(tmp_path / "g0", seed=0, evaluations=[judged() | {"epoch": 1}]),
+        write_run(tmp_path / "g1", seed=1),
+    ]
+    runs = read_runs(seeds)
+    assert gaps(grouped(runs)) == [f"g (2 seeds) has no linear (magma), since {tmp_path}/g1 has none"]
+    assert doubts(runs) == [f"linear (magma) of {tmp_path}/g0 was run after epoch 1, and the log is at 2"]
+
+
+def test_a_hundred_rows_have_a_line_each_in_the_legend(tmp_path):
+    folders = [write_run(tmp_path / f"r{n}", lam=float(n)) for n in range(12)]
+    figure = draw(grouped(read_runs(folders)))
+    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == 12
+    figure.savefig(tmp_path / "chart.png")  # no warning
+
+
 def test_the_chart_shows_each_row_over_epochs_and_over_seconds(tmp_path):
     seeds = [write_run(tmp_path / f"s{n}", seed=n, linear=(10.0, 30.0 + 2 * n), seconds=5.0 + n) for n in range(3)]
     other = write_run(tmp_path / "$o$", lam=0.0, linear=(12.0, 20.0))
@@ -217,6 +247,16 @@ def test_a_comparison_is_printed_and_drawn_and_never_overwrites_another(tmp_path
     assert (tmp_path / "new" / "place" / "compare.png").exists()
 
 
+def test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it(tmp_path, capsys):
+    folders = [write_run(tmp_path / name, lam=lam) for name, lam in (("a", 1.0), ("b", 2.0))]
+    for folder in folders:
+        (folder / "encoder.pt").write_bytes(b"")
+    (folders[1] / "finetune-shapes").mkdir()
+    (folders[1] / "finetune-shapes" / "log.jsonl").write_text("")
+    assert evaluate.main([*map(str, folders), "--protocol", "finetune"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folders[1]}/finetune-shapes exists; add --resume")
+
+
 def test_protocols_run_on_each_run_and_then_the_runs_are_compared(tmp_path, monkeypatch):
     folders = [str(write_run(tmp_path / name, lam=lam)) for name, lam in (("a", 1.0), ("b", 2.0))]
     done = []
@@ -236,6 +276,7 @@ def test_protocols_run_on_each_run_and_then_the_runs_are_compared(tmp_path, monk
         ("a empty", "", "{tmp}/empty holds no log.jsonl with an epoch; give folders that train.py wrote"),
         ("a b a", "", "{tmp}/a is given twice; give each run once"),
         ("a b", "--k 5 --data shapes", "--k --data is of no use here: several runs are compared by their logs"),
+        ("a b", "--out {tmp}/a/log.jsonl", "--out {tmp}/a/log.jsonl is a file; give a folder"),
         ("a odd", "", "{tmp}/odd/config.json holds no settings of a run"),
         ("a b", "--protocol knn", "{tmp}/a holds no encoder.pt to run a protocol on; leave it out, or --protocol"),
         ("a b", "--out {tmp}/pictures/train/ant", "the folder {tmp}/pictures/train/ant lies among the images of"),
@@ -256,12 +297,21 @@ def test_a_mixture_that_cannot_be_compared_is_one_clear_line(runs, flags, messag
 
 
 def test_a_comparison_of_foreign_files_is_refused_or_drawn(tmp_path):
-    """Whatever a log or an eval.jsonl holds, there is no traceback."""
+    """Whatever a log or an eval.jsonl holds, there is no traceback, in the report neither."""
     folder = write_run(tmp_path / "a", evaluations=[judged()])
+    odd = [None, [1], "x", {"a": 1}, True, 2**70, 10**400, 1e308, float("inf")]
+    names = ("loss", "linear", "knn", "effective_rank", "seconds", "pixels", "versions", "command", "epoch")
+    lines = [{"epoch": 5, "loss": 1.0} | {name: value} for name in names for value in odd]
     with open(folder / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "loss": null, "seconds": "x", "linear": [1]}\n{"epoch": 4, "loss": 1e400}\nnoise\n')
     with open(folder / "eval.jsonl", "a") as file:
         file.write('{"protocol": 3, "results": {"trained": 5}}\n{"results": {}}\n[1]\nnoise\n')
+        for value in odd:
+            file.write(json.dumps({"protocol": "knn", "results": {"trained": {"knn": value}, "pixels": value}}) + "\n")
+            file.write(json.dumps({"protocol": "x", "results": {"trained": {"y": 1.0}}, "epoch": value}) + "\n")
+    with open(folder / "log.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(folder)
     compare([folder, write_run(tmp_path / "b", lam=0.0)])
     (tmp_path / "compare.json").write_text("{}")
     with pytest.raises(UserError, match="has a comparison of other runs"):

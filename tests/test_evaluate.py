@@ -63,7 +63,10 @@ def test_evaluate_prints_a_table_and_appends_a_line_a_protocol(run_folder, capsy
     assert lines[1]["settings"]["epochs"] == 2
     assert f"{lines[0]['results']['trained']['knn']:.1f}" in table[-3]
     report = (run_folder / "report.html").read_text()
-    assert all(f"<p>{caption}</p>" in report for caption in ("knn on cifar10", "linear on cifar10, recipe magma"))
+    last = read_log(run_folder / "log.jsonl")[1][-1]["epoch"]
+    assert [line["epoch"] for line in lines] == [last] * 3
+    for caption in ("knn on cifar10", "linear on cifar10, recipe magma"):
+        assert f"<p>{caption}, after epoch {last}</p>" in report
     assert evaluate.main(argv[:3]) == 0
     shown = capsys.readouterr().out
     assert "--untrained adds what the encoder knew before" in shown and "--pixels adds what raw pixels say" in shown

@@ -90,7 +90,7 @@ def test_the_report_of_a_run_has_its_tables_curves_pictures_and_settings(tmp_pat
     cells = [re.split(r"  +", line) for line in format_table(results).splitlines()]
     assert page.rows[1 : len(cells)] == cells[1:]
     assert page.rows[len(cells) :] == [["linear"], ["trained encoder", "56.8"], ["untrained encoder", "1.0"]]
-    assert "linear on shapes, recipe magma" in page.text
+    assert "linear on shapes, recipe magma" in page.text  # of an older line, that does not tell the epoch
     seconds = log_of(tmp_path / "run")[-1]["seconds"]
     assert f"4 of 4 epochs, {seconds / 60:.1f} minutes of training" in page.text
     assert [image["alt"] for image in page.images] == ["curves of the log", "pictures.png", "pictures/keys.png"]
@@ -144,6 +144,23 @@ def test_a_report_leaves_out_what_is_not_there_or_damaged(tmp_path, monkeypatch)
     (folder / "pictures.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
     monkeypatch.setattr("plumbing.report.learning_curves", lambda *_: None)
     assert not Page(write_report(folder).read_text()).images
+
+
+def test_a_run_in_progress_shows_its_last_probe(tmp_path):
+    folder = write_run(tmp_path / "a", linear=(10.0, 30.0))
+    with open(folder / "log.jsonl", "a") as file:
+        file.write('{"epoch": 3, "loss": 1.0}\n')
+    page = Page(write_report(folder).read_text())
+    assert page.rows[:2] == [["linear", "kNN"], ["trained encoder", "30.0", "11.0"]]
+    assert "after epoch 2; linear: ridge regression on frozen features" in page.text
+
+
+def test_many_pictures_and_long_settings_are_cut(tmp_path):
+    folder = write_run(tmp_path / "a", root="x" * 3_000_000)
+    for number in range(70):
+        save(folder / "energy" / f"{number}.png", (60, 40), noise=True)
+    path = write_report(folder)
+    assert path.stat().st_size < 2e6 and len(Page(path.read_text()).images) == 61
 
 
 def test_without_labels_the_table_is_that_without(tmp_path):
