@@ -1,7 +1,6 @@
 """The files of a run folder: its log, which pictures it has, what blocks a start and what does not."""
 
 import json
-import math
 import os
 import shutil
 
@@ -30,7 +29,7 @@ def test_read_log_gives_the_text_of_the_header_and_the_epochs(tmp_path):
     first, lines = read_log(path)
     assert first == header  # as it stands there, byte by byte
     assert [line["epoch"] for line in lines] == [0, 1]
-    assert lines[0] == {"epoch": 0, "knn": 5.0} and math.isnan(lines[1]["loss"])
+    assert lines == [{"epoch": 0, "knn": 5.0}, {"epoch": 1}]  # what is no number is left out
     path.write_text('{"epoch": 3}\n')
     assert read_log(path) == ("", [{"epoch": 3}])
 
