@@ -736,15 +736,15 @@ plumbing/report.py tests/test_report.py::test_a_report_stays_below_two_megabytes
 + share = ROOM
 
 plumbing/report.py tests/test_report.py::test_the_report_of_a_run_has_its_tables_curves_pictures_and_settings
-- if path.name not in UNSHOWN:
-+ if True:
+- glob("*.png")) if path.name not in UNSHOWN]
++ glob("*.png"))]
 
 plumbing/report.py tests/test_report.py::test_a_report_leaves_out_what_is_not_there_or_damaged
 - contextlib.suppress(OSError, ValueError, SyntaxError, EOFError)
 + contextlib.suppress(OSError)
 
 plumbing/report.py tests/test_report.py::test_without_labels_the_table_is_that_without
-- labels = bool(log) and "knn" in log[-1]
+- labels = any("knn" in line for line in log)
 + labels = bool(log)
 
 plumbing/run_files.py tests/test_compare.py::test_a_row_tells_the_last_of_the_log_and_what_protocols_found
@@ -870,6 +870,50 @@ mlo_mae.py tests/test_mlo_mae.py::test_a_fresh_head_starts_each_cycle_where_it_w
 mlo_mae.py tests/test_mlo_mae.py::test_a_plan_has_the_form_that_its_example_tells
 - len(images) // (steps * self.config.batch_size)
 + len(images) // self.config.batch_size
+
+plumbing/run_files.py tests/test_compare.py::test_what_was_judged_before_is_not_lost_to_a_line_without_it
+- results = (before.get("results", {}) if same else {}) | line["results"]
++ results = line["results"]
+
+plumbing/run_files.py tests/test_compare.py::test_a_comparison_of_foreign_files_is_refused_or_drawn
+- and abs(value) < 2**53):
++ ):
+
+plumbing/run_files.py tests/test_report.py::test_a_run_in_progress_shows_its_last_probe
+- probed = [line for line in log if names[1] in line and line["epoch"]]
++ probed = log
+
+plumbing/report.py tests/test_report.py::test_many_pictures_and_long_settings_are_cut
+- str(value)[:2000]
++ str(value)
+
+plumbing/report.py tests/test_report.py::test_many_pictures_and_long_settings_are_cut
+- for path in paths[:MOST]:
++ for path in paths:
+
+protocols/compare.py tests/test_compare.py::test_a_row_of_seeds_has_the_name_that_they_share
+- .rstrip("0123456789")
++
+
+protocols/compare.py tests/test_compare.py::test_runs_of_before_and_after_a_setting_was_added_are_alike
+- in (LATER | self.known).items()
++ in self.known.items()
+
+protocols/compare.py tests/test_compare.py::test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it
+- if given and anew else ()
++ if not given else ()
+
+protocols/compare.py tests/test_compare.py::test_a_hundred_rows_have_a_line_each_in_the_legend
+- colour // 10 % 4
++ 0
+
+protocols/compare.py tests/test_compare.py::test_what_only_some_seeds_have_and_what_is_older_than_the_log_is_told
+- if line.get("epoch", last) != last:
++ if line.get("epoch", last) == last:
+
+protocols/heads.py tests/test_heads.py
+- decays(name, parameter, on))
++ decays(name, parameter))
 
 plumbing/curves.py tests/test_curves.py::test_curves_shade_the_epochs_of_the_regulariser
 - end = min(start + lasts, last)
@@ -1088,8 +1132,8 @@ plumbing/probes.py tests/test_probes.py::test_a_ridge_without_a_solution_has_no_
 + except KeyError:
 
 plumbing/tables.py tests/test_tables.py::test_format_table_shows_a_dash_for_what_a_row_lacks_and_for_what_has_no_value
-- value is None or math.isnan(value)
-+ value is None
+- isinstance(value, int | float) and not math.isnan(value)
++ isinstance(value, int | float)
 
 plumbing/images.py tests/test_command.py::test_a_worker_without_room_in_shared_memory_ends_the_command_by_one_line
 - if torch.utils.data.get_worker_info() else parts
