@@ -65,7 +65,7 @@ from protocols.run_folders import check_finished, check_labels, check_tests, not
 from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
 from protocols.training import applies, folder_of, run_protocol, trains_on_images
 
-HELP = ("python evaluate.py RUN [--protocol NAME ...] [--any-field value]",)
+HELP = ("python evaluate.py RUN [RUN ...] [--protocol NAME ...] [--any-field value]",)
 HELP += (f"Protocols: {' '.join(PROTOCOLS)}. Recipes change defaults: RUN --protocol NAME --help shows what holds.",)
 DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy, "features": write_features}
 DRAWING |= {"hypergradient": draw_hypergradient}

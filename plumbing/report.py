@@ -54,7 +54,7 @@ def write_report(out: Path) -> Path:
     title = printable(f"{known.get('method', 'encoder')} on {data_name(known.get('data', ''))}")
     parts = [f"<h1>{text(title)}</h1>", f"<p>{text(state_of(known, log))}</p>"]
     labels = any("knn" in line for line in log)
-    if results := measured(log, labels):
+    if results := measured(log, labels, bool(known.get("start"))):
         epoch = max(line["epoch"] for line in log if ("knn" if labels else "effective_rank") in line)
         caption = "linear: ridge regression on frozen features" if labels else "without labels"
         parts += ["<h2>What it learned</h2>", table(results, f"after epoch {epoch}; {caption}")]
@@ -70,7 +70,7 @@ def write_report(out: Path) -> Path:
     if first:
         versions = sound(first).get("versions")
         made = ", ".join(f"{x} {y}" for x, y in versions.items()) if isinstance(versions, dict) else ""
-        command = text(shown(first["command"]))
+        command = text(f"python {shown(first['command'])}")
         parts += ["<h2>To make it again</h2>", f"<pre>{command}</pre>", f"<p>{text(made)}</p>"]
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched, nothing runs
     page = f"""<!doctype html>
@@ -153,6 +153,7 @@ def figure(png: bytes, caption: str, share: int) -> str:
         image.save(file := io.BytesIO(), "JPEG", quality=85)
         content, side = file.getvalue(), side * 3 // 4
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-    if not caption:  # curves: where the page is narrow, they are moved rather than made too small to read
-        return f'<figure><img class="chart" src="{source}" alt="curves of the log"></figure>'
-    return f'<figure><img src="{source}" alt="{text(caption)}"><figcaption>{text(caption)}</figcaption></figure>'
+    # Where the page is narrow, wide charts are moved rather than made too small to read. A PNG tells its width there.
+    kind = ' class="chart"' if int.from_bytes(png[16:20], "big") > 1000 else ""
+    name = text(caption or "curves of the log")
+    return f'<figure><img{kind} src="{source}" alt="{name}"><figcaption>{text(caption)}</figcaption></figure>'

@@ -237,8 +237,10 @@ def rewind_log(path: Path, last_epoch: int, header: str) -> list:
     return kept
 
 
-def measured(log: list, labels: bool) -> dict:
+def measured(log: list, labels: bool, started: bool = False) -> dict:
     """What a log ends with: {"trained": {...}, "untrained": {...}, "pixels": {...}}, accuracies in percent.
+
+    Of a run that `started` from weights, "started" stands for "untrained".
 
     Without labels these are the loss on held-out pictures and the effective rank of the features. {} without probes.
     """
@@ -246,6 +248,6 @@ def measured(log: list, labels: bool) -> dict:
     probed = [line for line in log if names[1] in line and line["epoch"]]
     first = next((line for line in log if line["epoch"] == 0), {})
     pixels = first.get("pixels")
-    found = {"trained": probed[-1] if probed else {}, "untrained": first}
+    found = {"trained": probed[-1] if probed else {}, "started" if started else "untrained": first}
     found |= {"pixels": pixels if isinstance(pixels, dict) else {}}
     return {row: {x: line.get(x) for x in names} for row, line in found.items() if names[1] in line}

@@ -200,7 +200,8 @@ class Run:
 
     def results(self) -> dict:
         """What was measured (`measured`)."""
-        return measured(on_rank_zero(lambda: self.log), bool(len(self.train.classes)))
+        started = bool(getattr(self.config, "start", ""))
+        return measured(on_rank_zero(lambda: self.log), bool(len(self.train.classes)), started)
 
     def log_epoch(self, epoch: int, **extra):
         """One line of the log, with probes and pictures where they are due; epoch 0 is the untrained encoder."""

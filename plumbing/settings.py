@@ -305,8 +305,8 @@ def check_batch(config: TrainConfig, images: int | None = None):
             f"a batch of {config.batch_size} does not divide by {world_size()} processes x {config.accumulate} parts; "
             f"change --batch-size or --accumulate"
         )
-    if images is not None and config.batch_size > images:
+    if images is not None and (size := config.batch_size) > images:
         laptop = "" if config.recipe else ", or take a laptop's settings by --recipe photos"
         raise UserError(
-            f"a batch of {config.batch_size} is larger than the data set of {images}; lower --batch-size{laptop}"
+            f"a batch of {size} is larger than the data set of {images}; give --batch-size {images} or less{laptop}"
         )

@@ -19,6 +19,7 @@ COLUMNS = {  # what a result is called, and its digits; another one goes by its 
     "cosine_gap": ("cosine gap", 3),
 }
 ROWS = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
+ROWS |= {"started": "encoder at the start"}  # of a run with --start
 UNTITLED = ("same_class_cosine", "other_class_cosine", "restored_lower_", "clean_lower_", "norm_of_")  # not shown
 
 

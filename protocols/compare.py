@@ -153,7 +153,7 @@ def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded],
     there = itertools.chain(*found.values()) if isinstance(found, dict) else ["?"]
     others = {os.path.realpath(folder) for folder in there} - {os.path.realpath(run.folder) for run in runs}
     if others and any((out / name).exists() for name in ("compare.json", "compare.png")):
-        raise UserError(f"{out} has a comparison of other runs; choose another folder by --out")
+        raise UserError(f"{out} has a comparison of other runs; choose another folder, such as --out {out / 'compare'}")
     return runs, out
 
 

@@ -238,7 +238,7 @@ def test_a_comparison_is_printed_and_drawn_and_never_overwrites_another(tmp_path
     capsys.readouterr()
     assert evaluate.main([str(folders[0]), str(other)]) == 2
     assert capsys.readouterr().err == (
-        f"error: {tmp_path} has a comparison of other runs; choose another folder by --out\n"
+        f"error: {tmp_path} has a comparison of other runs; choose another folder, such as --out {tmp_path}/compare\n"
     )
     (tmp_path / "compare.json").unlink()  # a picture of whatever
     assert evaluate.main(list(map(str, folders))) == 2

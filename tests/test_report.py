@@ -155,6 +155,11 @@ def test_a_run_in_progress_shows_its_last_probe(tmp_path):
     assert "after epoch 2; linear: ridge regression on frozen features" in page.text
 
 
+def test_what_a_run_started_from_is_no_untrained_encoder(tmp_path):
+    page = Page(write_report(write_run(tmp_path / "a", start="b/last.pt")).read_text())
+    assert page.rows[2] == ["encoder at the start", "10.0", "9.0"]
+
+
 def test_many_pictures_and_long_settings_are_cut(tmp_path):
     folder = write_run(tmp_path / "a", root="x" * 3_000_000)
     for number in range(70):

@@ -324,7 +324,7 @@ def test_a_config_of_a_method_is_checked_too():
 def test_a_batch_must_divide_and_fit_into_the_data(monkeypatch):
     with pytest.raises(UserError, match="a batch of 10 does not divide by 1 processes x 3 parts"):
         check_batch(TrainConfig(batch_size=10, accumulate=3))
-    with pytest.raises(UserError, match="a batch of 10 is larger than the data set of 9; lower --batch-size"):
+    with pytest.raises(UserError, match="a batch of 10 is larger than the data set of 9; give --batch-size 9 or less"):
         check_batch(TrainConfig(batch_size=10), 9)
     check_batch(TrainConfig(batch_size=10, accumulate=5), 10)
     monkeypatch.setattr(plumbing.settings, "world_size", lambda: 4)
