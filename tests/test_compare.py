@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from make import judged, write_run
+from matplotlib.colors import to_hex
 from PIL import Image
 
 import evaluate
@@ -170,7 +171,7 @@ def test_what_only_some_seeds_have_and_what_is_older_than_the_log_is_told(tmp_pa
 def test_a_hundred_rows_have_a_line_each_in_the_legend(tmp_path):
     folders = [write_run(tmp_path / f"r{n}", lam=float(n)) for n in range(12)]
     figure = draw(grouped(read_runs(folders)))
-    looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].get_lines()}
+    looks = {(to_hex(line.get_color()), line.get_linestyle()) for line in figure.axes[0].get_lines()}
     assert len(looks) == 12
     figure.savefig(tmp_path / "chart.png")  # no warning
 
