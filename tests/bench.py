@@ -3,6 +3,9 @@
 python tests/bench.py                        all of it, some minutes on two cores
 python tests/bench.py regularizer crop       only these
 python tests/bench.py --threads 1 crop       with another number of threads
+python tests/bench.py --against ../old recipes     another checkout's code beside this one's
+
+On a CPU what counts is the time of the process, not the clock's: other programs disturb it less.
 
 attention     plain attention against the fused kernel
 amp           a masked-autoencoder step with the default --amp auto against float32
@@ -17,6 +20,7 @@ mixed         MixedAE's step against MAE's, and top-k against plain attention
 finola        FINOLA's map in its parallel form against position by position
 energy        an energy step of N = 2 against a plain forward and backward pass of the same transformer: time and memory
 levels        a cycle of MLO-MAE, two steps of level I and one each of II and III, against two steps of MAE
+recipes       with --against: a step of each laptop recipe, beside the same by that checkout; are the losses equal
 gpu           on a GPU: the five methods at the papers' sizes, and MAE against a plain loop, in at most --seconds; with
               --device cpu the same code at small sizes
 """
@@ -25,6 +29,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
+import importlib
 import io
 import math
 import multiprocessing
@@ -34,6 +39,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -77,20 +83,45 @@ def in_turn(*functions, rounds: int = 7, times: int = 1) -> list:
     for function in functions:
         function()
     wait()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     found = [[] for _ in functions]
     for _ in range(rounds):
         for function, kept in zip(functions, found, strict=True):
-            start = time.perf_counter()
+            start = clock()
             for _ in range(times):
                 function()
             wait()
-            kept.append((time.perf_counter() - start) / times)
+            kept.append((clock() - start) / times)
     return found
 
 
 def seconds(*functions, rounds: int = 7) -> list:
     """Median seconds of each function; they take turns, so that a busy moment hits all alike."""
     return [statistics.median(kept) for kept in in_turn(*functions, rounds=rounds)]
+
+
+def ratio(ours: list, others: list) -> str:
+    """The median of the ratios of two versions, round by round, and the smallest and the largest."""
+    ratios = sorted(x / y for x, y in zip(ours, others, strict=True))
+    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+def code_at(folder: str) -> types.SimpleNamespace:
+    """`common` and the five methods of another checkout, beside those of this one."""
+    names = ("common", *common.METHODS)
+
+    def imported():
+        return [name for name in sys.modules if name.partition(".")[0] in (*names, "plumbing", "protocols")]
+
+    ours = {name: sys.modules.pop(name) for name in imported()}
+    sys.path.insert(0, folder)
+    try:
+        return types.SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    finally:
+        sys.path.remove(folder)
+        for name in imported():
+            del sys.modules[name]
+        sys.modules.update(ours)
 
 
 def most_memory() -> float:
@@ -525,6 +556,40 @@ def three_levels(device):
             row(label, *times, f"{grown:.0f} MB")
 
 
+def laptop_step(code, name: str, device):
+    """A function that makes a step of the laptop recipe on one batch, for `code` of `code_at`; it gives the loss."""
+    module = getattr(code, name)
+    config = module.Config(**module.RECIPES["shapes"])
+    count = config.batch_size * (getattr(config, "unrolling", -1) + 2)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10 * config.batch_size) % 10  # some are kept for level III
+    known = {"images": None, "labels": labels, "classes": list("abcdefghij"), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    torch.manual_seed(0)
+    method = getattr(module, common.METHODS[name])(config, types.SimpleNamespace(**known)).to(device).train()
+    method.start_epoch(config.epochs - 1)  # a term that begins later is on
+    views = () if method.views == 1 else (method.views,)
+    images = torch.rand(count, *views, 3, config.image_size, config.image_size, generator=generator).to(device)
+    stepper, labels = code.common.Stepper(method.optimizer(config), config, device), labels[:count].to(device)
+
+    def step():
+        torch.manual_seed(0)  # the same masks in each
+        return float(method.update(method, [(images, labels)], stepper)["loss"])
+
+    return step
+
+
+def recipes(device, other=None):
+    row("a step of the laptop recipe", "ours", "the other", "losses", "  ours / the other")
+    if other is None:
+        return print("  needs --against CHECKOUT")
+    for name in common.METHODS:
+        steps = [laptop_step(code, name, device) for code in (types.SimpleNamespace(**globals()), other)]
+        same = "equal" if steps[0]() == steps[1]() else "differ"
+        ours, others = in_turn(*steps, rounds=9, times=2)
+        times = [f"{1e3 * statistics.median(x):.1f} ms" for x in (ours, others)]
+        row(f"  {name}", *times, same, f"  {ratio(ours, others)}")
+
+
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # products in bf16, dense, a second
 
 DECODER = {"decoder_dim": 32, "decoder_depth": 1, "decoder_heads": 2}
@@ -747,12 +812,13 @@ def gpu(device, budget: float = 90.0):
 
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
 BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
-BENCHES |= {"features": features, "levels": three_levels, "gpu": gpu}
+BENCHES |= {"features": features, "levels": three_levels, "recipes": recipes, "gpu": gpu}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHES) + "; all by default, gpu on a GPU")
+    parser.add_argument("--against", metavar="CHECKOUT", help="a folder with another version of this project")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's choice")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=90, help="how long gpu may take")
@@ -766,9 +832,11 @@ def main():
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()}/{os.cpu_count()} threads, auto = {precision}"
     )
-    for name in args.names or [name for name in BENCHES if name != "gpu" or device.type == "cuda"]:
+    wanted = {"recipes": args.against is not None, "gpu": device.type == "cuda"}
+    given = {"gpu": {"budget": args.seconds}} | ({"recipes": {"other": code_at(args.against)}} if args.against else {})
+    for name in args.names or [name for name in BENCHES if wanted.get(name, True)]:
         print()
-        BENCHES[name](device, **{"budget": args.seconds} if name == "gpu" else {})
+        BENCHES[name](device, **given.get(name, {}))
 
 
 if __name__ == "__main__":
