@@ -1,6 +1,7 @@
 """Crops and resampling, the whole batch at once on its device. Images (B, 3, H, W)."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,16 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Crop(NamedTuple):
+    """How random resized crops are made, of images in memory and of files; (0.08, 1.0) alone will do for one."""
+
+    least: float = 0.08  # smallest share of the image
+    most: float = 1.0  # largest share of the image
+    interpolation: str = ""  # a key of KERNELS; by default bilinear of images in memory, bicubic of files
+    clamp: bool = False  # cut a box that does not fit, rather than draw again
+
+
 def mix_seed(*numbers: int) -> int:
     """One well-mixed 63-bit seed from small numbers, the same on every machine. Zeros at the end do not count."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def crop_boxes(height: Tensor, width: Tensor, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), generator=None) -> Tensor:
+def crop_boxes(
+    height: Tensor, width: Tensor, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), generator=None, clamp: bool = False
+) -> Tensor:
     """Boxes of random resized crops: image sizes (B,), (B,) -> (B, 4) as (top, left, height, width), in pixels.
 
     Area is uniform in `scale` (share of the image), aspect log-uniform in `ratio`; the first of ten draws that fits is
-    taken, otherwise the largest centred box of an allowed aspect (the rule of torchvision's RandomResizedCrop).
+    taken, otherwise the largest centred box of an allowed aspect (the rule of torchvision's RandomResizedCrop). With
+    `clamp`, the first draw is cut to the sides of the image, whatever its aspect is then (MAE's code, util/crop.py).
     """
     device, batch = height.device, len(height)
     draw = torch.rand(4, batch, 10, device=device, generator=generator)  # ten tries an image
@@ -25,6 +38,8 @@ def crop_boxes(height: Tensor, width: Tensor, scale=(0.08, 1.0), ratio=(3 / 4, 4
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + (high - low) * draw[1])
     h, w = (area / aspect).sqrt(), (area * aspect).sqrt()  # (B, 10)
+    if clamp:
+        h, w = torch.minimum(h, height[:, None]), torch.minimum(w, width[:, None])
     fits = (h <= height[:, None]) & (w <= width[:, None])
     first = fits.int().argmax(dim=1, keepdim=True)
     image_aspect = (width / height).clamp(*ratio)
@@ -37,24 +52,45 @@ def crop_boxes(height: Tensor, width: Tensor, scale=(0.08, 1.0), ratio=(3 / 4, 4
     return torch.stack([(height - h) * place[0], (width - w) * place[1], h, w], dim=1)
 
 
-def resize_matrix(start: Tensor, length: Tensor, source: int, target: int) -> Tensor:
-    """Bilinear resampling of one axis as a matrix: windows (B,), (B,) of `source` pixels -> (B, target, source).
+def triangle(distance: Tensor) -> Tensor:
+    """The kernel of bilinear interpolation: distances >= 0, in pixels -> weights."""
+    return (1 - distance).clamp_min(0)
 
-    Row i holds the weights of output pixel i. Windows that shrink are low-passed (the triangle grows with the step), as
+
+def cubic(distance: Tensor) -> Tensor:
+    """The kernel of bicubic interpolation with a = -1/2 (Keys 1981), Pillow's: distances >= 0, in pixels -> weights.
+
+    torch has a = -1/2 too where it takes a low-pass (`antialias`), else -3/4.
+    """
+    x = distance.clamp_max(2)
+    return torch.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2)
+
+
+KERNELS = {"bilinear": triangle, "bicubic": cubic}
+
+
+def resize_matrix(start: Tensor, length: Tensor, source: int, target: int, interpolation: str = "bilinear") -> Tensor:
+    """Resampling of one axis as a matrix: windows (B,), (B,) of `source` pixels -> (B, target, source).
+
+    Row i holds the weights of output pixel i. Windows that shrink are low-passed (the kernel grows with the step), as
     in Pillow. A negative length, with the start at the other end, flips.
     """
     step = (length / target)[:, None]  # (B, 1) source pixels an output pixel
     centre = start[:, None] + (torch.arange(target, device=start.device) + 0.5) * step  # (B, target)
     pixel = torch.arange(source, device=start.device) + 0.5
     distance = (pixel - centre[..., None]).abs() / step.abs().clamp_min(1)[..., None]  # (B, target, source)
-    weight = (1 - distance).clamp_min(0)
+    weight = KERNELS[interpolation](distance)
     return weight / weight.sum(dim=-1, keepdim=True)
 
 
-def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Apply a row matrix (B, h, H) and a column matrix (B, w, W) to images (B, C, H, W) -> (B, C, h, w)."""
+def resample(images: Tensor, rows: Tensor, columns: Tensor, most: float | None = None) -> Tensor:
+    """Apply a row matrix (B, h, H) and a column matrix (B, w, W) to images (B, C, H, W) -> (B, C, h, w).
+
+    With `most`, what the columns give is cut to 0 to `most` before the rows follow, as in Pillow: cubics overshoot.
+    """
     batch, channels, height, _ = images.shape
     x = torch.bmm(images.flatten(1, 2), columns.transpose(1, 2))  # (B, C * H, w)
+    x = x if most is None else x.clamp(0, most)
     # Two plain batched products: matmul with a broadcast axis is five times slower on CPUs.
     x = torch.bmm(rows.repeat_interleave(channels, dim=0), x.view(batch * channels, height, -1))
     return x.view(batch, channels, rows.shape[1], -1)
@@ -71,19 +107,22 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def random_resized_crop(
-    images: Tensor, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip: float = 0.5, generator=None
+    images: Tensor, size: int, crop=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip: float = 0.5, generator=None
 ) -> Tensor:
     """Each image with its own random crop and flip, the whole batch at once: uint8 (B, 3, H, W) -> float in [0, 1].
 
-    Bilinear, by two batched matrix products. `flip` is the probability of a mirror image.
+    `crop` is a Crop, or the least and largest share of the image. By two batched matrix products, bilinear unless it
+    says otherwise. `flip` is the probability of a mirror image.
     """
     batch, _, height, width = images.shape
+    *scale, interpolation, clamp = Crop(*crop)
+    kernel = interpolation or "bilinear"
     sides = (torch.full((batch,), float(side), device=images.device) for side in (height, width))
-    top, left, h, w = crop_boxes(*sides, scale, ratio, generator).unbind(dim=1)
+    top, left, h, w = crop_boxes(*sides, scale, ratio, generator, clamp).unbind(dim=1)
     flipped = torch.rand(batch, device=images.device, generator=generator) < flip
-    rows = resize_matrix(top, h, height, size)
-    columns = resize_matrix(torch.where(flipped, left + w, left), torch.where(flipped, -w, w), width, size)
-    return resample(images.float(), rows, columns / 255).clamp(0, 1)
+    rows = resize_matrix(top, h, height, size, kernel)
+    columns = resize_matrix(torch.where(flipped, left + w, left), torch.where(flipped, -w, w), width, size, kernel)
+    return resample(images.float(), rows, columns / 255, 1.0 if kernel == "bicubic" else None).clamp(0, 1)
 
 
 def padded_crop(images: Tensor, size: int, pad: int, flip: float = 0.5, generator=None) -> Tensor:

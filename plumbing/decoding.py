@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from plumbing.crops import crop_boxes
+from plumbing.crops import Crop, crop_boxes
 
 MAX_PIXELS = 178_956_970  # the default of --max-pixels; Pillow warns of more, and calls twice that an attack
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours: `open_picture` holds it, and says how to raise it
@@ -57,12 +57,15 @@ TURNS = {  # EXIF orientation: what makes the picture upright
 # --- from a file to pixels -------------------------------------------------------------------------------------------
 
 
-def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,), max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_image(path, size: int, crop=(0.08, 1.0), seeds=(None,), max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read one image file -> uint8 (V, 3, size, size): a random resized crop a seed, the centre square for None.
 
-    JPEG, PNG and WebP; grey, palette, CMYK, 16-bit and turned (EXIF) files come out as upright RGB. Bicubic.
+    JPEG, PNG and WebP; grey, palette, CMYK, 16-bit and turned (EXIF) files come out as upright RGB. `crop` is a `Crop`,
+    or the least and largest share of the image. Bicubic, unless it says otherwise.
     Raises what `open_picture` does.
     """
+    *scale, interpolation, clamp = Crop(*crop)
+    kernel = Image.Resampling[(interpolation or "bicubic").upper()]
     with open_picture(path, max_pixels) as image:
         turn = image.info["orientation"]
         width, height = image.size[::-1] if turn >= 5 else image.size  # from 5 on it lies on its side
@@ -73,7 +76,7 @@ def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,), max_pixels: 
                 boxes.append([(height - side) / 2, (width - side) / 2, side, side])
             else:
                 sides, generator = torch.tensor([[height], [width]]).float(), torch.Generator().manual_seed(seed)
-                boxes.append(crop_boxes(*sides, scale, generator=generator)[0].tolist())
+                boxes.append(crop_boxes(*sides, scale, generator=generator, clamp=clamp)[0].tolist())
         shrink = min(min(h, w) for _, _, h, w in boxes) / size
         if shrink >= 2:  # let the decoder of JPEG skip what the crops would throw away; others have no draft
             image.draft("RGB", (int(image.size[0] / shrink), int(image.size[1] / shrink)))
@@ -84,7 +87,7 @@ def decode_image(path, size: int, scale=(0.08, 1.0), seeds=(None,), max_pixels: 
     crops = []
     for top, left, h, w in boxes:
         box = (left * sx, top * sy, min((left + w) * sx, upright.width), min((top + h) * sy, upright.height))
-        crops.append(np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC, box=box)))
+        crops.append(np.asarray(upright.resize((size, size), kernel, box=box)))
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
 
 

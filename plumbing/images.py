@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plumbing.crops import mix_seed, padded_crop, random_resized_crop, resize
+from plumbing.crops import Crop, mix_seed, padded_crop, random_resized_crop, resize
 from plumbing.decoding import MAX_PIXELS, decode_image
 from plumbing.errors import UserError, reason_of
 from plumbing.processes import STOP_SIGNALS, rank, world_size
@@ -73,7 +73,8 @@ class MemoryImages:
     def train_batches(self, plan, size, crop=(0.08, 1.0), flip=0.5, views=1):
         """Augmented batches for a plan of (seed, indices): float (B, 3, size, size), or (B, V, 3, ...), and labels.
 
-        `crop`: least and largest share of the image in a resized crop, or how many pixels around it a padded one has.
+        `crop`: a `Crop`, or the least and largest share of the image that a resized crop keeps; or, as one number, the
+        pixels around a padded one.
         """
         cut = random_resized_crop if isinstance(crop, tuple) else padded_crop
         generator = torch.Generator(self.images.device)
@@ -164,7 +165,7 @@ class _Decoder(torch.utils.data.Dataset):
     paths: list
     labels: Tensor
     size: int
-    scale: tuple = (0.08, 1.0)
+    crop: tuple = Crop()
     views: int = 1
     max_pixels: int = MAX_PIXELS
 
@@ -175,7 +176,7 @@ class _Decoder(torch.utils.data.Dataset):
         index, seed, place = key
         seeds = [None if seed is None else mix_seed(seed, place, view) for view in range(self.views)]
         try:
-            return decode_image(self.paths[index], self.size, self.scale, seeds, self.max_pixels), self.labels[index]
+            return decode_image(self.paths[index], self.size, self.crop, seeds, self.max_pixels), self.labels[index]
         except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
             return f"{self.paths[index]} cannot be read as an image ({reason_of(error)}); mend or remove it"
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
+from plumbing.crops import Crop
 from plumbing.decoding import MAX_PIXELS
 from plumbing.errors import UserError, nearest, unknown
 from plumbing.files import plain
@@ -34,6 +35,7 @@ class TrainConfig:
     image_size: int = 224  # side of the crops, in pixels
     crop_min: float = 0.08  # smallest share of the image that a random resized crop keeps
     crop_pad: int = 0  # black pixels around an image that is cropped to its own size instead; images in memory alone
+    interpolation: Literal["", "bilinear", "bicubic"] = ""  # of crops; else bilinear in memory, bicubic from files
     flip: float = 0.5  # probability of a mirror image
     epochs: int = 100  # passes over the training images, or so many times epoch_steps
     epoch_steps: int = 0  # steps of an epoch, 0 for one pass; more of them take the images several times
@@ -79,15 +81,20 @@ class TrainConfig:
         check_least(self, base_lr=0, warmup_lr=0, weight_decay=0, clip=0)
         if not 0 < self.crop_min <= 1:
             raise UserError(f"--crop-min {self.crop_min} is not a share of the image; give more than 0, at most 1")
+        if self.interpolation and self.crop_pad:
+            self.refuse_padded(f"--interpolation {self.interpolation}")
         if not 0 <= self.flip <= 1:
             raise UserError(f"--flip {self.flip} is not a probability; give 0 to 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"--betas {self.betas} must both be at least 0 and less than 1")
 
+    def refuse_padded(self, given: str):
+        raise UserError(f"{given} is of resized crops, and --crop-pad {self.crop_pad} resizes none; give --crop-pad 0")
+
     @property
-    def crop(self) -> tuple[float, float] | int:
-        """What `train_batches` takes: the share of the image that a resized crop keeps, or the pixels around it."""
-        return self.crop_pad or (self.crop_min, 1.0)
+    def crop(self) -> Crop | int:
+        """What `train_batches` takes: how a resized crop is made, or the pixels around a padded one."""
+        return self.crop_pad or Crop(self.crop_min, interpolation=self.interpolation)
 
     def limit(self, steps: int):
         """Hold the run to --max-steps, where an epoch has so many `steps`; what counts epochs shrinks in proportion."""

@@ -37,7 +37,7 @@ CYCLES = ("last_step", "all_steps")  # of level I, in the exact derivative of a 
 SOME = 4  # cycles to look at, without --max-steps
 RATE = 0.5  # learning rates, of their peak: the middle of the cosine; those at a run's end are 0
 OF_THE_LOOP = ("batch_size", "base_lr", "betas", "weight_decay", "decay_on", "crop_min", "crop_pad", "flip")
-OF_THE_LOOP += ("epoch_steps", "seed")
+OF_THE_LOOP += ("interpolation", "epoch_steps", "seed")
 
 
 def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from plumbing.crops import Crop
 from plumbing.errors import UserError
 from plumbing.processes import note, world_size
 from plumbing.settings import TrainConfig, check_batch, check_positive, in_proportion
@@ -37,6 +38,7 @@ class Config(TrainConfig):
     k: int = 10  # knn: number of neighbours
     metric: Literal["euclidean", "cosine"] = "euclidean"  # knn: euclidean is MAGMA's
     vote: Literal["one", "distance"] = "one"  # knn: what a neighbour's vote weighs, 1 or 1 / distance (MAGMA's code)
+    crop_clamp: bool = False  # crops: cut a box that does not fit, as MAE's linear probe does, instead of a new draw
     cache: bool = True  # linear: encode whole images once, rather than crops and flips in each epoch
     base_lrs: tuple[float, ...] = ()  # linear: one head for each base learning rate, instead of --base-lr
     optimizer: Literal["sgd", "lars", "adamw"] = "adamw"  # of all that train
@@ -46,6 +48,7 @@ class Config(TrainConfig):
     dropout: float = 0.0  # of the head of tran1 and tran4
     layer_decay: float = 1.0  # finetune: factor of the learning rate from a layer to the one below
     drop_path: float = 0.0  # finetune: rate of stochastic depth in the last block
+    positions: Literal["fixed", "learned"] = "fixed"  # finetune: those of a ViT, learned too as in MAE's code
     smoothing: float = 0.0  # all that train: label smoothing
     mixup: float = 0.0  # tran1, tran4, finetune: alpha of mixup, 0 for off
     cutmix: float = 0.0  # tran1, tran4, finetune: alpha of cutmix, 0 for off
@@ -64,6 +67,13 @@ class Config(TrainConfig):
                 self.refuse(field, f"0 to {most}")
         if not all(0 < rate < math.inf for rate in self.base_lrs):
             self.refuse("base_lrs", "more than 0")
+        if self.crop_clamp and self.crop_pad:
+            self.refuse_padded("--crop-clamp")
+
+    @property
+    def crop(self) -> Crop | int:
+        found = super().crop
+        return found if self.crop_pad else found._replace(clamp=self.crop_clamp)
 
     def refuse(self, field: str, expected: str):
         raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)} makes no sense; give {expected}")

@@ -1,5 +1,7 @@
 """Images in files and in memory: batches, and which images a step loads."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,12 @@ from make import fit_magma, generator, seeds, shapes, write_folders
 from PIL import Image
 
 import plumbing.images
-from plumbing.crops import padded_crop, random_resized_crop
+from plumbing.crops import Crop, crop_boxes, mix_seed, padded_crop, random_resized_crop
 from plumbing.datasets import load_data
 from plumbing.errors import UserError
 from plumbing.images import BatchPlan, MemoryImages, shuffled
 from plumbing.settings import TrainConfig
+from protocols.settings import Config
 
 # --- batches ---------------------------------------------------------------------------------------------------------
 
@@ -51,6 +54,39 @@ def test_padded_crops_are_for_images_in_memory(tmp_path):
     with pytest.raises(UserError, match="--crop-pad 2 is for images of one size in memory, not for files; give 0"):
         fit_magma(tmp_path / "run", "--crop-pad", "2", data=load_data(str(tmp_path / "data")))
     assert not (tmp_path / "run").exists()
+
+
+def test_crops_of_memory_and_of_files_are_made_as_the_settings_say(tmp_path):
+    """--interpolation and --crop-clamp; from files bicubic is the default, in memory bilinear."""
+    data, crop = shapes(6, 8), Config(image_size=8, crop_min=0.5, interpolation="bicubic", crop_clamp=True).crop
+    ((images, _),) = data.train_batches([(3, [4, 1])], 8, crop, flip=0.0)
+    expected = Crop(0.5, 1.0, "bicubic", True)
+    assert torch.equal(images, random_resized_crop(data.images[[4, 1]], 8, expected, flip=0.0, generator=generator(3)))
+
+    write_folders(tmp_path, train=2)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
+    for path in tmp_path.rglob("*.png"):
+        picture.save(path)
+    data, sides = load_data(str(tmp_path)), torch.tensor([[20.0], [60.0]])
+    ways = {"": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    for (name, kernel), clamp in itertools.product(ways.items(), (False, True)):
+        crop = Config(image_size=8, crop_min=0.5, interpolation=name, crop_clamp=clamp).crop
+        ((images, _),) = data.train_batches(iter([(7, [0])]), 8, crop, flip=0.0)
+        boxes = crop_boxes(*sides, (0.5, 1.0), generator=generator(mix_seed(7, 0, 0)), clamp=clamp)
+        top, left, h, w = boxes[0].tolist()
+        theirs = picture.resize((8, 8), kernel, box=(left, top, min(left + w, 60), min(top + h, 20)))
+        assert np.array_equal((images[0] * 255).round().byte().permute(1, 2, 0), np.array(theirs)), (name, clamp)
+
+
+def test_padded_crops_are_not_resized_so_they_have_no_interpolation():
+    for settings, style in (
+        (TrainConfig, {"interpolation": "bicubic"}),
+        (Config, {"interpolation": "bilinear"}),
+        (Config, {"crop_clamp": True}),
+    ):
+        name = next(iter(style)).replace("_", "-")
+        with pytest.raises(UserError, match=f"--{name}.* is of resized crops, and --crop-pad 4 .*; give --crop-pad 0"):
+            settings(image_size=8, crop_pad=4, **style)
 
 
 def test_each_image_of_a_folder_batch_has_a_crop_of_its_own(tmp_path):

@@ -873,10 +873,8 @@ def test_recipes_are_tables_11_and_12():
         assert (config.head_lr * 128 / 256, config.mask_lr * 128 / 256) == (1e-3, 1e-3)
         assert (config.unrolling, config.validation, config.level1_data) == (2, 0.2, "train")
         assert (config.crop_pad, config.flip) == (4, 0.5)
-    assert (read("--data", "cifar10", "--model", "vit_micro").crop, read("--data", "imagenet").crop_pad) == (
-        (0.5, 1.0),
-        0,
-    )
+    crops = read("--data", "cifar10", "--model", "vit_micro").crop[:2], read("--data", "imagenet").crop_pad
+    assert crops == ((0.5, 1.0), 0)
 
 
 def test_optimiser_has_groups_of_its_own_for_every_level():

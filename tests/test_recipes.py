@@ -6,6 +6,7 @@ import math
 import pytest
 
 from plumbing.errors import UserError
+from plumbing.run_files import LATER
 from plumbing.settings import field_comments
 from protocols.settings import Config, result_names, settings_of
 
@@ -29,6 +30,15 @@ def test_linear_recipes_are_those_of_the_papers():
     check(recipe("linear", "mae"), optimizer="lars", batch_size=16384, momentum=0.9, pool="cls", **shared)
     for name, cached in (("magma", True), ("finola", False), ("mae", False)):
         check(recipe("linear", name), cache=cached, crop_min=0.08, flip=0.5, randaugment=0.0, smoothing=0.0)
+
+
+def test_what_maes_code_does_besides_is_off_unless_asked_for():
+    """So that runs from before these settings go on: LATER has the value that they had."""
+    config, off = recipe("linear", "mae"), {"crop_clamp": False, "interpolation": "", "positions": "fixed"}
+    check(config, **off)
+    assert {name: LATER[name] for name in off} == off
+    assert recipe("linear", "mae", crop_clamp=True, interpolation="bicubic").crop == (0.08, 1.0, "bicubic", True)
+    assert config.crop == (0.08, 1.0, "", False)
 
 
 @pytest.mark.parametrize("protocol", ["tran1", "tran4"])
