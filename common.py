@@ -4,8 +4,7 @@ Axis letters of shape comments; a file with letters of its own names them:
     B batch   V views   C channels   H W height, width   N patches   M visible ones   D width of a token
     P values of a patch (p p C)   d width of a head, of a decoder, or of Mobile-Former's tokens
 
-Five sections, each to be read alone: patches, `ViT`, `MobileFormer`, `MaskedAutoencoder` (the baseline of four papers),
-and the loop, `fit`.
+Five sections, each to be read alone: patches, `ViT`, `MobileFormer`, `MaskedAutoencoder`, and the loop, `fit`.
 
 Images are float tensors in [0, 1] everywhere. The encoder normalises them itself, with the mean and standard deviation
 that it carries, so that nobody who lifts it out can forget to. What a run needs besides, data, flags, run folders and
@@ -152,10 +151,9 @@ def initialize(module: nn.Module):
 class ViT(Encoder):
     """Vision transformer: linear patches, fixed 2-D sine-cosine positions, CLS token, pre-norm blocks, a final norm.
 
-    Images are (B, 3, H, W) in [0, 1]; `mean` and `std` normalise them. Parameter names are those of timm's
-    VisionTransformer, so weights move over by name (`plumbing.encoders.to_timm`).
-    `image_size` is a side or (height, width); `pool` says what `forward` returns: the mean of the patch tokens ("mean")
-    or the CLS token ("cls"), both after the final norm.
+    Images are (B, 3, H, W) in [0, 1]; `mean` and `std` normalise them. `image_size` is a side or (height, width).
+    `pool` says what `forward` returns: the mean of the patch tokens ("mean") or the CLS token ("cls"), after the norm.
+    Parameters have timm's names (`plumbing.encoders.to_timm`). `learned_positions`, of patches alone, start as timm's.
     """
 
     def __init__(
@@ -169,6 +167,7 @@ class ViT(Encoder):
         pool: str = "mean",
         mean: tuple = (0.0, 0.0, 0.0),
         std: tuple = (1.0, 1.0, 1.0),
+        learned_positions: bool = False,
     ):
         fields = {"image_size": image_size, "patch": patch, "dim": dim, "depth": depth, "heads": heads}
         super().__init__(mean, std, **fields, mlp_ratio=mlp_ratio, pool=pool)
@@ -180,8 +179,7 @@ class ViT(Encoder):
             raise UserError(f"image size {height} x {width} is not a multiple of the patch size {patch}")
         if pool not in ("mean", "cls"):
             raise UserError(f"unknown pool {pool!r}; choose 'mean' or 'cls'")
-        self.patch, self.dim, self.pool = patch, dim, pool
-        self.grid = (height // patch, width // patch)
+        self.patch, self.dim, self.pool, self.grid = patch, dim, pool, (height // patch, width // patch)
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(3 * patch * patch, dim)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
@@ -189,6 +187,9 @@ class ViT(Encoder):
         self.register_buffer("positions", sincos_positions(*self.grid, dim), persistent=False)
         self.apply(initialize)
         nn.init.normal_(self.cls_token, std=0.02)
+        if learned_positions:
+            self.fields["learned_positions"] = True  # files of fixed ones stay as they always were
+            self.positions = nn.Parameter(nn.init.trunc_normal_(self.positions, std=0.02))  # (N, D)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> patch tokens with positions (B, N, D), without the CLS token."""
@@ -451,8 +452,7 @@ class Reconstruction(typing.NamedTuple):
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each patch with zero mean and unit (unbiased) variance, and that mean and standard deviation (B, N, 1)."""
-    mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
-    std = (variance + 1e-6).sqrt()
+    mean, std = patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     return (patches - mean) / std, mean, std
 
 
@@ -574,8 +574,8 @@ def gradient_if(wanted):
 
 
 def decays(name: str, parameter: Tensor, on: str = "matrices") -> bool:
-    """Whether weight decay acts on a parameter: on matrices; on "tokens" too; on "all", biases and norms too."""
-    spared = ("bias",) if on == "tokens" else ("token", "tokens", "bias")
+    """Whether weight decay acts on a parameter: on matrices; on "tokens", positions too; on "all", biases and norms."""
+    spared = ("bias",) if on == "tokens" else ("token", "tokens", "positions", "bias")
     return on == "all" or (parameter.ndim >= 2 and not name.endswith(spared))
 
 

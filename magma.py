@@ -213,6 +213,7 @@ class Config(TrainConfig):
     model: ViTSize = "vit_base"  # size of the encoder
     heads: int = 0  # attention heads of the encoder, 0 for those of its size (the paper's code has 12 in vit_tiny)
     patch: int = 16  # side of a patch, in pixels
+    positions: Literal["fixed", "learned"] = "fixed"  # of the encoder; the code's SimCLR and VICReg learn them
     pool: Literal["cls", "mean"] = "cls"  # what is probed: the CLS token (the paper), or the mean of the patch tokens
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder
@@ -312,7 +313,8 @@ class Magma(Method):
     def __init__(self, config: Config, data):
         super().__init__()
         size = VIT_SIZES[config.model] | ({"heads": config.heads} if config.heads else {})
-        vit = ViT(config.image_size, config.patch, **size, pool=config.pool, mean=data.mean, std=data.std)
+        size |= {"pool": config.pool, "learned_positions": config.positions == "learned"}
+        vit = ViT(config.image_size, config.patch, **size, mean=data.mean, std=data.std)
         if config.ssl == "mae":
             decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads)
             self.autoencoder = MaskedAutoencoder(vit, *decoder, config.mask_ratio, config.norm_pixels)

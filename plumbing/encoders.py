@@ -149,6 +149,8 @@ def load_encoder(path, image_size: int = 0) -> nn.Module:
     sides = height_and_width(size) if size else None
     changes = {"image_size": size} if sides and "image_size" in fields else {}
     try:
+        if sides and fields.get("learned_positions") and sides != height_and_width(fields["image_size"]):
+            raise UserError(f"{path} has learned positions, none for {size}; they are of {fields['image_size']} pixels")
         encoder = build(Encoder.kinds[state["kind"]], fields | changes, path.stat().st_size)
         encoder.load_state_dict(weights)
     except UserError as error:
@@ -208,14 +210,15 @@ def check_encoder(path):
 def to_timm(encoder: nn.Module) -> dict:
     """The weights of a `ViT` as timm's VisionTransformer names and lays them out: {name: tensor}.
 
-    Patches become a convolution, and the fixed positions get one of zeros for the CLS token. timm's module must have
-    the same width, depth and heads, and wants images that are normalised already (`encoder.normalize`).
+    Patches become a convolution, and the positions, fixed or learned, get one of zeros for the CLS token. timm's module
+    must have the same width, depth and heads, and wants images that are normalised already (`encoder.normalize`).
     """
-    weights = encoder.state_dict()
+    weights, positions = encoder.state_dict(), encoder.positions.detach()
+    weights.pop("positions", None)  # there where they are learned
     weights["patch_embed.proj.weight"] = rearrange(
         weights["patch_embed.proj.weight"], "d (p q c) -> d c p q", p=encoder.patch, c=3
     )
-    weights["pos_embed"] = torch.cat([torch.zeros_like(encoder.positions[:1]), encoder.positions])[None]
+    weights["pos_embed"] = torch.cat([torch.zeros_like(positions[:1]), positions])[None]
     return weights
 
 

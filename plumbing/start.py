@@ -27,8 +27,8 @@ def start_from(method: nn.Module, config, sizes: dict | None = None) -> str:
 
     The encoder must fit. Of the rest (the decoder, a head, FINOLA's matrices) each part goes along that fits as a
     whole, the others start anew. The encoder takes the mean and deviation that go with its weights. It keeps its own
-    positions: these are fixed, so that for another size of images they are computed, not stretched. `sizes` are the
-    networks that --model names: {name: {"dim": ..., "depth": ..., "heads": ...}}. What happened is in `config.told`.
+    positions where these are fixed, so that for another size of images they are computed, not stretched. `sizes` are
+    the networks of --model: {name: {"dim": ..., "depth": ..., "heads": ...}}. What happened is in `config.told`.
     Raises UserError, before anything is changed, where the file cannot be read or does not fit.
     """
     if not config.start:
@@ -41,10 +41,13 @@ def start_from(method: nn.Module, config, sizes: dict | None = None) -> str:
     prefix = next(name for name, module in method.named_modules() if module is encoder) + "."
     given = read_start(path, encoder, prefix)
     refuse_other_size(path, encoder, given, config, sizes or {})
+    learned = "positions" in encoder.state_dict()
+    if learned and given.positions is not None:
+        given = with_learned_positions(given)
     if reason := misfit(encoder.state_dict(), given.encoder):
         raise UserError(f"--start {path} does not fit this {type(encoder).__name__}: {reason}")
     side = given.fields.get("image_size", encoder.image_sides)
-    if given.positions is not None:
+    if given.positions is not None and not learned:
         cells = cells_of(given.positions.get("pos_embed"), encoder.positions, encoder.grid)
         if not cells:
             raise UserError(
@@ -144,6 +147,7 @@ def encoder_fields(path: Path, state: dict) -> dict:
 
 SIZE_WORDS = {"dim": "width {}", "depth": "{} blocks", "patch": "patch {}", "heads": "{} heads"}
 NO_PLACE = {  # parts of a name, of networks that are no plain transformers, and what these are
+    "positions": "learned ones, of --positions learned",
     "fc_norm": "a norm behind the mean, of fine-tuning",
     "dist": "a distillation token",
     "reg_token": "register tokens",
@@ -183,7 +187,7 @@ def misfit(own: dict, given: dict) -> str:
         return f"it has {printable(str(name))[:80]}{what}, for which there is no place"
     for name, value in own.items():
         if name not in given:
-            return f"it lacks {name}"
+            return f"it lacks {name}" + (", its own are fixed; give --positions fixed" if name == "positions" else "")
         x = given[name]
         if not isinstance(x, Tensor) or x.shape != value.shape:
             shape = f"of {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -211,6 +215,19 @@ def cells_of(given, own: Tensor, grid: tuple) -> tuple:
     error = (theirs - ours.to(theirs.device)[: cells[0], : cells[1]]).abs().max()
     limit = 0.01  # what bfloat16 makes of them; learned ones are off by about 1
     return cells if error <= limit and given[0, 0].abs().max() <= limit else ()
+
+
+def with_learned_positions(given: Start) -> Start:
+    """A release for an encoder that learns its positions: pos_embed (1, 1 + N, D) among the encoder's weights.
+
+    The first of them is added to the CLS token, where it always stands. Left as it is where these are no such tensors.
+    """
+    table, cls = given.positions.get("pos_embed"), given.encoder.get("cls_token")
+    if not is_sound(table) or not is_sound(cls) or table.ndim != 3 or table[:, :1].shape != cls.shape:
+        return given
+    rest = {name: x for name, x in given.positions.items() if name != "pos_embed"}
+    encoder = given.encoder | {"positions": table[0, 1:], "cls_token": cls + table[:, :1]}
+    return given._replace(encoder=encoder, positions=rest)
 
 
 def fitting_parts(method: nn.Module, prefix: str, given: Start) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import Method, fit, gradient_if
+from common import Method, ViT, fit, gradient_if
 from plumbing.errors import UserError, reason_of
 from plumbing.files import load_checkpoint
 from plumbing.probes import features_of, labelled, pooled_features
@@ -156,7 +156,9 @@ def train_classifier(protocol: str, subject: Subject, config: Config) -> dict:
     head = make_head(kind, subject.encoder.dim, classes, config, std, width_of(subject.encoder))
     if protocol == "finetune" and kind != "linear":
         start_from_probe(head, kind, subject, config)
-    method = Classifier(protocol, copy.deepcopy(subject.encoder), head, classes, config).to(subject.device)
+    learned = protocol == "finetune" and config.positions == "learned"
+    encoder = learn_positions(subject.encoder) if learned else copy.deepcopy(subject.encoder)
+    method = Classifier(protocol, encoder, head, classes, config).to(subject.device)
     # What the training does not depend on must not keep it from being resumed.
     fields = {name: getattr(Config, name) for name in OUTSIDE} | {"out": str(folder_of(protocol, subject, config))}
     moved, config = config.moved, dataclasses.replace(config, protocol=(protocol,), **fields)
@@ -165,6 +167,15 @@ def train_classifier(protocol: str, subject: Subject, config: Config) -> dict:
     method.eval()
     result = on_rank_zero(lambda: method.probe(None, subject.train, subject.test, config))
     return note_diverged({name.replace("accuracy", protocol): value for name, value in result.items()})
+
+
+def learn_positions(encoder: nn.Module) -> ViT:
+    """A transformer of the same weights that learns its positions too, from where they are (MAE's code)."""
+    if not isinstance(encoder, ViT):
+        raise UserError(f"--positions learned is for a ViT, this encoder is a {type(encoder).__name__}; leave it out")
+    found = ViT(**encoder.fields | {"learned_positions": True})
+    found.load_state_dict(encoder.state_dict() | {"positions": encoder.positions.detach()})
+    return found.train(encoder.training)
 
 
 def start_from_probe(head: nn.Module, kind: str, subject: Subject, config: Config):

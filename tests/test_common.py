@@ -20,6 +20,7 @@ from common import (
     Stepper,
     ViT,
     attend,
+    decays,
     fit,
     gradient_if,
     learning_rate,
@@ -337,6 +338,30 @@ def test_decay_may_act_on_tokens_or_on_all(on, decayed):
     shapes = [(3, 12), (1, 1, 3), (3,)]  # weight, token, bias
     assert {tuple(p.shape) for p in decaying["params"]} == set(shapes[:decayed])
     assert {tuple(p.shape) for p in plain["params"]} == set(shapes[decayed:])
+
+
+@pytest.mark.parametrize("on", ["matrices", "tokens", "all"])
+def test_learned_positions_decay_as_tokens_do(on):
+    encoder = vit(learned_positions=True)
+    found = {name: decays(name, p, on) for name, p in encoder.named_parameters()}
+    assert found["positions"] == found["cls_token"] == (on != "matrices")
+
+
+def test_learned_positions_start_as_timms_and_change_no_other_weight():
+    """A truncated normal of deviation 0.02; all other weights are drawn as without them."""
+    encoder, plain = vit(image_size=32, learned_positions=True), vit(image_size=32)
+    assert isinstance(encoder.positions, torch.nn.Parameter) and encoder.positions.shape == plain.positions.shape
+    values = encoder.positions.detach()
+    assert float(values.std()) == pytest.approx(0.02, rel=0.1) and abs(float(values.mean())) < 0.002
+    torch.testing.assert_close(
+        dict(plain.named_parameters()),
+        {name: p for name, p in encoder.named_parameters() if name != "positions"},
+        rtol=0,
+        atol=0,
+    )
+    assert "learned_positions" not in plain.fields  # so files of these are as they always were
+    gradient = torch.autograd.grad(encoder(rand(2, 3, 32, 32)).sum(), encoder.positions)[0]
+    assert (gradient.norm(dim=1) > 0).all()
 
 
 def test_update_accumulates_the_gradient_of_the_whole_batch():

@@ -433,6 +433,16 @@ def test_a_file_cannot_ask_for_more_weights_than_it_has_bytes(field, value, tmp_
     assert len(drawn.call_args_list) < 200
 
 
+def test_learned_positions_are_saved_and_have_one_size_of_images(tmp_path):
+    encoder, images, path = vit(learned_positions=True, **STATISTICS), rand(2, 3, 8, 8), tmp_path / "encoder.pt"
+    save_encoder(encoder, path)
+    check_encoder(path)
+    assert torch.equal(load_encoder(path)(images), encoder(images))
+    assert torch.equal(load_encoder(path, image_size=8)(images), encoder(images))
+    with pytest.raises(UserError, match="has learned positions, none for 16; they are of 8 pixels"):
+        load_encoder(path, image_size=16)
+
+
 # --- timm's names ----------------------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,13 @@ def test_the_weights_have_timms_names_and_shapes_and_nothing_else(shape):
     assert len({value.untyped_storage().data_ptr() for value in weights.values()}) == len(weights)
 
 
+def test_learned_positions_are_exported_by_timms_name_alone():
+    encoder = vit(learned_positions=True)
+    weights, fixed = timm_weights(encoder), timm_weights(vit())
+    assert weights.keys() == fixed.keys() and not any(x.requires_grad for x in weights.values())
+    assert torch.equal(weights["pos_embed"][0, 1:], encoder.positions) and not weights["pos_embed"][0, 0].any()
+
+
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_independent_forward_of_the_weights_is_the_encoder(shape, pool):

@@ -310,6 +310,18 @@ def test_gradients_pass_gradcheck(name, seed):
     assert torch.autograd.gradcheck(functions[name], (y, x), atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("ssl", ["mae", "simclr"])
+def test_positions_are_learned_where_the_settings_say(ssl):
+    """As those of SimCLR's and VICReg's encoder in the code; its matrices decay, they do not."""
+    assert "positions" not in dict(tiny_magma(ssl=ssl).encoder.named_parameters())
+    method = tiny_magma(ssl=ssl, positions="learned", weight_decay=0.3)
+    positions = method.encoder.positions
+    run(method)["loss"].backward()
+    assert positions.grad.norm() > 0
+    groups = method.optimizer(method.config).param_groups
+    assert [group["weight_decay"] for group in groups if any(p is positions for p in group["params"])] == [0.0]
+
+
 # --- views -----------------------------------------------------------------------------------------------------------
 
 STILL = dict.fromkeys(magma.JITTER["simclr"], 0.0)

@@ -188,6 +188,28 @@ def test_a_decoder_of_another_depth_or_with_learned_positions_starts_anew(tmp_pa
         assert "encoder taken over; decoder starts anew" in config.told[0]
 
 
+def test_timms_learned_positions_start_an_encoder_that_learns_them_and_no_other(tmp_path):
+    """The features are those of an independent forward, that of the CLS token's position among them."""
+    state = released(**SMALL | {"decoder": None}) | {"pos_embed": rand(1, 17, 32, seed=3)}
+    torch.save(state, tmp_path / "timm.pth")
+    method, config = torch.nn.Module(), config_for(tmp_path / "timm.pth")
+    method.encoder = common.ViT(16, 4, 32, 2, 4, learned_positions=True)
+    start_from(method, config)
+    images = rand(2, 3, 16, 16)
+    expected = reference.timm_features(state, method.encoder.normalize(images), 4, "avg")
+    torch.testing.assert_close(method.encoder(images), expected)
+
+    fixed = torch.nn.Module()
+    fixed.encoder = common.ViT(16, 4, 32, 2, 4)
+    for source, target, message in (
+        (method, fixed, r"it has positions \(learned ones, of --positions learned\), for which there is no place"),
+        (fixed, method, "it lacks positions, its own are fixed; give --positions fixed"),
+    ):
+        save_encoder(source.encoder, tmp_path / "encoder.pt")
+        with pytest.raises(UserError, match=message):
+            start_from(target, config_for(tmp_path / "encoder.pt"))
+
+
 def test_settings_of_maes_training_beside_the_weights_are_read_and_run_nothing(tmp_path):
     """Its checkpoints hold an argparse.Namespace, which weights_only alone refuses."""
     state = {"model": released(**SMALL), "args": argparse.Namespace(lr=1e-3, names=["a"]), "epoch": 3}

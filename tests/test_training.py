@@ -13,7 +13,7 @@ from plumbing.files import load_checkpoint
 from plumbing.run_files import read_log
 from protocols import heads, training
 from protocols.heads import LinearHeads, TransformerHead
-from protocols.training import Classifier, applies, run_protocol
+from protocols.training import Classifier, applies, learn_positions, run_protocol
 
 
 @pytest.mark.parametrize("kind", ["vit", "map"])
@@ -183,6 +183,18 @@ def test_finetuning_learns_and_logs_its_test_accuracy(tmp_path):
     assert log[-1]["accuracy"] == found["finetune"]
     encoder = load_encoder(tmp_path / "finetune-stripes" / "encoder.pt")  # can be evaluated in turn
     assert encoder.fields["pool"] == "mean"
+
+
+def test_finetuning_learns_positions_from_where_they_are(tmp_path):
+    """As MAE's code."""
+    encoder, images = vit(depth=3, pool="cls"), rand(2, 3, 8, 8)
+    assert torch.equal(learn_positions(encoder)(images), encoder(images))
+    config = settings_for("finetune", tmp_path, positions="learned", **QUICK)
+    assert run_protocol("finetune", subject_of(encoder), config)["finetune"] > 30
+    found = load_encoder(tmp_path / "finetune-stripes" / "encoder.pt").positions
+    assert 0 < (found - encoder.positions).abs().max() < 0.1
+    with pytest.raises(UserError, match="--positions learned is for a ViT, this encoder is a MapEncoder; leave it out"):
+        learn_positions(MapEncoder())
 
 
 def test_a_run_is_told_by_what_it_starts_from_and_goes_on_whatever_else_is_asked(tmp_path):
