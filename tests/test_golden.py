@@ -451,6 +451,7 @@ def test_one_patch_less_is_masked_where_the_official_count_is_rounded_up():
         ours, theirs = common.mask_from_noise(noise, ratio), common.mask_from_noise(noise, official / patches)
         assert official == official_count(patches, ratio) == theirs.sum()
         assert not (ours & ~theirs).any()
+        assert common.mask_from_noise(noise, round(official / patches, 3)).sum() == official  # as one can type it
         apart[patches, ratio] = int(theirs.sum() - ours.sum())
     one = {(16, 0.2), (16, 0.4), (16, 0.9), (196, 0.2), (196, 0.4), (196, 0.9)}
     assert apart == {case: int(case in one) for case in MASKS}

@@ -42,7 +42,10 @@ MEASURED = [  # (heading, flags, cosine, length)
 
 @functools.cache
 def gradient(title, flags=""):
-    """Of a loss by the encoder's weights: 16 pictures, the laptop recipe untrained, seed 0, float32."""
+    """Of a loss by the encoder's weights, without positions: 16 pictures, the laptop recipe untrained, seed 0, float32.
+
+    Of two views the second is the mirror image.
+    """
     name, loss = METHODS[title]
     module = importlib.import_module(name)
     config = read_flags(module.Config, module.RECIPES, flags.split())
@@ -51,15 +54,15 @@ def gradient(title, flags=""):
     method.start_epoch(getattr(config, "e_st", 0))
     images = make.shapes(16, config.image_size).images.float() / 255
     torch.manual_seed(1)
-    out = method(images)
-    weights = [p for p in method.encoder.parameters() if p.requires_grad]
+    out = method(images if method.views == 1 else torch.stack([images, images.flip(-1)], dim=1))
+    weights = [p for name, p in method.encoder.named_parameters() if p.requires_grad and name != "positions"]
     found = torch.autograd.grad(out[loss] if loss else out, weights, allow_unused=True, materialize_grads=True)
     return torch.cat([g.flatten() for g in found])
 
 
 def beside_the_default(title, flags):
-    """(cosine with the gradient of the default, how many times as long)."""
-    ours, other = gradient(title), gradient(title, flags)
+    """(cosine with the gradient of the default, of the same --ssl; how many times as long)."""
+    ours, other = gradient(title, " ".join(re.findall(r"--ssl \w+", flags))), gradient(title, flags)
     return float(F.cosine_similarity(ours, other, dim=0)), float(other.norm() / ours.norm())
 
 
