@@ -2128,6 +2128,70 @@ protocols/finola_figures.py tests/test_finola_figures.py::test_what_the_analysis
 protocols/finola_figures.py tests/test_finola_figures.py::test_the_table_has_means_of_psnr_and_medians_of_the_rest
 - 100 * float(found[name].mean())
 + 100 * float(found[name].median())
+
+plumbing/crops.py tests/test_crops.py::test_bicubic_crops_are_those_of_pillow_and_of_torch
+- (1.5 * x - 2.5) * x**2 + 1
++ (1.25 * x - 2.25) * x**2 + 1
+
+plumbing/crops.py tests/test_crops.py::test_bicubic_crops_are_those_of_pillow_and_of_torch
+- x = x if most is None else x.clamp(0, most)
++ x = x
+
+plumbing/crops.py tests/test_crops.py::test_boxes_that_are_cut_keep_more_of_the_image
+- h, w = torch.minimum(h, height[:, None]), torch.minimum(w, width[:, None])
++ h, w = torch.minimum(h, height[:, None]), w
+
+plumbing/crops.py tests/test_images.py::test_crops_of_memory_and_of_files_are_made_as_the_settings_say
+- crop_boxes(*sides, scale, ratio, generator, clamp)
++ crop_boxes(*sides, scale, ratio, generator)
+
+plumbing/decoding.py tests/test_images.py::test_crops_of_memory_and_of_files_are_made_as_the_settings_say
+- (interpolation or "bicubic")
++ (interpolation or "bilinear")
+
+plumbing/images.py tests/test_images.py::test_crops_of_memory_and_of_files_are_made_as_the_settings_say
+- decode_image(self.paths[index], self.size, self.crop,
++ decode_image(self.paths[index], self.size, self.crop[:2],
+
+plumbing/settings.py tests/test_images.py::test_padded_crops_are_not_resized_so_they_have_no_interpolation
+- if self.interpolation and self.crop_pad:
++ if False:
+
+protocols/settings.py tests/test_recipes.py::test_what_maes_code_does_besides_is_off_unless_asked_for
+- found._replace(clamp=self.crop_clamp)
++ found
+
+plumbing/run_files.py tests/test_old_runs.py::test_a_checkpoint_has_the_parts_that_it_always_had
+- "crop_clamp": False, "positions": "fixed"}
++ "crop_clamp": False}
+
+common.py tests/test_common.py::test_learned_positions_decay_as_tokens_do
+- ("token", "tokens", "positions", "bias")
++ ("token", "tokens", "bias")
+
+common.py tests/test_common.py::test_learned_positions_start_as_timms_and_change_no_other_weight
+- nn.Parameter(nn.init.trunc_normal_(self.positions, std=0.02))
++ nn.Parameter(self.positions)
+
+common.py tests/test_encoders.py::test_learned_positions_are_saved_and_have_one_size_of_images
+- self.fields["learned_positions"] = True
++ pass
+
+magma.py tests/test_magma.py::test_positions_are_learned_where_the_settings_say
+- "learned_positions": config.positions == "learned"}
++ "learned_positions": False}
+
+plumbing/encoders.py tests/test_export.py::test_learned_positions_are_exported_by_timms_name_alone
+- weights.pop("positions", None)
++ pass
+
+plumbing/start.py tests/test_start.py::test_timms_learned_positions_start_an_encoder_that_learns_them_and_no_other
+- "cls_token": cls + table[:, :1]}
++ "cls_token": cls}
+
+protocols/training.py tests/test_training.py::test_finetuning_learns_positions_from_where_they_are
+- encoder.state_dict() | {"positions": encoder.positions.detach()}
++ encoder.state_dict() | {"positions": found.positions.detach()}
 """
 
 
