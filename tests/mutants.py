@@ -2161,7 +2161,7 @@ protocols/settings.py tests/test_recipes.py::test_what_maes_code_does_besides_is
 - found._replace(clamp=self.crop_clamp)
 + found
 
-plumbing/run_files.py tests/test_old_runs.py::test_a_checkpoint_has_the_parts_that_it_always_had
+plumbing/run_files.py tests/test_recipes.py::test_what_maes_code_does_besides_is_off_unless_asked_for
 - "crop_clamp": False, "positions": "fixed"}
 + "crop_clamp": False}
 
