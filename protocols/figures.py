@@ -1,5 +1,6 @@
 """Pictures of a run: what its method makes of images, where its encoder looks, how its features lie, how it learned."""
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from plumbing.curves import layer_map, learning_curves, panels
 from plumbing.errors import UserError, printable
 from plumbing.files import write_atomically
 from plumbing.pictures import save_pictures
+from plumbing.probes import unfit
 from plumbing.processes import autocast
 from plumbing.run_files import data_name, read_log
 from protocols.rows import Subject, method_of
 from protocols.settings import Config
+from protocols.tsne import tsne
 
 
 def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
@@ -60,7 +63,15 @@ def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Confi
         notes.append("attention and keys are drawn for transformers alone")
 
     features, labels = subject.features("test", config)
-    album.chart("features", feature_map(features, labels, subject.test.classes, f"{album.title}: test features"))
+    if reason := unfit(test=features):
+        notes.append(f"no map of the features: {reason}")
+    else:
+        heading, classes = f"{album.title}: test features", subject.test.classes
+        album.chart("features", feature_map(features, labels, classes, heading))
+        if config.map == "tsne":
+            heading += f" by t-SNE, perplexity {config.perplexity:g}"
+            place = functools.partial(tsne, seed=config.seed, perplexity=config.perplexity)
+            album.chart("tsne", feature_map(features, labels, classes, heading, place, MOST))
     title = f"{name} on {data_name(known.get('data', ''))}"  # what it was trained on
     _, log = read_log(run_folder / "log.jsonl")
     curves = learning_curves(log, title, known)
@@ -189,11 +200,20 @@ def principal_components(x: Tensor, count: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def feature_map(features: Tensor, labels: Tensor, classes: list, title: str):
-    """The features (N, D) of at most ten classes in their two leading principal components, coloured by class."""
+MOST = 1000  # points by t-SNE, whose time grows with the square of their number
+
+
+def feature_map(features: Tensor, labels: Tensor, classes: list, title: str, place=None, most: int = 0):
+    """The features (N, D) of at most ten classes, coloured by class, in their two leading principal components.
+
+    Or where place(features) -> (n, 2) puts them: at most `most` images, 0 for all, the same for any encoder.
+    """
     shown = labels.unique()[:10]
-    chosen = torch.isin(labels, shown)
-    labels, points = labels[chosen].cpu(), principal_components(features[chosen].cpu(), 2)
+    chosen = torch.nonzero(torch.isin(labels, shown))[:, 0].cpu()
+    if 0 < most < len(chosen):
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:most]]
+    features, labels = features.cpu()[chosen], labels.cpu()[chosen]
+    points = place(features) if place else principal_components(features, 2)
     figure, (axes,) = panels(title, size=(7.2, 5.6))
     area = min(50, max(12, 15_000 / len(points)))
     for label in shown.tolist():
@@ -204,5 +224,7 @@ def feature_map(features: Tensor, labels: Tensor, classes: list, title: str):
         name = str(classes[label]) if label >= 0 else "no label"
         # matplotlib's own way to give it would take what stands between two $ for a formula
         text.set(text=name if len(name) <= 24 else f"{name[:23]}…", parse_math=False)
-    axes.set(xlabel="first principal component", ylabel="second principal component", xticks=[], yticks=[])
+    axes.set(xticks=[], yticks=[])
+    if not place:
+        axes.set(xlabel="first principal component", ylabel="second principal component")
     return figure

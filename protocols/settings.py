@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from plumbing.crops import Crop
 from plumbing.errors import UserError
 from plumbing.processes import note, world_size
-from plumbing.settings import TrainConfig, check_batch, check_positive, in_proportion
+from plumbing.settings import TrainConfig, check_batch, check_least, check_positive, in_proportion
 
 PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "hypergradient", "tran1", "tran4", "finetune")
 PROTOCOLS += ("features", "export")
@@ -35,6 +35,8 @@ class Config(TrainConfig):
     scratch: bool = False  # finetune: start from random weights alone
     pool: Literal["", "cls", "mean"] = ""  # features: CLS token or mean of the patch tokens; else recipe's or encoder's
     tokens: bool = False  # features: of every patch or place (N, T, D), instead of one vector an image
+    map: Literal["pca", "tsne"] = "pca"  # pictures: features in principal components; tsne draws them by t-SNE as well
+    perplexity: float = 40.0  # pictures, --map tsne: how many neighbours a point has, about
     k: int = 10  # knn: number of neighbours
     metric: Literal["euclidean", "cosine"] = "euclidean"  # knn: euclidean is MAGMA's
     vote: Literal["one", "distance"] = "one"  # knn: what a neighbour's vote weighs, 1 or 1 / distance (MAGMA's code)
@@ -58,6 +60,7 @@ class Config(TrainConfig):
     def check(self):
         super().check()
         check_positive(self, "k", "base_lr")
+        check_least(self, perplexity=1)
         for field in ("momentum", "dropout", "drop_path", "smoothing"):
             if not 0 <= getattr(self, field) < 1:
                 self.refuse(field, "at least 0, less than 1")
@@ -80,6 +83,7 @@ class Config(TrainConfig):
 
 
 OUTSIDE = ("untrained", "pixels", "scratch", "tokens", "k", "metric", "vote", "test_data")  # of no training
+OUTSIDE += ("map", "perplexity")
 
 
 def decoder_width(dim: int) -> int:

@@ -480,3 +480,47 @@ def adamw_cycle(losses, encoder, head, maskings, states, lrs, **options):
     gradients = torch.func.grad(losses[1], argnums=1)(encoder, head)
     head, _ = adamw_steps(head, gradients, of_head, lrs[1], **options)
     return losses[2](encoder, head), encoder, head
+
+
+# --- t-SNE -----------------------------------------------------------------------------------------------------------
+
+
+def tsne_row(distances, i, perplexity):
+    """Eq. 1 of t-SNE: the row of point i from squared distances (N, N), its sigma by bisection, one point at a time."""
+    narrow, wide = 1e-3, 1e3
+    for _ in range(200):
+        sigma = (narrow * wide) ** 0.5
+        row = [0.0 if j == i else math.exp(-d / (2 * sigma**2)) for j, d in enumerate(distances[i].tolist())]
+        p = [x / sum(row) if sum(row) else 0.0 for x in row]
+        entropy = -sum(x * math.log(x) for x in p if x)
+        narrow, wide = (narrow, sigma) if entropy > math.log(perplexity) else (sigma, wide)
+    return torch.tensor(p, dtype=torch.float64)
+
+
+def tsne_cost(p, y):
+    """KL(P || Q) of t-SNE, with Eq. 4, pair by pair: p (N, N), y (N, 2)."""
+    pairs = list(itertools.permutations(range(len(y)), 2))
+    weights = {(i, j): 1 / (1 + ((y[i] - y[j]) ** 2).sum()) for i, j in pairs}
+    total = sum(weights.values())
+    return sum(p[ij] * torch.log(p[ij] / (weights[ij] / total)) for ij in pairs)
+
+
+def tsne_walk(p, y, steps, rate, exaggerated, early):
+    """Algorithm 1 of t-SNE from points y (N, 2), by autograd of the cost; gains number by number. Early momentum and
+    exaggeration last so many steps.
+    """
+    velocity, gains = torch.zeros_like(y), torch.ones_like(y)
+    for step in range(steps):
+        factor = 4 if step < exaggerated else 1
+        y = y.detach().requires_grad_()
+        apart = 1 + (y[:, None] - y[None]).square().sum(dim=2)
+        # Of log q_ij = -log(apart) - log(total), the second part counts once, since P sums to 1: q is not exaggerated.
+        cost = (factor * p * apart.log()).sum() + ((1 / apart).sum() - len(y)).log()
+        (slope,) = torch.autograd.grad(cost, y)
+        for i, k in itertools.product(range(len(y)), range(2)):
+            same = torch.sign(slope[i, k]) == torch.sign(velocity[i, k])
+            gains[i, k] = max(0.01, gains[i, k] * 0.8 if same else gains[i, k] + 0.2)
+        velocity = (0.5 if step < early else 0.8) * velocity - rate * gains * slope
+        y = y + velocity
+        y = y - y.mean(dim=0)
+    return y.detach()

@@ -11,6 +11,7 @@ from make import rand, randn, seeds, subject_of, tiny_levels, tiny_magma, vit
 from PIL import Image
 
 import common
+import protocols.figures
 from plumbing.curves import panels
 from protocols.figures import (
     Album,
@@ -26,6 +27,7 @@ from protocols.figures import (
 )
 from protocols.rows import load_method
 from protocols.settings import Config
+from protocols.tsne import tsne
 
 # --- where an encoder looks ------------------------------------------------------------------------------------------
 
@@ -169,6 +171,61 @@ def test_the_feature_map_shows_each_class_under_its_name():
         expected = points[labels[labels < 10] == label]
         torch.testing.assert_close(torch.tensor(shown.get_offsets().data), expected)
     assert len({tuple(shown.get_facecolor()[0]) for shown in axes.collections}) == 10
+
+
+def test_the_feature_map_has_the_points_that_it_is_given():
+    """At most so many images, the same for any encoder, each in the colour of its class."""
+    labels, seen = torch.arange(66) % 11, []
+
+    def place(features):
+        seen.append(features)
+        return 2 * features[:, 1:3]
+
+    features = randn(66, 5)
+    features[:, 0] = torch.arange(66)  # which image it is
+    for x in (features, torch.cat([features[:, :1], randn(66, 4, seed=1)], dim=1)):
+        (axes,) = feature_map(x, labels, [*"abcdefghijk"], "title", place, most=40).axes
+        assert not axes.get_xlabel() + axes.get_ylabel()
+    assert torch.equal(seen[0][:, 0], seen[1][:, 0])
+    drawn = seen[1][:, 0].long()
+    assert len(drawn) == 40 and len(drawn.unique()) == 40 and labels[drawn].max() == 9
+    assert drawn[:20].max() > 40 and drawn[20:].min() < 20  # from all over
+    for label, shown in enumerate(axes.collections):
+        expected = 2 * seen[1][labels[drawn] == label, 1:3]
+        torch.testing.assert_close(torch.tensor(shown.get_offsets().data), expected)
+    feature_map(features, labels, [*"abcdefghijk"], "title", place, most=60)
+    assert len(seen[2]) == 60  # all of ten classes
+
+
+def test_the_map_by_tsne_stands_beside_the_components(tmp_path, monkeypatch):
+    """MLO-MAE, Fig. 6: test features, seed and perplexity of the settings, a title that says so."""
+    encoder, charts, asked = vit(), {}, []
+    monkeypatch.setattr(Album, "sheet", lambda *_: None)
+    monkeypatch.setattr(Album, "chart", lambda self, name, figure: charts.update({name: figure}))
+    monkeypatch.setattr(protocols.figures, "tsne", lambda x, **given: asked.append(given) or tsne(x, **given, steps=9))
+    subject = subject_of(encoder)
+    given = {"image_size": 8, "amp": "off", "data": "x", "out": str(tmp_path), "seed": 4, "perplexity": 7.5}
+    draw_pictures(tmp_path, {}, subject, Config(**given))
+    assert "tsne" not in charts and "features" in charts
+    draw_pictures(tmp_path, {}, subject, Config(**given, map="tsne"))
+    with torch.no_grad():
+        points = tsne(encoder(subject.test.images / 255), seed=4, perplexity=7.5, steps=9).double()
+    assert asked == [{"seed": 4, "perplexity": 7.5}]
+    assert charts["tsne"].get_suptitle() == "encoder on x: test features by t-SNE, perplexity 7.5"
+    for label, shown in enumerate(charts["tsne"].axes[0].collections):
+        found = torch.tensor(shown.get_offsets().data)
+        torch.testing.assert_close(found, points[subject.test.labels == label], rtol=1e-3, atol=1e-4)
+
+
+def test_features_that_are_not_finite_have_no_map(tmp_path, monkeypatch, capsys):
+    charts, encoder = {}, vit()
+    encoder.norm.bias.data[0] = math.nan
+    monkeypatch.setattr(Album, "sheet", lambda *_: None)
+    monkeypatch.setattr(Album, "chart", lambda self, name, figure: charts.update({name: figure}))
+    given = {"image_size": 8, "amp": "off", "data": "x", "out": str(tmp_path), "map": "tsne"}
+    draw_pictures(tmp_path, {}, subject_of(encoder), Config(**given))
+    assert not charts
+    assert "note: no map of the features: features are not finite (48 of 48 images)" in capsys.readouterr().out
 
 
 # --- sheets and charts -----------------------------------------------------------------------------------------------
