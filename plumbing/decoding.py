@@ -100,6 +100,9 @@ def read_whole(path, max_pixels: int = MAX_PIXELS):
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened picture as 8-bit RGB; 16-bit grey is scaled rather than cut off, transparency is dropped."""
+    if image.mode == "RGB":
+        image.load()
+        return image  # `convert` would copy it
     if image.mode.startswith("I"):  # not by the largest value: brightness would depend on what else is in the picture
         image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")

@@ -25,12 +25,12 @@ def knn_accuracy(
     bank, queries = bank / scale, queries / scale
     centre = bank.mean(dim=0)  # the Gram form of a distance loses its digits where the mean is large
     bank, queries = bank - centre, queries - centre
-    norms, right = bank.square().sum(dim=1), 0
+    k, right = min(k, len(bank)), 0
+    norms, columns = bank.square().sum(dim=1), bank.T
     # At most 64 MB of distances at a time, and of differences.
     chunk = chunk or max(1, 2**24 // max(len(bank), k * bank.shape[1] * weigh))
     for part, truth in zip(queries.split(chunk), labels.split(chunk), strict=True):
-        distance = torch.addmm(norms, part, bank.T, alpha=-2)  # (chunk, N), up to a constant a row
-        found = distance.topk(min(k, len(bank)), largest=False).indices  # (chunk, k)
+        found = smallest(torch.addmm(norms, part, columns, alpha=-2), k)  # (chunk, k); distances up to a constant a row
         votes = F.one_hot(bank_labels[found], int(bank_labels.max()) + 1)  # (chunk, k, classes)
         if weigh:  # the distances anew, as differences: those above have lost their digits where they are small
             away = scale * (part[:, None] - bank[found]).norm(dim=2)  # (chunk, k)
@@ -38,6 +38,21 @@ def knn_accuracy(
         votes = votes.sum(dim=1)
         right += int((votes.argmax(dim=1) == truth).sum())
     return 100 * right / len(labels)
+
+
+def smallest(x: Tensor, k: int, block: int = 64) -> Tensor:
+    """Where the k smallest of each row are: (M, N) -> (M, k), the smallest first.
+
+    They lie in the k blocks of columns whose own smallest are the smallest, so one pass over all and a choice among
+    k * block does for what `topk` takes three to five times as long for.
+    """
+    whole = x.shape[1] // block * block  # the columns after it are a block of their own, that is always looked at
+    if whole < 2 * k * block:
+        return x.topk(k, largest=False).indices
+    blocks = x[:, :whole].unflatten(1, (-1, block)).amin(dim=2).topk(k, largest=False).indices  # (M, k)
+    columns = (blocks[..., None] * block + torch.arange(block, device=x.device)).flatten(1)  # (M, k * block)
+    columns = torch.cat([columns, torch.arange(whole, x.shape[1], device=x.device).expand(len(x), -1)], dim=1)
+    return columns.gather(1, x.gather(1, columns).topk(k, largest=False).indices)
 
 
 def ridge_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, classes: int):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from make import generator, randn, seeds
 
 from plumbing.images import MemoryImages
-from plumbing.probes import effective_rank, knn_accuracy, probe, ridge_accuracy
+from plumbing.probes import effective_rank, knn_accuracy, probe, ridge_accuracy, smallest
 from plumbing.shapes import SHAPES, render_shapes
 
 
@@ -29,6 +29,15 @@ def test_a_neighbour_that_is_the_query_itself_outvotes_all_others():
     x, y = randn(12, 3), torch.arange(12) % 4
     assert knn_accuracy(x, y, x, y, k=12, weigh=True) == 100.0
     assert knn_accuracy(x, y, x, y, k=12) == 25.0
+
+
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(2, 5), st.integers(0, 70), st.booleans(), seeds)
+def test_the_smallest_are_found_block_by_block(rows, k, block, columns, few, seed):
+    x = randn(rows, k + columns, seed=seed)
+    x = x.round() if few else x  # many equal ones
+    found = smallest(x, k, block)
+    assert all(len(set(row)) == k for row in found.tolist())
+    torch.testing.assert_close(x.gather(1, found), x.sort(dim=1).values[:, :k], rtol=0, atol=0)
 
 
 def test_knn_accuracy_survives_a_large_common_mean():
