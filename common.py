@@ -27,6 +27,7 @@ from plumbing.errors import UserError, unknown
 from plumbing.images import BatchPlan
 from plumbing.probes import probe
 from plumbing.processes import distribute, pick_precision, rank, synchronize_norms, world_size
+from plumbing.recompute import recomputed
 from plumbing.runs import Run
 from plumbing.settings import TrainConfig, check_batch
 
@@ -274,8 +275,7 @@ class DynamicReLU(nn.Module):
         self.hidden, self.slopes = nn.Linear(token_dim, token_dim // 4), nn.Linear(token_dim // 4, 2 * channels)
 
     def forward(self, x: Tensor, token: Tensor) -> Tensor:  # (B, C, H, W), (B, d)
-        slopes = hard_sigmoid(self.slopes(F.relu(self.hidden(token))))[..., None, None]  # (B, 2C, 1, 1)
-        a, b = slopes.chunk(2, dim=1)
+        a, b = hard_sigmoid(self.slopes(F.relu(self.hidden(token))))[..., None, None].chunk(2, dim=1)  # (B, C, 1, 1)
         return torch.maximum(2 * a * x, (2 * b - 1) * x)
 
 
@@ -401,12 +401,12 @@ class MobileFormer(Encoder):
 
     def __init__(self, width: int | str = 2880, head: int = 0, mean=(0.0,) * 3, std=(1.0,) * 3, norm: str = "batch"):
         super().__init__(mean, std, width=width, head=head, norm=norm)
-        if str(width) not in MOBILE_FORMERS:
-            raise UserError(unknown("Mobile-Former", str(width), MOBILE_FORMERS))
+        for name, value, known in (("Mobile-Former", str(width), MOBILE_FORMERS), ("norm", norm, ("batch", "group"))):
+            if value not in known:
+                raise UserError(unknown(name, value, known))
+        self.recompute = False  # True: the backward pass computes each block again, to keep less in memory
         size = MOBILE_FORMERS[str(width)]
         token_dim, (stem, lite, *rows) = size["token_dim"], size["rows"]
-        if norm not in ("batch", "group"):
-            raise UserError(unknown("norm", norm, ("batch", "group")))
         self.dim, channels, self.stride = head or size["head"], stem[2], STRIDES[str(width)]  # pixels of a cell
         self.tokens = nn.Parameter(torch.empty(6, token_dim))
         self.stem, self.lite = conv(3, channels, 3, stride=2), LiteBottleneck(channels, *lite[1:])
@@ -430,7 +430,7 @@ class MobileFormer(Encoder):
         x = self.lite(F.relu6(self.stem(self.normalize(images))))  # (B, C, H/2, W/2)
         tokens, maps = self.tokens.expand(len(x), -1, -1), []  # (B, T, d)
         for block in self.blocks:
-            x, tokens = block(x, tokens)
+            x, tokens = recomputed(block, x, tokens) if self.recompute else block(x, tokens)
             maps.append(x)
         return (self.head(x), maps) if hidden else self.head(x)
 

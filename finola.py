@@ -44,6 +44,7 @@ from common import Block, Method, MobileFormer, MobileFormerWidth, conv, initial
 from plumbing.errors import UserError
 from plumbing.probes import features_of, labelled
 from plumbing.processes import autocast
+from plumbing.recompute import recomputed
 from plumbing.settings import TrainConfig, check_least
 from plumbing.start import start_from
 
@@ -344,6 +345,7 @@ class Config(TrainConfig):
     pool_heads: int = 8  # heads of the attentional pooling
     upsampler_width: int = 512  # channels of the convolutional upsampler's first block (Table 10)
     upsampler_blocks: int = 6  # transformer blocks of the upsampler of masked_b (Table 16)
+    recompute: bool = True  # activation checkpointing: memory for time (docs/speed.md); --compile keeps all
     start: str = ""  # weights to start from: an encoder.pt or last.pt with such a Mobile-Former
     freeze_encoder: bool = False  # keep the encoder of --start as it is (Fig. 8)
 
@@ -363,7 +365,7 @@ class Config(TrainConfig):
 
 MASKED = {"epochs": 1600, "batch_size": 1024, "channels": 512}  # Tables 12 and 15
 LAPTOP = {"width": "micro", "image_size": 64, "channels": 256, "upsampler_width": 64, "upsampler_blocks": 2}
-LAPTOP |= {"warmup_epochs": 1, "batch_size": 32}  # sizes of ours
+LAPTOP |= {"warmup_epochs": 1, "batch_size": 32, "recompute": False}  # sizes of ours
 RECIPES = {
     "imagenet": {},  # Table 12, the defaults of Config
     "imagenet --variant masked_e": MASKED,
@@ -416,6 +418,7 @@ class FinolaAutoencoder(Method):
                 getattr(self.finola, name).requires_grad_(not unused)
         self.origin = start_from(self, config)
         self.encoder.requires_grad_(not config.freeze_encoder)
+        self.recompute = self.encoder.recompute = config.recompute and not config.compile
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -464,6 +467,16 @@ class FinolaAutoencoder(Method):
         block = self.project(self.encoder(self.block(images, corner)))
         return self.finola.blockwise(block, self.size, corner[:, 0], corner[:, 1])
 
+    def upsample(self, z: Tensor) -> Tensor:
+        """Maps (B, C, S, S) -> normalised images (B, 3, H, W); with --recompute, a sixteenth of the batch at a time."""
+        if not self.recompute:
+            return self.upsampler(z)
+        images = []
+        for part in z.chunk(16):  # no image depends on others here, so that only one part is in memory at a time
+            torch.clear_autocast_cache()  # parts that shared one bf16 copy of the weights would sum gradients in bf16
+            images.append(recomputed(self.upsampler, part))
+        return torch.cat(images)
+
     def decode(self, z: Tensor) -> Tensor:
         """Maps (B, C, S, S) -> images (B, 3, H, W), not clamped to [0, 1]."""
         return self.upsampler(z).float() * self.encoder.std + self.encoder.mean
@@ -480,7 +493,7 @@ class FinolaAutoencoder(Method):
         """Loss and PSNR of images (B, 3, H, W); masked variants take the corners of the blocks (B, 2) or draw them."""
         if self.masked and corner is None:
             corner = self.draw_corners(len(images), images.device)
-        prediction = self.upsampler(self.feature_map(images, corner)).float()
+        prediction = self.upsample(self.feature_map(images, corner)).float()
         mask = self.scored(images, corner)
         error = (prediction - self.encoder.normalize(images)).square().mean(dim=1, keepdim=True)  # (B, 1, H, W)
         restored = prediction.detach() * self.encoder.std + self.encoder.mean

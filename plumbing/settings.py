@@ -127,10 +127,10 @@ class TrainConfig:
 
 
 FREE_FIELDS = {"recipe", "root", "download", "skip_bad_images", "max_pixels", "device", "workers", "amp"}
-FREE_FIELDS |= {"max_steps", "probe_every", "probe_images", "save_every", "out", "resume", "start"}
+FREE_FIELDS |= {"max_steps", "probe_every", "probe_images", "save_every", "out", "recompute", "resume", "start"}
 FREE_FIELDS |= {"tokens", "test_data"}  # of evaluate.py's settings
 """Fields that may differ between a run and its continuation; of `amp`, the precision that it stands for must not, and
-of `start`, what the file holds (`Method.origin`)."""
+of `start`, what the file holds (`Method.origin`). `recompute` changes the rounding alone."""
 
 
 def flag(field: str) -> str:

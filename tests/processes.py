@@ -301,6 +301,16 @@ def gradients_of_mixedae(images, assignment):
     return {name: p.grad for name, p in method.named_parameters()}
 
 
+def gradients_of_finola(images, fields):
+    """The gradients that DDP leaves behind after one backward of FINOLA on this rank's share of the images."""
+    from make import tiny_finola
+
+    method = tiny_finola(**fields).double()
+    model = torch.nn.parallel.DistributedDataParallel(method)
+    model(mine(images))["loss"].backward()
+    return {name: p.grad for name, p in method.named_parameters()}
+
+
 def gradients_of_energy(images):
     """The gradients of a step of the energy under DDP, in two accumulated parts of this rank's share; and log alpha."""
     from make import tiny_energy

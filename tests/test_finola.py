@@ -17,6 +17,7 @@ import finola
 from finola import Config, Finola, MFDecoder
 from plumbing.errors import UserError
 from plumbing.probes import labelled
+from plumbing.run_files import identity_of
 from plumbing.settings import read_flags
 
 VARIANTS = ("finola", "masked_e", "masked_b")
@@ -737,6 +738,85 @@ def test_a_frozen_encoder_is_kept_while_the_rest_learns(variant, tmp_path):
     assert free.encoder.training and all(p.requires_grad for p in free.parameters())
 
 
+def recomputing(recompute, **fields):
+    """FINOLA in float64 on pictures of 16 x 16, that computes again in the backward pass or does not."""
+    return tiny_finola(**{"width": "micro4", "image_size": 16, "recompute": recompute} | fields).double()
+
+
+@pytest.mark.parametrize(("variant", "norm"), [("finola", "batch"), ("masked_e", "running"), ("masked_b", "channel")])
+def test_recomputing_changes_nothing_that_a_step_leaves_behind(variant, norm):
+    """Loss, gradients, and what counts batches: the averages of the batch norms and of section 4, exactly once."""
+    left = []
+    for recompute in (False, True):
+        method = recomputing(recompute, variant=variant, norm=norm)
+        before = {name: x.clone() for name, x in method.named_buffers()}
+        torch.manual_seed(0)
+        loss = method(images_of(17, 16).double())["loss"]  # eight parts of two and one of one
+        loss.backward()
+        left.append((loss, {name: p.grad for name, p in method.named_parameters()}, dict(method.named_buffers())))
+    torch.testing.assert_close(left[1][:2], left[0][:2], rtol=1e-9, atol=1e-14)
+    moved = {name.rpartition(".")[2] for name, x in left[1][2].items() if not torch.equal(x, before[name])}
+    averages = {"averages"} if norm in ("batch", "running") else set()
+    assert moved == {"running_mean", "running_var", "num_batches_tracked"} | averages
+    assert left[1][2]["encoder.blocks.0.mobile.narrow.1.num_batches_tracked"] == 1
+    for name, x in left[1][2].items():
+        assert torch.equal(x, left[0][2][name]), name
+
+
+@pytest.mark.parametrize("variant", ["finola", "masked_b"])
+def test_recomputing_keeps_little_for_the_backward_pass(variant):
+    kept, z = {}, randn(17, 16, 4, 4).requires_grad_()
+    for recompute in (False, True):
+        method = recomputing(recompute, variant=variant)
+        for name, part, x in (("encoder", method.encoder, images_of(17, 16).double()), ("up", method.upsample, z)):
+            sizes = {}
+
+            def pack(tensor, sizes=sizes):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                out = part(x)  # alive, so that no address comes twice
+            kept[name, recompute] = sum(sizes.values())
+            del out
+    assert kept["encoder", True] < 0.5 * kept["encoder", False]  # stem and head are kept
+    assert kept["up", True] < 0.1 * kept["up", False]
+
+
+def test_recomputing_takes_a_sixteenth_of_the_batch_at_a_time():
+    method, parts = recomputing(True), []
+    method.upsampler.register_forward_pre_hook(lambda module, args: parts.append(len(args[0])))
+    z = randn(40, 16, 4, 4)
+    pictures = method.upsample(z.requires_grad_())
+    assert parts == [3] * 13 + [1]
+    torch.testing.assert_close(pictures, method.upsampler(z))
+    del parts[:]
+    pictures.sum().backward()
+    assert sorted(parts) == [1] + [3] * 13
+
+
+def test_recomputed_parts_sum_their_gradients_in_float32():
+    """Under autocast: sixteen times the same image have sixteen times its gradient, to the last bit."""
+    sums = []
+    for count in (1, 16):
+        method = recomputing(True).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            pictures = method.upsample(randn(1, 16, 4, 4, dtype=torch.float32).expand(count, -1, -1, -1))
+        pictures.float().square().sum().backward()
+        sums.append({name: p.grad for name, p in method.upsampler.named_parameters() if p.ndim == 4})
+    assert len(sums[0]) == 11
+    for name, gradient in sums[0].items():
+        assert torch.equal(16 * gradient, sums[1][name]), name
+
+
+def test_a_run_goes_on_with_or_without_recomputing():
+    """Resuming looks at what changes the result; so runs from before the flag go on, too."""
+    methods = [recomputing(recompute) for recompute in (False, True)]
+    data, stepper = shapes(4, 16), common.Stepper(None, methods[0].config, torch.device("cpu"))
+    first, second = (identity_of(method, data, method.config, stepper) for method in methods)
+    assert first == second
+
+
 def test_the_settings_reach_the_parts():
     method = tiny_finola(variant="masked_b", upsampler_blocks=3, channels=24)
     assert len(method.upsampler.blocks) == 3
@@ -745,6 +825,9 @@ def test_the_settings_reach_the_parts():
     method = tiny_finola(channels=24, pool_heads=3, norm="running", upsampler_width=32)
     assert (method.encoder.dim, method.pool.heads, method.finola.norm) == (24, 3, "running")
     assert method.upsampler.layers[0].layers[-1].out_channels == 32
+    for compiled in (False, True):
+        method = tiny_finola(recompute=True, compile=compiled)
+        assert method.recompute == method.encoder.recompute == (not compiled)
 
 
 def test_recipes_are_table_12():
@@ -763,6 +846,7 @@ def test_recipes_are_table_12():
         masked = read("--variant", variant)
         assert (masked.epochs, masked.batch_size, masked.channels) == (1600, 1024, 512)
         assert (masked.base_lr, masked.upsampler_blocks) == (1.5e-4, 6)
+    assert plain.recompute and masked.recompute and not read("--recipe", "shapes").recompute
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ CASES = {  # laptop sizes, with small batches
     "magma simclr": "--ssl simclr --e-st 0 --batch-size 16",
     "mixedae": "--batch-size 16",
     "finola": "--batch-size 16",
-    "finola masked_b": "--variant masked_b --batch-size 16",
+    "finola masked_b": "--variant masked_b --recompute --batch-size 16",
     "ebm_pretrain": "--batch-size 16",
     "mlo_mae": "--batch-size 8 --unrolling 2 --update-every 1",
 }

@@ -5,7 +5,7 @@ import socket
 import processes
 import pytest
 import torch
-from make import generator, images_of, log_of, rand, randn, same_weights, tiny_magma
+from make import generator, images_of, log_of, rand, randn, same_weights, tiny_finola, tiny_magma
 
 from common import random_mask
 from plumbing.errors import UserError
@@ -211,6 +211,17 @@ def test_with_a_graph_in_each_process_the_other_losses_are_gathered_alone():
     for gradients in processes.start(processes.gradients_of_magma, fields, images, mask):
         for name, gradient in gradients.items():
             assert (gradient - want[name]).norm() < 1e-4 * want[name].norm(), name
+
+
+def test_gradients_are_averaged_once_where_the_backward_pass_computes_again():
+    """FINOLA with --recompute under DDP: the mean over the ranks, each with batch norms of its own."""
+    fields, images = {"width": "micro4", "image_size": 8, "recompute": True}, images_of(6, 8).double()
+    parts = [tiny_finola(**fields).double() for _ in range(2)]
+    for method, part in zip(parts, images.chunk(2), strict=True):
+        (method(part)["loss"] / 2).backward()
+    for gradients in processes.start(processes.gradients_of_finola, images, fields):
+        for (name, one), two in zip(parts[0].named_parameters(), parts[1].parameters(), strict=True):
+            torch.testing.assert_close(gradients[name], one.grad + two.grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_fit_on_two_ranks_keeps_the_weights_equal_and_resumes(tmp_path):

@@ -411,7 +411,8 @@ def test_every_field_of_a_method_is_a_flag_with_help_and_a_value_that_its_type_a
 
 def test_a_config_takes_every_choice_and_remembers_its_free_fields():
     """What may differ between a run and its continuation is a field, or `--resume` would refuse for a typing error."""
-    fields = {"start"} | {field.name for field in dataclasses.fields(Evaluation)}  # a method's, the loop's, and its own
+    of_methods = {"start", "recompute"}
+    fields = of_methods | {field.name for field in dataclasses.fields(Evaluation)}  # the loop's, and its own
     assert fields >= FREE_FIELDS
     for name, kind in field_types(TrainConfig).items():
         for choice in choices_of(kind):
