@@ -34,6 +34,7 @@ Choices that change a number (docs/ebm_pretrain.md has all of them):
 * Sizes of random patches are shares of the area, U(0.03, 0.075) for large ones: those printed would blank every image.
 """
 
+import contextlib
 import copy
 import itertools
 import math
@@ -51,7 +52,7 @@ from common import VIT_SIZES, Block, Method, MobileFormer, ViT, ViTSize, attend_
 from plumbing.encoders import Encoder
 from plumbing.errors import UserError
 from plumbing.probes import features_of, labelled, pooled_features, probe
-from plumbing.processes import autocast, average
+from plumbing.processes import autocast, average, world_size
 from plumbing.settings import TrainConfig, check_least, check_positive
 from plumbing.start import start_from
 
@@ -429,10 +430,14 @@ class EnergyPretraining(Method):
         alpha = self.log_alpha.exp()
         return alpha if self.started else alpha * first_step_size(self.energy, corrupted, self.config.first_step)
 
-    def restored(self, corrupted: Tensor) -> list:
-        """Corrupted images, normalised (B, 3, H, W) -> a list: what each step makes of them; an autoencoder has one."""
+    def restored(self, corrupted: Tensor, reached: Tensor | None = None) -> list:
+        """Corrupted images, normalised (B, 3, H, W) -> a list: what each step makes of them; an autoencoder has one.
+
+        Where earlier steps have `reached` these images, the list has the next step alone.
+        """
         if self.config.objective == "energy":
-            return restore(self.energy, corrupted, self.config.steps or 1, self.step_size(corrupted))
+            steps, x = (self.config.steps or 1, corrupted) if reached is None else (1, reached)
+            return restore(self.energy, x, steps, self.step_size(corrupted))
         encoded = self.encoder.encode(self.encoder.embed(corrupted * self.std + self.mean))  # (B, 1 + N, D)
         tokens = self.autoencoder.decoder_embed(encoded)  # (B, 1 + N, d)
         patches = self.autoencoder.predict(tokens[:, :1], tokens[:, 1:]).float()  # (B, N, P)
@@ -452,28 +457,61 @@ class EnergyPretraining(Method):
         means = {"energy": clean.detach().mean(), "energy_sampled": sampled.detach().mean()}
         return {"loss": likelihood_loss(clean, sampled)} | means
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict:
-        """Loss of images (B, 3, H, W), the share of squared error left at the end (1 = no change), and alpha."""
+    def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`corrupt`; the first batch sets alpha."""
+        clean, corrupted = self.corrupt(images)
+        if self.config.objective == "energy" and self.config.steps and self.training and not self.started:
+            self.start(corrupted)
+        return clean, corrupted
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, chain: tuple = ()) -> dict:
+        """Loss of images (B, 3, H, W), the share of squared error left at the end (1 = no change), and alpha.
+
+        With `chain`, which is (clean, corrupted, reached), the same for one more step, and what that one reaches.
+        """
         config = self.config
         if config.objective == "sampling":
             return self.sampling(images)
         if config.objective == "mae":
             out = self.autoencoder(images)
             return {"loss": common.reconstruction_loss(out.prediction, out.target, out.mask)}
-        clean, corrupted = self.corrupt(images)
+        clean, corrupted, *reached = chain or self.prepare(images)
         if config.objective == "energy" and not config.steps:
             energies = self.energy(clean), self.energy(corrupted)
             return {"loss": contrast_loss(*energies), "told_apart": (energies[0] < energies[1]).float().mean()}
-        if config.objective == "energy" and self.training and not self.started:
-            self.start(corrupted)
-        chain = self.restored(corrupted)
+        restored = self.restored(corrupted, *reached)
         changed = (corrupted != clean).any(dim=1, keepdim=True).float() if config.scored == "changed" else None
-        logged = {"loss": restoration_loss(chain, clean, config.criterion, changed)}
+        logged = {"loss": restoration_loss(restored, clean, config.criterion, changed)}
         with torch.no_grad():
-            logged["left"] = F.mse_loss(chain[-1], clean) / F.mse_loss(corrupted, clean).clamp_min(1e-12)
+            logged["left"] = F.mse_loss(restored[-1], clean) / F.mse_loss(corrupted, clean).clamp_min(1e-12)
             if config.objective == "energy":
                 logged["alpha"] = self.log_alpha.exp()
-        return logged
+        return logged | ({"reached": restored[-1].detach()} if chain else {})
+
+    def update(self, model: nn.Module, batches: list, stepper: common.Stepper) -> dict:
+        """As `Method.update`, but each step of Eq. 4 is differentiated before the next one is taken.
+
+        A step needs only the pixels that the one before has reached. So the graph of one is kept at a time, not of N.
+        """
+        config, logged = self.config, []
+        if config.objective != "energy" or not config.steps:
+            return super().update(model, batches, stepper)
+        count = pending = len(batches) * config.steps  # backward passes, of which the last averages over the processes
+        for images, _ in batches:
+            with stepper.autocast():
+                clean, corrupted = self.prepare(images)
+            loss, reached = 0.0, corrupted
+            for _ in range(config.steps):
+                pending -= 1
+                waits = pending and model is not self and world_size() > 1
+                with model.no_sync() if waits else contextlib.nullcontext():
+                    with stepper.autocast():
+                        out = model(images, chain=(clean, corrupted, reached))
+                    stepper.backward(out["loss"] / count)
+                loss, reached = loss + out["loss"].detach() / config.steps, out.pop("reached")
+            logged.append(out | {"loss": loss})
+        stepper.step()
+        return {name: sum(part[name] for part in logged).float() / len(logged) for name in logged[0]}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """With `started`, which is no buffer: each step would have to wait for a GPU to read it."""

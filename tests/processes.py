@@ -312,15 +312,19 @@ def gradients_of_finola(images, fields):
 
 
 def gradients_of_energy(images):
-    """The gradients of a step of the energy under DDP, in two accumulated parts of this rank's share; and log alpha."""
+    """A step of the energy under DDP, in two accumulated parts of this rank's share: gradients, log alpha, and how often
+    gradients were averaged.
+    """
     from make import tiny_energy
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-    method = tiny_energy(task="super_resolution")
+    method, averaged = tiny_energy(task="super_resolution"), []
     model = torch.nn.parallel.DistributedDataParallel(method)
+    model.register_comm_hook(None, lambda _, bucket: averaged.append(bucket.is_last()) or allreduce_hook(None, bucket))
 
     recorder = Recorder(method)
     method.update(model, [(part, None) for part in mine(images).chunk(2)], recorder)
-    return recorder.gradients | {"alpha": method.log_alpha.item()}
+    return recorder.gradients | {"alpha": method.log_alpha.item(), "averaged": sum(averaged)}
 
 
 def fit_energy(flags, stop_after=0):

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import ebm_pretrain
 from common import VIT_SIZES, MobileFormer, Stepper, patchify, reconstruction_loss, replace_batch_norms
 from ebm_pretrain import BACKBONES, MIXTURE, TASKS, Config, ConvNeXt, Energy, EnergyPretraining, Swin
@@ -1028,6 +1029,59 @@ def test_accumulated_parts_add_up():
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
 
 
+def stepped(update, parts, dtype=torch.float64, **fields):
+    """The weights after one plain step of a fresh energy, made by `update`; what is logged; and how far they moved."""
+    method = tiny_energy(first_step=0.2, **fields).to(dtype)
+    stepper = Stepper(torch.optim.SGD(method.parameters(), 1.0), method.config, torch.device("cpu"))
+    torch.manual_seed(0)
+    out = update(method, method, [(part.to(dtype), None) for part in images_of(8).chunk(parts)], stepper)
+    found, before = dict(method.state_dict()), tiny_energy(first_step=0.2, **fields).state_dict()
+    moved = torch.stack(
+        [(found[name] - p).norm() for name, p in before.items() if name not in ("log_alpha", "started")]
+    )
+    return found, out, float(moved.norm())
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields"),
+    [
+        (1, {"task": "mixed"}),
+        (2, {"task": "gridded", "steps": 3, "scored": "changed", "criterion": "mse", "clip": 1e-3}),
+        (1, {"steps": 1}),
+        (2, {"steps": 0}),
+        (2, {"objective": "autoencoder"}),
+        (1, {"objective": "mae"}),
+        (2, {"objective": "sampling"}),
+    ],
+)
+def test_step_by_step_is_the_gradient_of_the_whole_loss(parts, fields):
+    """Eq. 4: each term has a backward pass of its own. Against `Method.update`, which differentiates `forward`."""
+    found, wanted = (stepped(kind.update, parts, **fields) for kind in (EnergyPretraining, common.Method))
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-6, atol=0)
+    assert found[2] > 1e-4
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_step_by_step_in_half_precision(amp):
+    """Autocast and fp16's loss scaler, with clipping, are where `Method.update` has them."""
+    fields = {"task": "gridded", "amp": amp, "clip": 1e-3, "steps": 2}
+    found, wanted = (stepped(kind.update, 2, torch.float32, **fields) for kind in (EnergyPretraining, common.Method))
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=2e-6)
+    assert found[2] == pytest.approx(1e-3, rel=0.03)  # the length that --clip leaves, but for alpha
+
+
+def test_one_step_is_in_memory_at_a_time(monkeypatch):
+    """The backward pass of a step comes before the next step."""
+    seen, descent, method = [], ebm_pretrain.descent, tiny_energy(steps=3)
+    method(images_of(2))  # sets alpha
+    monkeypatch.setattr(ebm_pretrain, "descent", lambda *args: seen.append("step") or descent(*args))
+    recorder = processes.Recorder(method)
+    recorder.backward = lambda loss: seen.append("backward") or loss.backward()
+    method.update(method, [(images_of(2), None)], recorder)
+    assert seen == ["step", "backward"] * 3
+
+
 def test_two_processes_have_the_step_size_and_the_gradients_of_one():
     """Eq. 4 and alpha's start (App. A.1) depend on the global batch, not on its processes."""
     images = images_of(8, seed=4)
@@ -1039,6 +1093,7 @@ def test_two_processes_have_the_step_size_and_the_gradients_of_one():
     expected = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     for part in processes.start(processes.gradients_of_energy, images):
         assert part.pop("alpha") == pytest.approx(method.log_alpha.item(), rel=1e-5)
+        assert part.pop("averaged") == 1
         assert part.keys() == expected.keys()
         for name, gradient in part.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
