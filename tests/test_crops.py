@@ -50,10 +50,11 @@ def test_crop_boxes_fall_back_to_the_largest_centred_box():
 
 def test_a_box_that_does_not_fit_is_cut_to_the_image():
     """MAE's code, util/crop.py, by hand: of one draw min(h, height) and min(w, width), then a place anywhere."""
-    sides = torch.tensor([10.0]), torch.tensor([1000.0])
-    boxes = crop_boxes(*sides, scale=(1.0, 1.0), ratio=(1.0, 1.0), generator=generator(0), clamp=True)  # 100 x 100
-    place = torch.rand(4, 1, 10, generator=generator(0))[3, 0, 0]
-    torch.testing.assert_close(boxes, torch.tensor([[0.0, 900 * place, 10.0, 100.0]]))
+    sides, whole = torch.tensor([[10.0, 1000.0], [1000.0, 10.0]]), {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    boxes = crop_boxes(*sides, **whole, generator=generator(0), clamp=True)  # 100 x 100, which neither has
+    place = torch.rand(4, 2, 10, generator=generator(0))[2:, :, 0]
+    expected = [[0.0, 900 * place[1, 0], 10.0, 100.0], [900 * place[0, 1], 0.0, 100.0, 10.0]]
+    torch.testing.assert_close(boxes, torch.tensor(expected))
 
 
 @pytest.mark.parametrize(("clamp", "mean", "deviation"), [(False, 0.431, 0.216), (True, 0.519, 0.240)])

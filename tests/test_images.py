@@ -58,10 +58,11 @@ def test_padded_crops_are_for_images_in_memory(tmp_path):
 
 def test_crops_of_memory_and_of_files_are_made_as_the_settings_say(tmp_path):
     """--interpolation and --crop-clamp; from files bicubic is the default, in memory bilinear."""
-    data, crop = shapes(6, 8), Config(image_size=8, crop_min=0.5, interpolation="bicubic", crop_clamp=True).crop
+    data, crop = shapes(6, 8), Config(image_size=8, crop_min=0.9, interpolation="bicubic", crop_clamp=True).crop
     ((images, _),) = data.train_batches([(3, [4, 1])], 8, crop, flip=0.0)
-    expected = Crop(0.5, 1.0, "bicubic", True)
-    assert torch.equal(images, random_resized_crop(data.images[[4, 1]], 8, expected, flip=0.0, generator=generator(3)))
+    ways = [Crop(0.9, 1.0, *way) for way in (("bicubic", True), ("bicubic", False), ("bilinear", True))]
+    found = [random_resized_crop(data.images[[4, 1]], 8, way, flip=0.0, generator=generator(3)) for way in ways]
+    assert [torch.equal(images, x) for x in found] == [True, False, False]
 
     write_folders(tmp_path, train=2)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8))
