@@ -312,8 +312,8 @@ def gradients_of_finola(images, fields):
 
 
 def gradients_of_energy(images):
-    """A step of the energy under DDP, in two accumulated parts of this rank's share: gradients, log alpha, and how often
-    gradients were averaged.
+    """A step of the energy under DDP, in two accumulated parts of this rank's share: gradients, log alpha, and how
+    often gradients were averaged.
     """
     from make import tiny_energy
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
