@@ -50,11 +50,13 @@ only_on_gpu = pytest.mark.skipif(ON == "cpu", reason="only a GPU has this")
 CASES = {  # laptop sizes, with small batches
     "magma": "--e-st 0 --uniformity 0.01 --batch-size 16",
     "magma simclr": "--ssl simclr --e-st 0 --batch-size 16",
+    "magma vicreg": "--ssl vicreg --e-st 0 --batch-size 16",
     "mixedae": "--batch-size 16",
     "finola": "--batch-size 16",
     "finola masked_b": "--variant masked_b --recompute --batch-size 16",
     "ebm_pretrain": "--batch-size 16",
     "mlo_mae": "--batch-size 8 --unrolling 2 --update-every 1",
+    "mlo_mae adamw": "--hypergradient adamw --batch-size 8 --unrolling 2 --update-every 1",
 }
 
 
@@ -235,7 +237,7 @@ def fit(case, out, device, *flags, stop_after=None, looks=lambda model: None):
     """
     with narrow_networks():
         settings = ["--epochs", "2", "--warmup-epochs", "0", "--probe-every", "0", "--out", str(out), *flags]
-        size, count = (64, 48) if case.startswith("finola") else (32, 48 if case != "mlo_mae" else 40)
+        size, count = (64, 48) if case.startswith("finola") else (32, 40 if case.startswith("mlo_mae") else 48)
         data = shapes(count, size)
         data = dataclasses.replace(data, images=data.images.to(device), labels=data.labels.to(device), masks=None)
         method, config = build(case, *settings, data=data)
