@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from make import shapes, striped, tiny_energy
+from make import narrow_networks, shapes, striped, tiny_energy
 from PIL import Image
 
 import ebm_pretrain
@@ -132,10 +132,11 @@ def runs(tmp_path_factory):
     base += ["--image-size", "32", "--model", "vit_micro", "--patch", "8", "--grid", "8", "--scale", "4"]
     base += ["--decoder-dim", "16", "--decoder-heads", "2", "--decoder-depth", "1", "--warmup-epochs", "0"]
     variants = {"energy": [], "mae": ["--objective", "mae"], "autoencoder": ["--objective", "autoencoder"]}
-    for name, flags in (variants | {"negatives": ["--steps", "0"]}).items():
-        found[name] = folder / name
-        assert train.main(["ebm_pretrain", *base, *flags, "--out", str(found[name])]) == 0
-    return found
+    with narrow_networks():
+        for name, flags in (variants | {"negatives": ["--steps", "0"]}).items():
+            found[name] = folder / name
+            assert train.main(["ebm_pretrain", *base, *flags, "--out", str(found[name])]) == 0
+        yield found
 
 
 def look(run, **fields):

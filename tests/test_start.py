@@ -35,7 +35,7 @@ from plumbing.errors import UserError
 from plumbing.settings import field_types, flag
 from plumbing.start import start_from
 
-BASE = {"side": 224, "patch": 16, "dim": 768, "depth": 12, "decoder": (512, 8)}  # mae_vit_base_patch16
+BASE = {"side": 224, "patch": 16, "dim": 768, "depth": 2, "decoder": (512, 1)}  # mae_vit_base_patch16 of fewer blocks
 SMALL = {"side": 16, "patch": 4, "dim": 32, "depth": 2, "decoder": (16, 1)}
 
 
