@@ -9,8 +9,6 @@ import math
 import torch
 from torch import Tensor
 
-from plumbing.probes import moderate
-
 STEPS = 1000  # as many as in section 3.4, with the settings that stand there
 LEARNING_RATE = 100
 EXAGGERATION, EXAGGERATED = 4, 50  # factor of p in the first steps, and how many steps these are
@@ -26,7 +24,6 @@ def affinities(distances: Tensor, perplexity: float) -> Tensor:
     """
     itself = torch.eye(len(distances), dtype=torch.bool, device=distances.device)
     d = distances.masked_fill(itself, math.inf)
-    d = d - d.amin(dim=1, keepdim=True)  # a shift of a row cancels, and the nearest never underflows
     d = d / d.masked_fill(itself, 0).mean(dim=1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)
     low = torch.full_like(d[:, :1], -20)  # of log2(1 / 2 sigma^2), in units of the row's mean distance
     high = torch.full_like(low, 60)
@@ -69,8 +66,7 @@ def tsne(features: Tensor, seed: int = 0, perplexity: float = 40, steps: int = S
     """
     if len(features) < 2:
         return features.new_zeros(len(features), 2)
-    x = (features / moderate(features.abs().max())).double()
-    x = x - x.mean(dim=0)
+    x = features.double() - features.double().mean(dim=0)
     perplexity = max(1.0, min(perplexity, (len(x) - 1) / 3))
     p = affinities(torch.cdist(x, x).square(), perplexity)
     p = ((p + p.T) / (2 * len(x))).to(torch.promote_types(features.dtype, torch.float32))  # section 3.1: p_ij

@@ -2244,6 +2244,74 @@ plumbing/start.py tests/test_start.py::test_timms_learned_positions_start_an_enc
 protocols/training.py tests/test_training.py::test_finetuning_learns_positions_from_where_they_are
 - encoder.state_dict() | {"positions": encoder.positions.detach()}
 + encoder.state_dict() | {"positions": found.positions.detach()}
+
+protocols/tsne.py tests/test_tsne.py::test_each_row_has_the_entropy_of_its_perplexity
+- too_wide, high, middle)
++ too_wide, middle, high)
+
+protocols/tsne.py tests/test_tsne.py::test_each_row_has_the_entropy_of_its_perplexity
+- d = d / d.masked_fill(itself, 0).mean(dim=1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)
++ d = d / 1
+
+protocols/tsne.py tests/test_tsne.py::test_points_at_one_place_share_a_row_alike
+- torch.full_like(low, 60)
++ torch.full_like(low, 2)
+
+protocols/tsne.py tests/test_tsne.py::test_eq_5_is_the_gradient_of_the_divergence
+- pull = (p - q) * weights
++ pull = (p - q) * weights.sqrt()
+
+protocols/tsne.py tests/test_tsne.py::test_the_divergence_matches_the_loop_over_pairs
+- torch.addmm(1 + norms,
++ torch.addmm(2 + norms,
+
+protocols/tsne.py tests/test_tsne.py::test_the_walk_is_algorithm_1
+- p * EXAGGERATION if step < EXAGGERATED
++ p * EXAGGERATION if step <= EXAGGERATED
+
+protocols/tsne.py tests/test_tsne.py::test_the_walk_is_algorithm_1
+- slope.sign() == velocity.sign()
++ slope.sign() != velocity.sign()
+
+protocols/tsne.py tests/test_tsne.py::test_the_walk_is_algorithm_1
+- if step < EARLY else
++ if step <= EARLY else
+
+protocols/tsne.py tests/test_tsne.py::test_the_walk_is_algorithm_1
+- min(LEARNING_RATE, len(y))
++ len(y)
+
+protocols/tsne.py tests/test_tsne.py::test_few_points_have_a_third_of_their_neighbours_for_perplexity
+- (len(x) - 1) / 3
++ len(x) / 3
+
+protocols/tsne.py tests/test_tsne.py::test_odd_features_have_points_too
+- x = features.double() - features.double().mean(dim=0)
++ x = features - features.mean(dim=0)
+
+protocols/tsne.py tests/test_tsne.py::test_odd_features_have_points_too
+- if len(features) < 2:
++ if len(features) < 1:
+
+protocols/figures.py tests/test_figures.py::test_the_feature_map_has_the_points_that_it_is_given
+- manual_seed(0))[:most]
++ manual_seed(0))[: most + 1]
+
+protocols/figures.py tests/test_figures.py::test_the_feature_map_has_the_points_that_it_is_given
+- torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:most]
++ torch.randperm(len(chosen))[:most]
+
+protocols/figures.py tests/test_figures.py::test_the_feature_map_has_the_points_that_it_is_given
+- features, labels = features.cpu()[chosen], labels.cpu()[chosen]
++ features, labels = features.cpu()[chosen], labels.cpu()[chosen.sort().values]
+
+protocols/figures.py tests/test_figures.py::test_the_map_by_tsne_stands_beside_the_components
+- functools.partial(tsne, seed=config.seed, perplexity=config.perplexity)
++ functools.partial(tsne, seed=config.seed)
+
+protocols/figures.py tests/test_figures.py::test_features_that_are_not_finite_have_no_map
+- if reason := unfit(test=features):
++ if reason := "":
 """
 
 
