@@ -372,7 +372,7 @@ RECIPES = {
     "imagenet --variant masked_b": MASKED,
     "photos": LAPTOP | {"epochs": 20, "epoch_steps": 50, "base_lr": 16e-3, "crop_min": 0.3},
     "shapes": LAPTOP | {"epochs": 9, "base_lr": 24e-3, "crop_min": 0.8, "probe_every": 9},
-    "shapes --width micro4": {"channels": 128, "epochs": 4, "probe_every": 4},
+    "shapes --width micro4": {"channels": 128, "epochs": 3, "probe_every": 3},
     "cifar10": LAPTOP | {"epochs": 10, "base_lr": 16e-3, "crop_min": 0.3},
 }
 
