@@ -74,7 +74,7 @@ def outlines(angles: int = 720) -> tuple[Tensor, Tensor]:
 def _paint(draws: Tensor, labels: Tensor, size: int, radius: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Render one part of `render_shapes`: draws (N, 24), labels (N,) -> uint8 (N, 3, S, S), bool (N, S, S)."""
     brush = Brush(draws, size, radius, slope)
-    x, y, vary = brush.x, brush.y, brush.vary
+    vary = brush.vary
     place = vary(0.5, 0.75), vary(-0.3, 0.3), vary(-0.28, 0.28), vary(-0.28, 0.28)
     body, u, v = brush.inside(labels, *place)
     shadow = brush.shadow(labels, *place)
