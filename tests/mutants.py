@@ -197,8 +197,12 @@ finola.py tests/test_finola.py::test_recipes_are_table_12
 + "batch_size": 32}
 
 common.py tests/test_finola.py::test_recomputing_keeps_little_for_the_backward_pass
-- recomputed(block, x, tokens) if self.recompute else block(x, tokens)
+- recomputed(block, x, tokens, again=self.recompute)
 + block(x, tokens)
+
+common.py tests/test_finola.py::test_recomputing_keeps_little_for_the_backward_pass
+- x = recomputed(self.lite, F.relu6(self.stem(self.normalize(images))), again=self.recompute)
++ x = self.lite(F.relu6(self.stem(self.normalize(images))))
 
 plumbing/recompute.py tests/test_finola.py::test_recomputing_changes_nothing_that_a_step_leaves_behind
 - if next(calls) == 0:
@@ -2312,6 +2316,78 @@ protocols/figures.py tests/test_figures.py::test_the_map_by_tsne_stands_beside_t
 protocols/figures.py tests/test_figures.py::test_features_that_are_not_finite_have_no_map
 - if reason := unfit(test=features):
 + if reason := "":
+
+protocols/detection.py tests/test_detection.py::test_match_finds_what_trying_all_pairs_finds
+- of_column[seen] -= reached - length[seen]
++ of_column[seen] -= length[seen]
+
+protocols/detection.py tests/test_detection.py::test_match_takes_any_kind_of_matrix
+- cost * 2.0**-64 if
++ cost if
+
+protocols/detection.py tests/test_detection.py::test_match_refuses_what_is_not_finite
+- if not np.isfinite(cost).all():
++ if np.isnan(cost).all():
+
+protocols/detection.py tests/test_detection.py::test_match_takes_any_kind_of_matrix
+- detach().to("cpu", torch.float64))
++ detach().to("cpu", torch.float32))
+
+protocols/detection.py tests/test_detection.py::test_generalized_iou_of_boxes_that_touch_and_have_no_area
+- .clamp_min(0).prod(dim=-1)
++ .prod(dim=-1).clamp_min(0)
+
+protocols/detection.py tests/test_detection.py::test_generalized_iou_of_boxes_that_touch_and_have_no_area
+- / hull.clamp_min(1e-7)
++ / hull
+
+protocols/detection.py tests/test_detection.py::test_generalized_iou_broadcasts_and_has_the_right_gradient
+- dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)  # areas leave half precision
++ dtype = a.dtype
+
+protocols/detection.py tests/test_detection.py::test_average_precision_keeps_ties_with_a_threshold
+- THRESHOLDS = np.linspace(0.5, 0.95, 10)
++ THRESHOLDS = np.linspace(0.5, 0.95, 10, dtype=np.float32)
+
+protocols/detection.py tests/test_detection.py::test_average_precision_at_recalls_that_are_rounded
+- RECALLS = np.linspace(0, 1, 101)
++ RECALLS = np.arange(101) / 100
+
+protocols/detection.py tests/test_detection.py::test_average_precision_gives_equal_overlaps_to_the_later_truth
+- best = len(aside) - 1 - np.where(choice, row, -1)[:, ::-1].argmax(axis=1)
++ best = np.where(choice, row, -1).argmax(axis=1)
+
+protocols/detection.py tests/test_detection.py::test_average_precision_keeps_the_order_of_equal_scores
+- order = np.argsort(-scores, kind="stable")
++ order = np.argsort(scores, kind="stable")[::-1]
+
+protocols/detection.py tests/test_detection.py::test_average_precision_sizes_truths_by_their_area_and_findings_by_their_box
+- ignored | (~hit & other)
++ ignored
+
+protocols/detection.py tests/test_detection.py::test_average_precision_sizes_truths_by_their_area_and_findings_by_their_box
+- (area < low) | (area > high)
++ (area < low) | (area >= high)
+
+protocols/detection.py tests/test_detection.py::test_average_precision_leaves_crowds_out
+- fits = (row >= least) & ~(taken & ~crowd)
++ fits = (row >= least) & ~taken
+
+protocols/detection.py tests/test_detection.py::test_average_precision_leaves_crowds_out
+- np.where(crowd[None], own, own + other - shared)
++ own + other - shared
+
+protocols/detection.py tests/test_detection.py::test_average_precision_takes_the_best_hundred_of_a_class
+- kind="stable")][:MOST]
++ kind="stable")]
+
+protocols/detection.py tests/test_detection.py::test_average_precision_matches_a_literal_loop
+- choice = np.where(counts.any(axis=1, keepdims=True), counts, fits)
++ choice = fits
+
+protocols/detection.py tests/test_detection.py::test_average_precision_matches_a_literal_loop
+- precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
++ precision = precision
 """
 
 

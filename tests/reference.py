@@ -524,3 +524,70 @@ def tsne_walk(p, y, steps, rate, exaggerated, early):
         y = y + velocity
         y = y - y.mean(dim=0)
     return y.detach()
+
+
+def least_cost(cost):
+    """The total cost of the best pairs of rows and columns (lists of lists), by all ways to choose them."""
+    if len(cost) > len(cost[0]):
+        cost = list(zip(*cost, strict=True))
+    ways = itertools.permutations(range(len(cost[0])), len(cost))
+    return min(sum(row[column] for row, column in zip(cost, way, strict=True)) for way in ways)
+
+
+def average_precision(truth, found):
+    """COCO's evaluation of boxes, finding by finding: truth and found as those of the fast one, all keys given."""
+
+    def iou(a, b, crowd):
+        shared = 1.0
+        for axis in (0, 1):
+            shared *= max(0.0, min(a[axis] + a[axis + 2], b[axis] + b[axis + 2]) - max(a[axis], b[axis]))
+        return shared / (a[2] * a[3] + (0.0 if crowd else b[2] * b[3] - shared)) if shared else 0.0
+
+    def precision_at(label, low, high, threshold):
+        """The precisions at 101 recalls of one class, size and threshold; None where no truth counts."""
+        judged, truths = [], 0  # (score, right or wrong) of what counts
+        for t, f in zip(truth, found, strict=True):
+            mine = [i for i, x in enumerate(t["labels"]) if x == label]
+            aside = {i: bool(t["crowd"][i]) or not low <= t["area"][i] <= high for i in mine}
+            truths += sum(not aside[i] for i in mine)
+            best = sorted((i for i, x in enumerate(f["labels"]) if x == label), key=lambda i: -f["scores"][i])
+            taken = set()
+            for d in best[:100]:
+                box, hit = f["boxes"][d], None
+                for those in (False, True):  # what counts, then what is aside
+                    if hit is not None:
+                        break
+                    most = threshold
+                    for i in mine:
+                        if aside[i] == those and not (i in taken and not t["crowd"][i]):
+                            value = iou(box, t["boxes"][i], t["crowd"][i])
+                            if value >= most:
+                                most, hit = value, i
+                if hit is not None:
+                    taken.add(hit)
+                    if not aside[hit]:
+                        judged.append((f["scores"][d], True))
+                elif low <= box[2] * box[3] <= high:
+                    judged.append((f["scores"][d], False))
+        if not truths:
+            return None
+        judged.sort(key=lambda pair: -pair[0])
+        points, right = [], 0
+        for count, (_, good) in enumerate(judged, start=1):
+            right += good
+            points.append((right / truths, right / count))
+        return [max((p for recall, p in points if recall >= i * 0.01), default=0.0) for i in range(101)]
+
+    sizes = {"": (0, 1e10), "s": (0, 1024), "m": (1024, 9216), "l": (9216, 1e10)}
+    labels = sorted({int(x) for t in truth for x in t["labels"]})
+    result, levels = {}, [0.5 + i * ((0.95 - 0.5) / 9) for i in range(10)]  # in float64, rounding and all
+    for name, chosen, size in [
+        ("AP", levels, ""),
+        ("AP50", levels[:1], ""),
+        ("AP75", levels[5:6], ""),
+        *((f"AP{size}", levels, size) for size in "sml"),
+    ]:
+        rows = [precision_at(label, *sizes[size], level) for label in labels for level in chosen]
+        values = [value for row in rows if row is not None for value in row]
+        result[name] = sum(values) / len(values) if values else -1
+    return result
