@@ -176,7 +176,7 @@ def test_average_precision_keeps_the_order_of_equal_scores():
         assert average_precision(images, [findings([], []), findings(boxes, [0.5, 0.5])])["AP50"] == near(value)
 
 
-def test_average_precision_sizes_truths_by_their_area_and_findings_by_their_box():
+def test_average_precision_sizes_truths_by_their_area():
     case = [truth([0, 0, 100, 100], area=torch.tensor([500.0]))]
     found = [findings([[0, 0, 100, 100], [120, 120, 80, 80]], [0.8, 0.95])]
     values = average_precision(case, found)
