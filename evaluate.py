@@ -21,6 +21,7 @@ knn          votes of the nearest training images                           froz
 linear       one linear layer by gradient descent                           frozen.py: fit_on_features
 tran1/tran4  one or four transformer blocks on frozen tokens (FINOLA)       heads.py: TransformerHead
 finetune     every weight, with augmentation and layer-wise learning rates  training.py: Classifier
+segment      a class for each pixel, on data of its own (built-in scenes)   segmentation.py: Segmenter
 clusters     do classes form clusters: figures without any training         frozen.py: davies_bouldin, class_cosines
 pictures     what there is to see                                           figures.py
 finola       FINOLA's curvature, differential equations and embeddings      finola_figures.py
@@ -53,6 +54,7 @@ from plumbing.run_files import read_settings, refuse_among_pictures, refuse_take
 from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
 from protocols.compare import check_comparison, compare
+from protocols.dense import data_of, run_any
 from protocols.energy_figures import draw_energy
 from protocols.export import export_encoder
 from protocols.features import write_features
@@ -63,7 +65,7 @@ from protocols.hypergradient import draw_hypergradient
 from protocols.rows import Subject
 from protocols.run_folders import check_finished, check_labels, check_tests, note_other_pictures, notes_on, record
 from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
-from protocols.training import applies, folder_of, run_protocol, trains_on_images
+from protocols.training import applies, folder_of, trains_on_images
 
 HELP = ("python evaluate.py RUN [RUN ...] [--protocol NAME ...] [--any-field value]",)
 HELP += (f"Protocols: {' '.join(PROTOCOLS)}. Recipes change defaults: RUN --protocol NAME --help shows what holds.",)
@@ -101,6 +103,7 @@ def judge(run_folder: Path, given: dict, with_help: bool = False):
     if not (run_folder / "encoder.pt").exists():
         raise UserError(f"{run_folder} holds no encoder.pt: a run writes it at the end of its first epoch")
     protocols, known = protocols_of(given), read_settings(run_folder / "config.json")
+    load, given = data_of(protocols, given, load_data)
     check_tests(protocols, given.get("test_data", ""))
     if known.get("recipe") == "photos":
         given = {"recipe": "photos"} | given
@@ -127,14 +130,14 @@ def judge(run_folder: Path, given: dict, with_help: bool = False):
     options = {name: given[name] for name in names if name in given}
     options |= {"device": device, "workers": given.get("workers", Config.workers)}
     first_split = "train" if protocols == ["features"] else "labelled"
-    train = load_data(given["data"], split=first_split, **options)
+    train = load(given["data"], split=first_split, **options)
     check_labels(protocols, train)
     if elsewhere := given.get("test_data"):
         given = given | {"resume": True}  # what trains has done so already
         reading = {x: options[x] for x in ("skip_bad_images", "max_pixels", "workers", "device") if x in options}
         test = load_tests(elsewhere, train.classes, **reading)
     else:
-        test = load_data(given["data"], split="test", **options)
+        test = load(given["data"], split="test", **options)
     if of_run and rank() == 0:
         note_other_pictures(run_folder, train.listing)
     method, width = known.get("method", ""), width_of(encoder)
@@ -218,7 +221,7 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
             table["trained"] |= found
         for subject in subjects if protocol not in DRAWING else ():
             if applies(protocol, subject, config):
-                found = run_protocol(protocol, subject, config)
+                found = run_any(protocol, subject, config)
                 results[subject.name] = found
                 table[subject.name] |= found
         if rank() == 0:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from plumbing.crops import Crop
-from plumbing.errors import UserError
+from plumbing.errors import UserError, unknown
 from plumbing.processes import note, world_size
 from plumbing.settings import TrainConfig, check_batch, check_least, check_positive, in_proportion
 
 PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "hypergradient", "tran1", "tran4", "finetune")
-PROTOCOLS += ("features", "export")
+PROTOCOLS += ("segment", "features", "export")
+DENSE_PROTOCOLS = ("segment",)  # those whose answers lie in places of a picture: protocols/dense.py
 USUAL = ("knn", "linear")
 
 
@@ -24,7 +25,7 @@ class Config(TrainConfig):
 
     protocol: tuple[str, ...] = USUAL  # one or more of those above
     recipe: str = ""  # a recipe of the protocol, by default the method's own; docs/evaluating.md lists them
-    data: str = ""  # data set to evaluate on, by default that of the run
+    data: str = ""  # data set to evaluate on, by default that of the run, of segment: scenes
     test_data: str = ""  # knn to finetune: test on <class>/* of this folder instead; what trains must have ended before
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
@@ -46,8 +47,10 @@ class Config(TrainConfig):
     optimizer: Literal["sgd", "lars", "adamw"] = "adamw"  # of all that train
     momentum: float = 0.9  # of sgd and lars
     batchnorm: bool = False  # linear: standardise the features by a batch norm without affine weights
-    head: Literal["linear", "tran1", "tran4"] = "linear"  # finetune: what is trained on top of the encoder
-    dropout: float = 0.0  # of the head of tran1 and tran4
+    head: Literal["linear", "tran1", "tran4", "pyramid"] = "linear"  # finetune, segment: what is trained on the encoder
+    finetune: bool = False  # segment: train the encoder too, not the head alone
+    aux_weight: float = 0.4  # segment --head pyramid: weight of the loss of a small head on the third map
+    dropout: float = 0.0  # of the head of tran1, tran4 and pyramid
     layer_decay: float = 1.0  # finetune: factor of the learning rate from a layer to the one below
     drop_path: float = 0.0  # finetune: rate of stochastic depth in the last block
     positions: Literal["fixed", "learned"] = "fixed"  # finetune: those of a ViT, learned too as in MAE's code
@@ -60,7 +63,7 @@ class Config(TrainConfig):
     def check(self):
         super().check()
         check_positive(self, "k", "base_lr")
-        check_least(self, perplexity=1)
+        check_least(self, perplexity=1, aux_weight=0)
         for field in ("momentum", "dropout", "drop_path", "smoothing"):
             if not 0 <= getattr(self, field) < 1:
                 self.refuse(field, "at least 0, less than 1")
@@ -121,6 +124,11 @@ TRAN |= {"dropout": ByWidth(0.1, 0.2, 0.2), "erase": ByWidth(0.0, 0.0, 0.25), "b
 # Ours, for folders of any size: 1,000 or 2,000 small steps.
 PHOTOS = {"batch_size": 32, "epochs": 20, "epoch_steps": 50, "warmup_epochs": 2, "crop_min": 0.4, "smoothing": 0.1}
 PHOTOS |= {"weight_decay": 0.05, "pool": "mean"}
+# UPerNet's head on MAE, as MMSegmentation has it: a learning rate of 1e-4 for a batch of 16, 160,000 steps, of which
+# 1,500 warm up.
+UPERNET = {"finetune": True, "head": "pyramid", "base_lr": 1.6e-3, "betas": (0.9, 0.999), "weight_decay": 0.05}
+UPERNET |= {"batch_size": 16, "epochs": 320, "epoch_steps": 500, "warmup_epochs": 3, "layer_decay": 0.65}
+UPERNET |= {"drop_path": 0.1, "dropout": 0.1, "crop_min": 0.25}
 RECIPES = {
     "linear": {
         # MAGMA, "Evaluation protocol"
@@ -161,12 +169,25 @@ RECIPES = {
         | {"cutmix": ByWidth(0.0, 0.25, 1.0)},
         "photos": PHOTOS | {"base_lr": 16e-3, "layer_decay": 0.75},
     },
+    "segment": {
+        # Ours, for any encoder and folders of any size: a linear layer on frozen maps, 1,000 small steps
+        "scenes": {"base_lr": 1.6e-2, "weight_decay": 0.0, "batch_size": 32, "epochs": 10, "epoch_steps": 100}
+        | {"warmup_epochs": 1, "crop_min": 0.5, "batchnorm": True},
+        "mae": UPERNET,  # He et al. 2022, by MMSegmentation's settings
+        "ebm": UPERNET,  # Table C, which tells no settings: MAE's
+        # MixedAE, supplement, appendix B
+        "mixedae": UPERNET | {"base_lr": 4.8e-3, "layer_decay": BySize(0.65, 0.75)},
+        # MLO-MAE, appendix B.6, in the code that it names
+        "mlo_mae": UPERNET | {"base_lr": 3.2e-3, "batch_size": 8},
+    },
 }
 DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}  # of protocols without a recipe: what is not Config's
 OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
     "linear": {"magma": "magma", "finola": "finola"},
     "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},
+    "segment": {"ebm_pretrain": "ebm", "finola": "scenes", "mixedae": "mixedae", "mlo_mae": "mlo_mae"},
 }
+HEADS = {"finetune": ("linear", "tran1", "tran4"), "segment": ("linear", "pyramid")}  # what --head can be
 
 
 def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
@@ -179,6 +200,8 @@ def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
     recipes, own = RECIPES[protocol], OWN_RECIPE.get(protocol, {}).get(method, "mae")
     if method == "mlo_mae" and given.get("data") in ("cifar10", "cifar100"):
         own = "mlo_mae_cifar"
+    if protocol in DENSE_PROTOCOLS and given.get("data") == "scenes":
+        own = "scenes"
     name = next(name for name in (given.get("recipe"), own, *recipes) if name in recipes)
     values = {field: v.at(dim) if isinstance(v, ByWidth | BySize) else v for field, v in recipes[name].items()}
     return values | {"recipe": name}
@@ -205,6 +228,8 @@ def settings_of(protocol: str, given: dict, method: str, dim: int, images: int) 
         values["base_lrs"] = ()
     config = Config(**values)
     config.moved = moved
+    if config.head not in (heads := HEADS.get(protocol, (config.head,))):
+        raise UserError(unknown(f"--head of {protocol}", config.head, heads))
     if trained:
         check_batch(config)  # `fit` holds it to --max-steps, and prints the notes of the settings
     elif protocol in RECIPES:

@@ -32,7 +32,7 @@ from protocols.heads import (
     width_of,
 )
 from protocols.rows import Subject
-from protocols.settings import OUTSIDE, Config, result_names
+from protocols.settings import DENSE_PROTOCOLS, OUTSIDE, Config, result_names
 
 
 def run_protocol(protocol: str, subject: Subject, config: Config) -> dict:
@@ -48,15 +48,16 @@ def run_protocol(protocol: str, subject: Subject, config: Config) -> dict:
 
 def trains_on_images(protocol: str, subject: Subject, config: Config) -> bool:
     """Whether a protocol encodes images anew in each epoch, as a run of its own."""
-    return subject.encoder is not None and (
-        protocol in ("tran1", "tran4", "finetune") or (protocol == "linear" and not config.cache)
+    return protocol in DENSE_PROTOCOLS or (
+        subject.encoder is not None
+        and (protocol in ("tran1", "tran4", "finetune") or (protocol == "linear" and not config.cache))
     )
 
 
 def applies(protocol: str, subject: Subject, config: Config) -> bool:
     """Whether a protocol has a meaning for a subject."""
     if subject.encoder is None:
-        return protocol in ("knn", "linear", "clusters")
+        return protocol in ("knn", "linear", "clusters", "segment")
     if subject.name == "untrained" and not config.untrained:
         return protocol == "finetune"  # the subject is there for --scratch alone
     return not (protocol == "finetune" and config.scratch and subject.name == "trained")
@@ -159,14 +160,20 @@ def train_classifier(protocol: str, subject: Subject, config: Config) -> dict:
     learned = protocol == "finetune" and config.positions == "learned"
     encoder = learn_positions(subject.encoder) if learned else copy.deepcopy(subject.encoder)
     method = Classifier(protocol, encoder, head, classes, config).to(subject.device)
+    config = fit_in_folder(protocol, method, subject, config)
+    result = on_rank_zero(lambda: method.probe(None, subject.train, subject.test, config))
+    return note_diverged({name.replace("accuracy", protocol): value for name, value in result.items()})
+
+
+def fit_in_folder(protocol: str, method: Method, subject: Subject, config: Config) -> Config:
+    """Train a method as a run in its protocol's own folder, then set it to be judged -> the settings of that run."""
     # What the training does not depend on must not keep it from being resumed.
     fields = {name: getattr(Config, name) for name in OUTSIDE} | {"out": str(folder_of(protocol, subject, config))}
     moved, config = config.moved, dataclasses.replace(config, protocol=(protocol,), **fields)
     config.moved = moved  # which is no field
     fit(method, subject.train, subject.test, config)
     method.eval()
-    result = on_rank_zero(lambda: method.probe(None, subject.train, subject.test, config))
-    return note_diverged({name.replace("accuracy", protocol): value for name, value in result.items()})
+    return config
 
 
 def learn_positions(encoder: nn.Module) -> ViT:
