@@ -42,10 +42,13 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+import common
 from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, decays, mask_from_noise, take, visible_patches
 from plumbing.crops import mix_seed
 from plumbing.errors import UserError
@@ -129,13 +132,17 @@ def forward_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
 
 
 def reverse_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
-    """The gradient by `wanted` of the slope along `direction`: cheap where little lies between `at` and the loss."""
+    """The gradient by `wanted` of the slope along `direction`: cheap where little lies between `at` and the loss.
 
-    def slope(wanted):
-        slopes = torch.func.grad(loss)(at, wanted)
-        return sum((slopes[name] * direction[name]).sum() for name in at)
-
-    return torch.func.grad(slope)(wanted)
+    Where tensors of `wanted` require gradients, `loss` may be a graph that leads to them already.
+    """
+    at = {name: value.detach().requires_grad_() for name, value in at.items()}
+    wanted = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in wanted.items()}
+    with torch.enable_grad():
+        slopes = torch.autograd.grad(loss(at, wanted), list(at.values()), create_graph=True)
+        slope = sum((x * direction[name]).sum() for name, x in zip(at, slopes, strict=True))
+    gradients = torch.autograd.grad(slope, list(wanted.values()), materialize_grads=True)
+    return dict(zip(wanted, gradients, strict=True))
 
 
 def central_difference(loss, at: dict, direction: dict, wanted: dict, radius: float = 0.01) -> dict:
@@ -158,8 +165,7 @@ def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "
     if method == "finite_difference":
         return central_difference(loss, at, direction, wanted, radius)
     exact = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
-    # Fused attention has no forward-mode derivative; on a GPU its backward pass fails where only the outer of two
-    # gradients reaches it, as in `reverse` (torch 2.11: nan in bf16, an error in float32).
+    # Fused attention has no forward-mode derivative, and no second one.
     with sdpa_kernel(SDPBackend.MATH):
         return exact[method](loss, at, direction, wanted)
 
@@ -419,18 +425,21 @@ class MultiLevelMAE(Method):
 
     def features(self, images: Tensor) -> Tensor:
         """What the head sees: the CLS token (B, D) of whole images, of the fine-tuned encoder in level II of Eq. 13."""
-        encoder = self.tuned or self.encoder
-        return encoder.encode(encoder.embed(images))[:, 0]
+        return cls_token(self.tuned or self.encoder, images)
 
     def classification_loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Levels II and III, Eq. 2 and 3: cross-entropy of the head on features (B, D)."""
         return F.cross_entropy(widen(self.head(features)), labels)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None, level: int = 1) -> Tensor:
-        """The loss of a level as a scalar, for `torch.func.functional_call`: the loop calls `update`, never this."""
+    def forward(self, images: Tensor, labels: Tensor | None = None, level: int = 1, features=None) -> Tensor:
+        """The loss of a level as a scalar, for `torch.func.functional_call`: the loop calls `update`, never this.
+
+        `features` (B, D) are those of the images, where they are known.
+        """
         if level == 1:
-            return self.pretraining_loss(images)[0]
-        return self.classification_loss(self.features(images), labels)
+            with PlainAttention():
+                return self.pretraining_loss(images)[0]
+        return self.classification_loss(self.features(images) if features is None else features, labels)
 
     # A cycle.
 
@@ -450,12 +459,14 @@ class MultiLevelMAE(Method):
             self.head.load_state_dict(self.first_head.state_dict())
             for parameter in self.head.parameters():
                 stepper.optimizer.state.pop(parameter, None)
+        features = None
         for batch in trainings:
             head_before = self.weights("head.", copy=True)
             if config.objective != "blo":
-                head_loss = self.train_head(*batch, stepper)
+                head_loss, features = self.train_head(*batch, stepper, keep=bool(validation))
         if validation:
-            self.learn_masks((unlabelled[-1][0], None), training, validation[0], before, head_before, stepper)
+            learned_from = (unlabelled[-1][0], None), training, validation[0]
+            self.learn_masks(*learned_from, before, head_before, stepper, features)
         logged = {"loss": total, "loss_head": head_loss.detach()}
         if config.learns_masks:
             p = probability.detach().clamp(1e-6, 1 - 1e-6)
@@ -473,22 +484,30 @@ class MultiLevelMAE(Method):
         self.descend(objective, learning, stepper)
         return loss, head_loss, probability
 
-    def train_head(self, images: Tensor, labels: Tensor, stepper) -> Tensor:
-        """Level II: the head on fixed features (Eq. 7), or with the encoder F of Eq. 13, held near E by lambda."""
+    def train_head(self, images: Tensor, labels: Tensor, stepper, keep: bool = False) -> tuple:
+        """Level II: the head on fixed features (Eq. 7), or with the encoder F of Eq. 13, held near E by lambda.
+
+        -> its loss, and with `keep` the features (B, D) with their graph for `masking_gradient`, where it can use them.
+        """
+        # It cannot where it computes in another precision, and does not look at level II where there is an F.
+        keep = keep and self.tuned is None and stepper.dtype != torch.float16
+        keep = keep and self.config.hypergradient != "finite_difference"
         with stepper.autocast():
-            with torch.set_grad_enabled(self.tuned is not None):
+            with torch.set_grad_enabled(keep or self.tuned is not None):
                 features = self.features(images)
-            loss, learning = self.classification_loss(features, labels), [self.head]
+            fixed = features if self.tuned is not None else features.detach()
+            loss, learning = self.classification_loss(fixed, labels), [self.head]
             if self.tuned is not None:
                 pairs = zip(self.tuned.parameters(), self.encoder.parameters(), strict=True)
                 apart = sum((f - e.detach()).square().sum() for f, e in pairs)
                 loss, learning = loss + self.config.proximal * apart, [self.tuned, self.head]
         self.descend(loss, learning, stepper)
-        return loss
+        return loss, features if keep else None
 
-    def learn_masks(self, unlabelled, training, validation, before, head_before, stepper):
+    def learn_masks(self, unlabelled, training, validation, before, head_before, stepper, features=None):
         """Level III: one step of T (Eq. 8). Arguments as for `masking_gradient`."""
-        gradient, loss = self.masking_gradient(unlabelled, training, validation, before, head_before, stepper)
+        batches, weights = (unlabelled, training, validation), (before, head_before)
+        gradient, loss = self.masking_gradient(*batches, *weights, stepper, features)
         self.validation_loss.copy_(average(loss))
         for name, parameter in self.masking.named_parameters():
             parameter.grad = gradient["masking." + name].to(parameter)
@@ -497,11 +516,12 @@ class MultiLevelMAE(Method):
         stepper.optimizer.step()  # these gradients were never scaled
         stepper.optimizer.zero_grad(set_to_none=True)
 
-    def masking_gradient(self, unlabelled, training, validation, before, head_before, stepper) -> tuple[dict, Tensor]:
+    def masking_gradient(self, unlabelled, training, validation, before, head_before, stepper, features=None) -> tuple:
         """The hypergradient {name of T's parameter: tensor}, and the loss of level III.
 
         The batches are (images, labels) of the last step of each level; `before` are the weights of the autoencoder and
-        `head_before` those of the head, before these steps.
+        `head_before` those of the head, before these steps. `features` are those of level II, if their graph is there:
+        the product through the head goes back through it, without another forward pass.
         """
         config, rates = self.config, [group["lr"] for group in stepper.optimizer.param_groups]  # two groups a network
         lr_encoder, lr_head = (rates[0], rates[2]) if config.lr_factors else (1.0, 1.0)
@@ -510,23 +530,23 @@ class MultiLevelMAE(Method):
             lr_encoder = config.gamma * lr_encoder
         lr_encoder, lr_head = self.rate_of(prefix, lr_encoder, stepper), self.rate_of("head.", lr_head, stepper)
 
-        def loss_of(level, batch, others):
+        def loss_of(level, batch, others, features=None):
             """A level's loss as a function of the weights of the encoder and of one more network."""
-            return lambda encoder, network: functional_call(self, others | encoder | network, (*batch, level))
+            return lambda encoder, network: functional_call(self, others | encoder | network, (*batch, level, features))
 
         level_1 = loss_of(1, unlabelled, before)  # with the decoder as it was, too
-        level_2, level_3 = loss_of(2, training, {}), loss_of(3, validation, {})
+        level_2, level_3 = loss_of(2, training, {}, features), loss_of(3, validation, {})
         encoder_before = {name: value for name, value in before.items() if name.startswith(prefix)}
-        encoder, head = (encoder_before, self.weights(prefix)), (head_before, self.weights("head."))
+        of_features = {name: p for name, p in self.named_parameters() if name.startswith(prefix)}
+        encoder_after = self.weights(prefix) if features is None else of_features
+        encoder, head = (encoder_before, encoder_after), (head_before, self.weights("head."))
         masking = self.weights("masking.")
         method = "finite_difference" if config.hypergradient == "finite_difference" else "exact"
         options = {"method": method, "radius": config.radius, "mean": mean_over_processes}
-        # A difference needs every digit; a derivative does not, but fp16 is too narrow, and on a GPU autocast mixes up
-        # the types in a second derivative of attention (torch 2.11). torch.func ignores `no_grad`.
-        device = unlabelled[0].device.type
-        narrow = stepper.dtype == torch.bfloat16 and method == "exact" and device == "cpu"
+        # A difference needs every digit; a derivative does not, but fp16 is too narrow. torch.func ignores `no_grad`.
+        narrow = stepper.dtype == torch.bfloat16 and method == "exact"
         self.eval()  # no dropout
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=narrow):
+        with torch.no_grad(), torch.autocast(unlabelled[0].device.type, torch.bfloat16, enabled=narrow):
             if config.objective == "full":
                 of_tuned = lambda weights: level_3({x.replace(prefix, "tuned."): p for x, p in weights.items()}, {})
                 tuned = {x.replace("tuned.", prefix): p for x, p in self.weights("tuned.").items()}
@@ -647,6 +667,34 @@ class LevelPlan(BatchPlan):
             levels.append(pool[order].view(len(self), times, config.batch_size))
         learns = [config.learns_masks and step % config.update_every == 0 for step in self.steps_of(epoch)]
         return [torch.cat([level[i] for level in levels[: 2 + learns[i]]]) for i in range(len(self))]
+
+
+class PlainAttention(TorchFunctionMode):
+    """While this is on, torch's attention takes plain steps, which have a forward-mode derivative in bf16 on a GPU too.
+
+    torch's own plain form (`SDPBackend.MATH`) mixes up types under autocast there, in torch 2.11.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        plain = function is F.scaled_dot_product_attention
+        return (common.attend_plainly if plain else function)(*args, **kwargs or {})
+
+
+def cls_token(encoder: ViT, images: Tensor) -> Tensor:
+    """The CLS token of `encoder.encode(encoder.embed(images))`, (B, 3, H, W) -> (B, D).
+
+    The last block computes it alone: from all keys and values, but for one query.
+    """
+    tokens, dim, block = encoder.embed(images), encoder.dim, encoder.blocks[-1]
+    x = torch.cat([encoder.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)  # (B, 1 + N, D)
+    for earlier in encoder.blocks[:-1]:
+        x = earlier(x)
+    normed, weight, bias = block.norm1(x), block.attn["qkv"].weight, block.attn["qkv"].bias
+    q, kv = F.linear(normed[:, :1], weight[:dim], bias[:dim]), F.linear(normed, weight[dim:], bias[dim:])
+    q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=block.heads) for y in (q, *kv.chunk(2, dim=-1)))
+    x = x[:, :1] + block.attn["proj"](rearrange(common.attend(q, k, v), "b h n d -> b n (h d)"))  # (B, 1, D)
+    x = x + block.mlp["fc2"](F.gelu(block.mlp["fc1"](block.norm2(x))))
+    return encoder.norm(x)[:, 0]
 
 
 def split_labelled(data, config: Config) -> tuple[Tensor, Tensor]:

@@ -351,6 +351,48 @@ def test_levels_two_and_three_are_cross_entropy_of_the_cls_token():
         torch.testing.assert_close(method(images, labels, level), expected)
 
 
+def test_the_last_block_computes_the_cls_token_alone():
+    """Eq. 2 and 3: the features and their gradients are those of the whole encoder."""
+    method, found = tiny_levels().double(), []
+    images, towards = batch_of(method, 1, dtype=torch.float64)[0], randn(4, 16)
+    for features in (mlo_mae.cls_token(method.encoder, images), method.encoder(images)):
+        gradients = torch.autograd.grad((features * towards).sum(), list(method.encoder.parameters()))
+        found.append([features.detach(), *gradients])
+    assert method.encoder.pool == "cls"
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "passes"),
+    [
+        ({}, 2),
+        ({"hypergradient": "adamw", "amp": "bf16"}, 2),
+        ({"amp": "fp16"}, 3),  # the hypergradient is in float32
+        ({"hypergradient": "finite_difference"}, 4),
+        ({"head_steps": 2}, 3),
+    ],
+)
+def test_the_hypergradient_goes_back_through_level_twos_own_features(fields, passes, monkeypatch):
+    """Eq. 11: E' has seen these images in level II already; `passes` are those of whole images in a cycle."""
+    method, seen, cls_token = tiny_levels(unrolling=1, head="code", **fields), [], mlo_mae.cls_token
+    monkeypatch.setattr(mlo_mae, "cls_token", lambda *args: seen.append(1) or cls_token(*args))
+    method.update(method, [batch_of(method, 2 + method.config.head_steps)], stepper_of(method))
+    assert len(seen) == passes
+
+
+def test_the_forward_product_takes_plain_attention():
+    """Level I has a forward-mode derivative, whatever kernel would be chosen; and the same loss."""
+    method = tiny_levels().double()
+    images = batch_of(method, 1, dtype=torch.float64)[0]
+    weights = method.weights("autoencoder.")
+    towards = {name: randn(*p.shape, seed=i) for i, (name, p) in enumerate(weights.items())}
+    loss = lambda weights: functional_call(method, weights, (images, None, 1))
+    value, slope = torch.func.jvp(loss, (weights,), (towards,))
+    ends = [float(loss(mlo_mae.moved(weights, towards, share)).detach()) for share in (1e-6, -1e-6)]
+    assert float(slope.detach()) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)
+    torch.testing.assert_close(value, method.pretraining_loss(images)[0])
+
+
 # --- the three levels ------------------------------------------------------------------------------------------------
 
 
@@ -586,7 +628,7 @@ def test_of_several_steps_of_the_head_the_last_one_is_differentiated():
     one.train_autoencoder(pretext[0], first, other)
     one.train_head(*first, other)
     head_before = one.weights("head.", copy=True)
-    loss = one.train_head(*last, other)
+    loss, _ = one.train_head(*last, other)
     one.learn_masks((pretext[0], None), last, validation, before, head_before, other)
     assert len(recorder.steps) == len(other.steps) == 4
     torch.testing.assert_close(logged["loss_head"], loss.detach())
