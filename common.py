@@ -427,10 +427,10 @@ class MobileFormer(Encoder):
 
     def forward(self, images: Tensor, hidden: bool = False):
         """Images (B, 3, H, W) -> (B, head, H/stride, W/stride); with `hidden`, also the list of every block's map."""
-        x = self.lite(F.relu6(self.stem(self.normalize(images))))  # (B, C, H/2, W/2)
+        x = recomputed(self.lite, F.relu6(self.stem(self.normalize(images))), again=self.recompute)  # (B, C, H/2, W/2)
         tokens, maps = self.tokens.expand(len(x), -1, -1), []  # (B, T, d)
         for block in self.blocks:
-            x, tokens = recomputed(block, x, tokens) if self.recompute else block(x, tokens)
+            x, tokens = recomputed(block, x, tokens, again=self.recompute)
             maps.append(x)
         return (self.head(x), maps) if hidden else self.head(x)
 

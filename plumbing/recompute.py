@@ -7,12 +7,15 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(module: nn.Module, *inputs):
+def recomputed(module: nn.Module, *inputs, again: bool = True):
     """module(*inputs), of which autograd keeps the inputs alone: the backward pass computes the rest a second time.
 
     Loss and gradients are the same. So are the buffers, among them the running statistics of batch norms: the second
-    time works on copies of them. For modules that draw nothing at random, and not within torch.compile.
+    time works on copies of them. For modules that draw nothing at random, and not within torch.compile. Without `again`
+    nothing is computed twice: autograd keeps all that it needs, as usual.
     """
+    if not again:
+        return module(*inputs)
     calls = itertools.count()
 
     def run(*inputs):

@@ -763,8 +763,8 @@ def test_recomputing_changes_nothing_that_a_step_leaves_behind(variant, norm):
         assert torch.equal(x, left[0][2][name]), name
 
 
-@pytest.mark.parametrize("variant", ["finola", "masked_b"])
-def test_recomputing_keeps_little_for_the_backward_pass(variant):
+@pytest.mark.parametrize(("variant", "share"), [("finola", 0.07), ("masked_b", 0.2)])  # its encoder's head is wider
+def test_recomputing_keeps_little_for_the_backward_pass(variant, share):
     kept, z = {}, randn(17, 16, 4, 4).requires_grad_()
     for recompute in (False, True):
         method = recomputing(recompute, variant=variant)
@@ -779,7 +779,7 @@ def test_recomputing_keeps_little_for_the_backward_pass(variant):
                 out = part(x)  # alive, so that no address comes twice
             kept[name, recompute] = sum(sizes.values())
             del out
-    assert kept["encoder", True] < 0.5 * kept["encoder", False]  # stem and head are kept
+    assert kept["encoder", True] < share * kept["encoder", False]  # those of stem and head
     assert kept["up", True] < 0.1 * kept["up", False]
 
 
