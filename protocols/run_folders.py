@@ -9,6 +9,7 @@ from plumbing.errors import UserError, printable
 from plumbing.probes import labelled
 from plumbing.processes import note
 from plumbing.run_files import read_log, read_settings, versions
+from plumbing.tables import ROWS
 from protocols.rows import Subject
 from protocols.settings import Config
 from protocols.training import trains_on_images
@@ -56,6 +57,15 @@ def record(run_folder: Path, protocol: str, config: Config, subject: Subject, re
     return line | {"command": " ".join(sys.argv), "settings": dataclasses.asdict(config)}
 
 
+def classes_told(row: str, values: dict) -> str:
+    """The IoU of each class in a line; of more than a dozen the five best and the five worst. "" without any."""
+    ious = {name.removeprefix("iou_"): value for name, value in values.items() if name.startswith("iou_")}
+    order = sorted(ious, key=ious.get, reverse=True) if len(ious) > 12 else list(ious)
+    words = [f"{name} {ious[name]:.1f}" for name in order]
+    words = [*words[:5], "...", *words[-5:]] if len(words) > 12 else words
+    return f"IoU, {ROWS[row]}: {', '.join(words)}" if words else ""
+
+
 def notes_on(table: dict, protocols: list) -> list:
     """What one should know when reading the table."""
     notes = []
@@ -63,9 +73,10 @@ def notes_on(table: dict, protocols: list) -> list:
         notes.append("Davies-Bouldin: lower is better")
     if any(name.startswith("linear") for name in table.get("pixels", ())):
         notes.append("linear of raw pixels: by ridge regression, whatever the recipe")
+    notes += [told for row, values in table.items() if (told := classes_told(row, values))]
     if "untrained" not in table and set(protocols) - {"pictures", "energy", "hypergradient"}:
         notes.append("--untrained adds what the encoder knew before")
-    if "pixels" not in table and {"knn", "linear", "clusters"} & set(protocols):
+    if "pixels" not in table and {"knn", "linear", "clusters", "segment"} & set(protocols):
         notes.append("--pixels adds what raw pixels say")
     elif "pixels" in table and not table["pixels"]:
         notes.append("--pixels is for knn, linear and clusters alone")

@@ -591,3 +591,33 @@ def average_precision(truth, found):
         values = [value for row in rows if row is not None for value in row]
         result[name] = sum(values) / len(values) if values else -1
     return result
+
+
+def mean_iou(prediction, truth, classes, ignore=255):
+    """IoU of each class from sets of pixels, and its mean over classes that some pixel has or is given; pixel by pixel."""
+    pairs = [(p, t) for p, t in zip(prediction, truth, strict=True) if t != ignore]
+    ious = []
+    for name in range(classes):
+        found = {i for i, (p, _) in enumerate(pairs) if p == name}
+        real = {i for i, (_, t) in enumerate(pairs) if t == name}
+        if (found or real) and name != ignore:
+            ious.append(len(found & real) / len(found | real))
+    return sum(ious) / len(ious) if ious else math.nan
+
+
+def nearest(labels, top, left, height, width, size):
+    """The pixel that the centre of each output pixel lies in, by two loops; a negative width flips."""
+    out = torch.zeros(size, size, dtype=torch.long)
+    for i, j in itertools.product(range(size), range(size)):
+        y, x = math.floor(top + (i + 0.5) * height / size), math.floor(left + (j + 0.5) * width / size)
+        out[i, j] = labels[min(max(y, 0), labels.shape[0] - 1), min(max(x, 0), labels.shape[1] - 1)]
+    return out
+
+
+def pixel_loss(logits, labels, ignore=255):
+    """Cross-entropy of each pixel that counts over the number of all; logits (B, K, H, W) of the labels' size."""
+    total = 0.0
+    for b, i, j in itertools.product(*map(range, labels.shape)):
+        if labels[b, i, j] != ignore:
+            total = total - torch.log_softmax(logits[b, :, i, j], dim=0)[labels[b, i, j]]
+    return total / labels.numel()
