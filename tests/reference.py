@@ -594,7 +594,7 @@ def average_precision(truth, found):
 
 
 def mean_iou(prediction, truth, classes, ignore=255):
-    """IoU of each class from sets of pixels, and its mean over classes that some pixel has or is given; pixel by pixel."""
+    """IoU of each class from sets of pixels, and its mean over classes that some pixel has or is given."""
     pairs = [(p, t) for p, t in zip(prediction, truth, strict=True) if t != ignore]
     ious = []
     for name in range(classes):
