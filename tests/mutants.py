@@ -452,8 +452,8 @@ protocols/hypergradient.py tests/test_hypergradient.py::test_what_level_three_se
 + "epoch_steps",)
 
 mlo_mae.py tests/test_mlo_mae.py::test_both_orders_of_differentiation_agree
-- (slopes[name] * direction[name]).sum()
-+ slopes[name].sum()
+- (x * direction[name]).sum() for name, x
++ x.sum() for name, x
 
 common.py tests/test_common.py::test_patchify_roundtrips_and_matches_naive_loop
 - "b c (h p) (w q) -> b (h w) (p q c)"
@@ -2388,6 +2388,98 @@ protocols/detection.py tests/test_detection.py::test_average_precision_matches_a
 protocols/detection.py tests/test_detection.py::test_average_precision_matches_a_literal_loop
 - precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
 + precision = precision
+
+plumbing/coco.py tests/test_coco.py::test_a_polygon_has_the_pixels_that_pycocotools_gives_it
+- column = (np.minimum(x0, x1) + 0.5) / 5 - 0.5
++ column = np.minimum(x0, x1) / 5
+
+plumbing/coco.py tests/test_coco.py::test_a_polygon_of_slanted_sides_is_cut_at_the_picture
+- / max(length, 1)
++ / (length + 1)
+
+plumbing/coco.py tests/test_coco.py::test_runs_go_down_the_columns
+- np.repeat(values, counts).reshape(width, height).T
++ np.repeat(values, counts).reshape(height, width)
+
+plumbing/coco.py tests/test_coco.py::test_runs_go_down_the_columns
+- counts.append(value + (counts[-2] if len(counts) > 2 else 0))
++ counts.append(value)
+
+plumbing/coco.py tests/test_coco.py::test_runs_that_do_not_fill_the_picture_are_refused
+- or sum(counts) != height * width:
++ or sum(counts) > height * width:
+
+plumbing/coco.py tests/test_coco.py::test_a_segmentation_is_polygons_or_runs
+- mask |= polygon_mask(polygon, height, width)
++ mask ^= polygon_mask(polygon, height, width)
+
+plumbing/coco.py tests/test_coco.py::test_a_folder_is_read_in_the_order_of_its_ids
+- {number: i for i, number in enumerate(sorted(by_id["categories"]))}
++ {number: i for i, number in enumerate(by_id["categories"])}
+
+plumbing/coco.py tests/test_coco.py::test_a_folder_is_read_in_the_order_of_its_ids
+- {number: [] for number in sorted(images)}, set()
++ {number: [] for number in images}, set()
+
+plumbing/coco.py tests/test_coco.py::test_boxes_are_cut_to_the_picture
+- .clip(0, [width, height, width, height])
++ .clip(0, [height, width, height, width])
+
+plumbing/coco.py tests/test_coco.py::test_masks_and_classes_of_pixels
+- key=lambda n: (not objects.crowd[n], -masks[n].sum())
++ key=lambda n: (not objects.crowd[n], masks[n].sum())
+
+plumbing/coco.py tests/test_coco.py::test_a_file_that_is_wrong_is_refused_in_one_line
+- or ".." in parts.parts or
++ or
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_one_step_is_in_memory_at_a_time
+- if config.objective != "energy" or not config.steps:
++ if True:
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_step_by_step_is_the_gradient_of_the_whole_loss
+- stepper.backward(out["loss"] / count)
++ stepper.backward(out["loss"] / len(batches))
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_step_by_step_is_the_gradient_of_the_whole_loss
+- chain=(clean, corrupted, reached))
++ chain=(clean, corrupted, corrupted))
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_step_by_step_is_the_gradient_of_the_whole_loss
+- loss + out["loss"].detach() / config.steps
++ loss + out["loss"].detach()
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_two_processes_have_the_step_size_and_the_gradients_of_one
+- waits = pending and model is not self
++ waits = False and model is not self
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_two_processes_have_the_step_size_and_the_gradients_of_one
+- with model.no_sync() if waits else
++ with model.no_sync() if model is not self else
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_last_block_computes_the_cls_token_alone
+- F.linear(normed, weight[dim:], bias[dim:])
++ F.linear(x, weight[dim:], bias[dim:])
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_last_block_computes_the_cls_token_alone
+- x = x[:, :1] + block.attn
++ x = x[:, -1:] + block.attn
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_hypergradient_goes_back_through_level_twos_own_features
+- keep=bool(validation)
++ keep=False
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_hypergradient_goes_back_through_level_twos_own_features
+- and stepper.dtype != torch.float16
++
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_forward_product_takes_plain_attention
+- with PlainAttention():
++ with torch.enable_grad():
+
+mlo_mae.py tests/test_mlo_mae.py::test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps
+- level_2, level_3 = loss_of(2, training, {}, features)
++ level_2, level_3 = loss_of(2, training, {}, features.detach() if features is not None else None)
 """
 
 
