@@ -215,7 +215,7 @@ def test_with_a_graph_in_each_process_the_other_losses_are_gathered_alone():
 
 def test_gradients_are_averaged_once_where_the_backward_pass_computes_again():
     """FINOLA with --recompute under DDP: the mean over the ranks, each with batch norms of its own."""
-    fields, images = {"width": "micro4", "image_size": 8, "recompute": True}, images_of(6, 8).double()
+    fields, images = {"width": "micro4", "image_size": 16, "recompute": True}, images_of(6, 16).double()
     parts = [tiny_finola(**fields).double() for _ in range(2)]
     for method, part in zip(parts, images.chunk(2), strict=True):
         (method(part)["loss"] / 2).backward()
