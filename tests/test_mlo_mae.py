@@ -1,5 +1,6 @@
 """MLO-MAE: masks, weighted loss, second derivatives, the hypergradient, the three levels."""
 
+import functools
 import itertools
 import math
 
@@ -381,16 +382,18 @@ def test_the_hypergradient_goes_back_through_level_twos_own_features(fields, pas
 
 
 def test_the_forward_product_takes_plain_attention():
-    """Level I has a forward-mode derivative, whatever kernel would be chosen; and the same loss."""
-    method = tiny_levels().double()
-    images = batch_of(method, 1, dtype=torch.float64)[0]
-    weights = method.weights("autoencoder.")
+    """Level I has a forward-mode derivative where `attend` would take the fused kernel, which has none: in float32."""
+    method, found = tiny_levels(), []
+    images, weights = batch_of(method, 1)[0], method.weights("autoencoder.", copy=True)
     towards = {name: randn(*p.shape, seed=i) for i, (name, p) in enumerate(weights.items())}
-    loss = lambda weights: functional_call(method, weights, (images, None, 1))
-    value, slope = torch.func.jvp(loss, (weights,), (towards,))
-    ends = [float(loss(mlo_mae.moved(weights, towards, share)).detach()) for share in (1e-6, -1e-6)]
-    assert float(slope.detach()) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)
-    torch.testing.assert_close(value, method.pretraining_loss(images)[0])
+    for dtype in (torch.float32, torch.float64):
+        method.to(dtype)
+        at, direction = ({name: x.to(dtype) for name, x in tensors.items()} for tensors in (weights, towards))
+        loss = lambda weights, x: functional_call(method, weights, (x, None, 1))
+        pair = torch.func.jvp(functools.partial(loss, x=images.to(dtype)), (at,), (direction,))
+        found.append([float(x.detach()) for x in pair])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert found[0][0] == pytest.approx(float(method.pretraining_loss(images.double())[0].detach()), rel=1e-5)
 
 
 # --- the three levels ------------------------------------------------------------------------------------------------
