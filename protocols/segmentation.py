@@ -139,10 +139,9 @@ class LinearMapHead(nn.Module):
 
 
 def layer(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """A convolution, a group norm, in which no picture depends on others, and ReLU."""
-    groups = math.gcd(outputs, 8)
+    """A convolution, a norm over the whole map, in which no picture depends on others, and ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.GroupNorm(groups, outputs), nn.ReLU())
+    return nn.Sequential(conv, nn.GroupNorm(1, outputs), nn.ReLU())
 
 
 def rescale(dim: int, power: int) -> nn.Module:
@@ -224,8 +223,8 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     So MMSegmentation has it. Parts of a batch, over processes too, then count alike, and a picture in which all is
     ignored has the loss 0.
     """
-    losses = F.cross_entropy(enlarge(logits.float(), labels), labels.long(), ignore_index=IGNORED, reduction="none")
-    return losses.mean()
+    logits = enlarge(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none").mean()
 
 
 class Segmenter(Method):
