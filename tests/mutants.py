@@ -2480,6 +2480,142 @@ mlo_mae.py tests/test_mlo_mae.py::test_the_forward_product_takes_plain_attention
 mlo_mae.py tests/test_mlo_mae.py::test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps
 - level_2, level_3 = loss_of(2, training, {}, features)
 + level_2, level_3 = loss_of(2, training, {}, features.detach() if features is not None else None)
+
+plumbing/scenes.py tests/test_dense.py::test_a_scene_shows_one_to_five_objects_each_of_them_in_part
+- max(3, size**2 / 400)
++ 1
+
+plumbing/scenes.py tests/test_dense.py::test_a_scene_shows_one_to_five_objects_each_of_them_in_part
+- labels[here, number - 1] = kind[good]
++ labels[here, j] = kind[good]
+
+plumbing/scenes.py tests/test_dense.py::test_an_object_lies_before_the_earlier_ones_and_hides_no_other_whole
+- number[:, None, None].to(torch.uint8), instances[here])
++ torch.where(instances[here] > 0, instances[here], number[:, None, None].to(torch.uint8)), instances[here])
+
+plumbing/scenes.py tests/test_dense.py::test_scenes_are_the_same_drawing_at_any_size
+- brush.vary(-0.75, 0.75), brush.vary(-0.75, 0.75)
++ brush.vary(-0.75, 0.75), brush.vary(-0.75, 0.75 - 4 / size)
+
+plumbing/dense.py tests/test_dense.py::test_a_class_map_is_the_class_of_the_object_that_is_seen
+- objects + 1], dim=1)
++ objects], dim=1)
+
+plumbing/dense.py tests/test_dense.py::test_nearest_pixels_are_those_that_centres_lie_in
+- centre.floor().long()
++ centre.round().long()
+
+plumbing/dense.py tests/test_dense.py::test_crops_move_pictures_and_labels_alike
+- nearest_pixels(top, h, height, size), nearest_pixels(left, w, width, size)
++ nearest_pixels(top, h, height, size), nearest_pixels(left.minimum(left + w), w.abs(), width, size)
+
+plumbing/dense.py tests/test_dense.py::test_folders_give_pictures_and_labels_that_fit_each_other
+- labels.flip(-1), labels).long()
++ labels, labels).long()
+
+plumbing/dense.py tests/test_dense.py::test_labels_are_the_numbers_of_the_file
+- labels[labels == 65535] = IGNORED
++ labels[labels == 65535] = 0
+
+plumbing/dense.py tests/test_dense.py::test_labels_are_the_numbers_of_the_file
+- np.where((labels == 0) | (labels == IGNORED), IGNORED, labels - 1)
++ np.where(labels == 0, IGNORED, labels - 1)
+
+plumbing/dense.py tests/test_dense.py::test_what_holds_no_labels_is_refused
+- if depth < 8:
++ if depth < 4:
+
+plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_file
+- if own.shape != (height, width):
++ if own.size != height * width:
+
+plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_file
+- and x > most}
++ and x > most + 1}
+
+plumbing/dense.py tests/test_dense.py::test_a_folder_without_parts_holds_some_out_and_may_name_classes
+- in aside) == (tests and
++ in aside) != (tests and
+
+plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_file
+- [labels[i] for i in good]
++ labels[: len(good)]
+
+protocols/segmentation.py tests/test_segmentation.py::test_confusion_has_the_truth_in_rows_over_the_whole_data
+- truth * classes + prediction
++ prediction * classes + truth
+
+protocols/segmentation.py tests/test_segmentation.py::test_mean_iou_matches_sets_of_pixels
+- counts.sum(dim=0) + counts.sum(dim=1) - right
++ counts.sum(dim=0) + counts.sum(dim=1)
+
+protocols/segmentation.py tests/test_segmentation.py::test_confusion_has_the_truth_in_rows_over_the_whole_data
+- class_ious(confusion).nanmean()
++ class_ious(confusion).nan_to_num().mean()
+
+protocols/segmentation.py tests/test_segmentation.py::test_confusion_has_the_truth_in_rows_over_the_whole_data
+- found[ignore, ignore] = -found[:, ignore].sum()
++ pass
+
+protocols/segmentation.py tests/test_segmentation.py::test_parts_of_a_batch_count_alike_and_ignored_ones_never_give_nan
+- ignore_index=IGNORED, reduction="none").mean()
++ ignore_index=IGNORED)
+
+protocols/segmentation.py tests/test_segmentation.py::test_a_vit_gives_the_blocks_that_mmsegmentation_takes
+- for part in (4, 6, 8)
++ for part in (3, 6, 9)
+
+protocols/segmentation.py tests/test_segmentation.py::test_maps_of_every_encoder_end_with_its_own_features
+- x[:, 1:].movedim(1, 2)
++ x[:, :-1].movedim(1, 2)
+
+protocols/segmentation.py tests/test_segmentation.py::test_maps_of_every_encoder_end_with_its_own_features
+- x = encoder.norm(x)
++ x = x
+
+protocols/segmentation.py tests/test_segmentation.py::test_windows_cover_every_place_half_a_window_apart
+- range(0, length - size + max(1, size // 2), max(1, size // 2))
++ range(0, length - size + 1, max(1, size // 2))
+
+protocols/segmentation.py tests/test_segmentation.py::test_scores_of_large_pictures_are_those_of_windows_in_their_places
+- times[top : top + size, left : left + size] += 1
++ times += 1
+
+protocols/segmentation.py tests/test_segmentation.py::test_heads_take_every_encoder_and_reach_every_weight
+- self.encoder.eval()  # its norms keep their statistics
++ pass
+
+protocols/segmentation.py tests/test_segmentation.py::test_the_auxiliary_head_counts_by_its_weight
+- self.config.aux_weight * pixel_loss
++ pixel_loss
+
+protocols/segmentation.py tests/test_segmentation.py::test_a_pyramid_joins_every_map_at_the_size_of_the_finest
+- [min(2, most), min(1, most), 0, -1]
++ [2, 1, 0, -1]
+
+protocols/segmentation.py tests/test_segmentation.py::test_a_pyramid_joins_every_map_at_the_size_of_the_finest
+- F.adaptive_avg_pool2d(last, n)
++ F.adaptive_avg_pool2d(last, last.shape[-2:])
+
+protocols/segmentation.py tests/test_segmentation.py::test_what_diverged_has_no_value
+- parameter.isfinite().all() for parameter in encoder.parameters()
++ True for parameter in encoder.parameters()
+
+protocols/dense.py tests/test_segmentation.py::test_dense_protocols_have_data_of_their_own
+- if len(protocols) > 1:
++ if len(protocols) > 2:
+
+protocols/settings.py tests/test_segmentation.py::test_each_method_has_the_recipe_of_its_paper_on_ade20k
+- BySize(0.65, 0.75)
++ 0.65
+
+protocols/settings.py tests/test_segmentation.py::test_dense_protocols_have_data_of_their_own
+- "segment": ("linear", "pyramid")}
++ "segment": ("linear", "tran1", "pyramid")}
+
+protocols/run_folders.py tests/test_segmentation.py::test_the_iou_of_each_class_is_told_below_the_table
+- reverse=True) if len(ious) > 12
++ reverse=False) if len(ious) > 12
 """
 
 

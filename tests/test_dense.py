@@ -241,8 +241,8 @@ def test_a_folder_without_parts_holds_some_out_and_may_name_classes(tmp_path):
 
 
 def spoil_size(root):
-    Image.new("L", (14, 20)).save(root / "annotations" / "training" / "1.png")
-    return r"1 of 4 images cannot be read: .*images/training/1.png \(its labels .*1.png are 14 x 20, the picture is"
+    Image.new("L", (28, 40)).save(root / "annotations" / "training" / "1.png")
+    return r"1 of 4 images cannot be read: .*images/training/1.png \(its labels .*1.png are 28 x 40, the picture is"
 
 
 def spoil_label(root):
