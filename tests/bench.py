@@ -18,6 +18,8 @@ knn           exact nearest neighbours of 10,000 features among 50,000, and by f
 augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-tuning step
 mixed         MixedAE's step against MAE's, and top-k against plain attention
 finola        FINOLA's map in its parallel form against position by position
+memory        FINOLA's step at the paper's size with --recompute and without, with --against by that checkout, too: time
+              and growth of a process with 2 and 8 images
 energy        an energy step of N = 2 against a plain forward and backward pass of the same transformer: time and memory
 levels        a cycle of MLO-MAE, two steps of level I and one each of II and III, against two steps of MAE
 recipes       with --against: a step of each laptop recipe, beside the same by that checkout; are the losses equal
@@ -459,6 +461,51 @@ def autoregression(device):
         torch.set_float32_matmul_precision("highest")
 
 
+def finola_step(code, batch: int, **fields):
+    """A function that makes a step of FINOLA at the paper's size in bf16, by `code` of `code_at`; it gives the loss."""
+    config = code.finola.Config(batch_size=batch, amp="bf16", **fields)
+    torch.manual_seed(0)
+    data = types.SimpleNamespace(mean=(0.5,) * 3, std=(0.25,) * 3)
+    method = code.finola.FinolaAutoencoder(config, data).train()
+    stepper = code.common.Stepper(method.optimizer(config), config, torch.device("cpu"))
+    images = torch.rand(batch, 3, config.image_size, config.image_size)
+    return lambda: float(method.update(method, [(images, None)], stepper)["loss"])
+
+
+def grown_by_finola(folder: str, batch: int, fields: dict) -> tuple:
+    """MB by which two steps make a process grow, the most MB that it holds, seconds of the second step, the losses."""
+    start_distributed("cpu")
+    torch.set_num_threads(1)
+    step = finola_step(code_at(folder), batch, **fields)
+    before, losses = most_memory(), [step()]  # the second step has the optimiser's state beside it
+    started = time.process_time()
+    losses.append(step())
+    return most_memory() - before, most_memory(), time.process_time() - started, losses
+
+
+def memory(device, against=None):
+    """On a CPU, whatever the device; a process of its own for each number."""
+    here, pool = str(Path(__file__).resolve().parents[1]), multiprocessing.get_context("spawn")
+    versions = {"--recompute": (here, {}), "--no-recompute": (here, {"recompute": False})}
+    versions |= {against: (against, {})} if against else {}
+    row("FINOLA, MF-W2880, 3072 channels, 256 pixels, bf16", "grows by", "holds", "step", "MB an image", "  losses")
+    for name, (folder, fields) in versions.items():
+        grown = {}
+        for batch in (2, 8):
+            with pool.Pool(1) as worker:
+                grown[batch], most, spent, losses = worker.apply(grown_by_finola, (folder, batch, fields))
+            each = f"{(grown[8] - grown[2]) / 6:.0f}" if batch == 8 else ""
+            cells = (f"{grown[batch]:.0f} MB", f"{most:.0f} MB", f"{spent:.1f} s", each)
+            row(f"  {name}, {batch} images", *cells, "  " + " ".join(f"{x:.6f}" for x in losses))
+    ours, *others = in_turn(*(finola_step(code_at(x), 2, **fields) for x, fields in versions.values()), rounds=3)
+    for name, other in zip(list(versions)[1:], others, strict=True):
+        row(f"  a step of 2 images, beside {name}", f"{statistics.median(ours):.1f} s", "", "", ratio(ours, other))
+    this = types.SimpleNamespace(**globals())
+    again, once = in_turn(*(laptop_step(this, "finola", torch.device("cpu"), recompute=x) for x in (True, False)))
+    label = "  a step of the laptop recipe, beside --no-recompute"
+    row(label, f"{statistics.median(again):.2f} s", "", "", ratio(again, once))
+
+
 def kept_for_backward(function) -> float:
     """MB of tensors that autograd keeps for the backward pass of function(), which ends before it."""
     sizes = {}
@@ -576,10 +623,10 @@ def three_levels(device):
             row(label, *times, f"{grown:.0f} MB")
 
 
-def laptop_step(code, name: str, device):
+def laptop_step(code, name: str, device, **fields):
     """A function that makes a step of the laptop recipe on one batch, for `code` of `code_at`; it gives the loss."""
     module = getattr(code, name)
-    config = module.Config(**module.RECIPES["shapes"])
+    config = module.Config(**module.RECIPES["shapes"] | fields)
     count = config.batch_size * (getattr(config, "unrolling", -1) + 2)
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(10 * config.batch_size) % 10  # some are kept for level III
@@ -621,7 +668,7 @@ PAPERS = {  # name: method, batch, settings besides the papers' (the defaults); 
     "MixedAE, vit_base 224/16": (mixedae, 256, {}, SMALL_VIT),
     "energy, N = 2, vit_small 224/16": (ebm_pretrain, 256, {}, SMALL_VIT | {"grid": 4}),
     "MLO-MAE, cycle E, C, T, vit_base 224/16": (mlo_mae, 128, {}, SMALL_VIT | {"hidden": 32}),
-    "FINOLA, MF-W2880, 3072 channels, 256 pixels": (finola, 32, {}, SMALL_FINOLA),
+    "FINOLA, MF-W2880, 3072 channels, 256 pixels": (finola, 128, {}, SMALL_FINOLA),
 }
 
 
@@ -832,7 +879,7 @@ def gpu(device, budget: float = 90.0):
 
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
 BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
-BENCHES |= {"features": features, "levels": three_levels, "recipes": recipes, "gpu": gpu}
+BENCHES |= {"features": features, "levels": three_levels, "recipes": recipes, "memory": memory, "gpu": gpu}
 
 
 def main():
@@ -853,7 +900,8 @@ def main():
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()}/{os.cpu_count()} threads, auto = {precision}"
     )
     wanted = {"recipes": args.against is not None, "gpu": device.type == "cuda"}
-    given = {"gpu": {"budget": args.seconds}} | ({"recipes": {"other": code_at(args.against)}} if args.against else {})
+    given = {"gpu": {"budget": args.seconds}, "memory": {"against": args.against}}
+    given |= {"recipes": {"other": code_at(args.against)}} if args.against else {}
     for name in args.names or [name for name in BENCHES if wanted.get(name, True)]:
         print()
         BENCHES[name](device, **given.get(name, {}))
