@@ -125,6 +125,18 @@ def moved(at: dict, direction: dict, share: float) -> dict:
     return {name: value + share * direction[name] for name, value in at.items()}
 
 
+def gradients_and_value(loss, *points: dict) -> tuple[list, Tensor]:
+    """The gradients of loss(*points) by each point, a dict each, and that loss; in less time than by torch.func.
+
+    Where tensors of a point require gradients, `loss` may be a graph that leads to them already.
+    """
+    points = [{name: x if x.requires_grad else x.detach().requires_grad_() for name, x in p.items()} for p in points]
+    with torch.enable_grad():
+        value = loss(*points)
+    found = iter(torch.autograd.grad(value, [x for p in points for x in p.values()], materialize_grads=True))
+    return [{name: next(found) for name in p} for p in points], value.detach()
+
+
 def forward_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
     """The forward-mode derivative of the gradient by `wanted`: cheap if little lies between `wanted` and the loss."""
     gradient = torch.func.grad(loss, argnums=1)
@@ -132,17 +144,15 @@ def forward_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
 
 
 def reverse_over_reverse(loss, at: dict, direction: dict, wanted: dict) -> dict:
-    """The gradient by `wanted` of the slope along `direction`: cheap where little lies between `at` and the loss.
-
-    Where tensors of `wanted` require gradients, `loss` may be a graph that leads to them already.
-    """
+    """The gradient by `wanted` of the slope along `direction`: cheap where little lies between `at` and the loss."""
     at = {name: value.detach().requires_grad_() for name, value in at.items()}
-    wanted = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in wanted.items()}
-    with torch.enable_grad():
+
+    def slope(wanted):
         slopes = torch.autograd.grad(loss(at, wanted), list(at.values()), create_graph=True)
-        slope = sum((x * direction[name]).sum() for name, x in zip(at, slopes, strict=True))
-    gradients = torch.autograd.grad(slope, list(wanted.values()), materialize_grads=True)
-    return dict(zip(wanted, gradients, strict=True))
+        return sum((x * direction[name]).sum() for name, x in zip(at, slopes, strict=True))
+
+    (gradient,), _ = gradients_and_value(slope, wanted)
+    return gradient
 
 
 def central_difference(loss, at: dict, direction: dict, wanted: dict, radius: float = 0.01) -> dict:
@@ -219,7 +229,7 @@ def hypergradient(
     (encoder_before, encoder_after), (head_before, head_after) = encoder, head
     # Little lies between the head and level II's loss (reverse), and between T's weights and level I's (forward).
     through_head, through_encoder = ("reverse", "forward") if method == "exact" else (method, method)
-    gradients, loss = torch.func.grad_and_value(level_3, argnums=(0, 1))(encoder_after, head_after)
+    gradients, loss = gradients_and_value(level_3, encoder_after, head_after)
     by_encoder, by_head = (mean(g) for g in gradients)
     towards = {name: value if "encoder" in paths else torch.zeros_like(value) for name, value in by_encoder.items()}
     if "head" in paths:
@@ -239,7 +249,7 @@ def proximal_hypergradient(
     so the one path is val -> F' -> E' -> T, with dF'/dE' = 2 lr_tuned proximal. `encoder` is E before its step; the
     names of `tuned` are those of `encoder`.
     """
-    by_tuned, loss = torch.func.grad_and_value(level_3)(tuned)
+    (by_tuned,), loss = gradients_and_value(level_3, tuned)
     by_tuned, lr_tuned = weighed(mean(by_tuned), lr_tuned)
     towards = {name: 2 * lr_tuned * proximal * value for name, value in by_tuned.items()}
     towards, lr_encoder = weighed(towards, lr_encoder)
