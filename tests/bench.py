@@ -20,9 +20,13 @@ mixed         MixedAE's step against MAE's, and top-k against plain attention
 finola        FINOLA's map in its parallel form against position by position
 memory        FINOLA's step at the paper's size with --recompute and without, with --against by that checkout, too: time
               and growth of a process with 2 and 8 images
-energy        an energy step of N = 2 against a plain forward and backward pass of the same transformer: time and memory
-levels        a cycle of MLO-MAE, two steps of level I and one each of II and III, against two steps of MAE
-recipes       with --against: a step of each laptop recipe, beside the same by that checkout; are the losses equal
+energy        an energy step of N = 2 against a plain forward and backward pass of the same transformer: time, memory,
+              and how far a process grows by the laptop recipe, with --against also by that checkout's
+levels        a cycle of MLO-MAE, two steps of level I and one each of II and III, against two steps of MAE, and with
+              --against beside a cycle of that checkout
+recipes       with --against: a step of each laptop recipe, beside the same by that checkout; are the losses equal;
+              --only METHOD for that one alone
+profile       what a step of each laptop recipe does with its time, with --against also that checkout's
 gpu           on a GPU: the five methods at the papers' sizes, and MAE against a plain loop, in at most --seconds; with
               --device cpu the same code at small sizes
 """
@@ -504,6 +508,14 @@ def memory(device, against=None):
     again, once = in_turn(*(laptop_step(this, "finola", torch.device("cpu"), recompute=x) for x in (True, False)))
     label = "  a step of the laptop recipe, beside --no-recompute"
     row(label, f"{statistics.median(again):.2f} s", "", "", ratio(again, once))
+    method = magma.Magma(magma.Config(lam=0.0), MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3))
+
+    def forward(images):
+        with torch.autocast("cpu", torch.bfloat16):
+            return method(images)["loss"]
+
+    kept = [kept_for_backward(lambda count=count: forward(torch.rand(count, 3, 224, 224))) for count in (2, 6)]
+    row("MAE, vit_base 224/16, bf16: kept for backward", "", "", "", f"{(kept[1] - kept[0]) / 4:.0f}")
 
 
 def kept_for_backward(function) -> float:
@@ -539,14 +551,35 @@ def by_central_difference(method, images, share: float = 1e-3):
         x = restored.detach()
 
 
-def energy(device):
+def grown_by_recipe(folder: str, name: str, fields: dict) -> float:
+    """MB by which three steps of a laptop recipe make a process grow; called in a process of its own."""
+    start_distributed("cpu")
+    step, before = laptop_step(code_at(folder), name, torch.device("cpu"), **fields), most_memory()
+    for _ in range(3):
+        step()
+    return most_memory() - before
+
+
+def growth(name: str, against=None, **fields):
+    """The row of `grown_by_recipe` for this checkout, and for another."""
+    folders, cells = [str(Path(__file__).resolve().parents[1]), *([against] if against else [])], []
+    for folder in folders:
+        with multiprocessing.get_context("spawn").Pool(1) as worker:
+            cells.append(worker.apply(grown_by_recipe, (folder, name, fields)))
+    ratios = [f"{cells[0] / cells[1]:.2f}"] if against else []
+    what = ", ".join([name, *(f"{key} {value}" for key, value in fields.items())])
+    row(f"  a process grows by: {what}", *(f"{x:.0f} MB" for x in cells), *ratios)
+
+
+def energy(device, against=None):
     """Two restorations and their loss against one plain forward and backward pass of the same network and attention.
 
     The floor is what products alone cost. A plain pass takes those of the forward three times. A restoration takes
     those with weights 6 times (forward 1, its pixel gradient 1, backward through both 4), those of the attention, whose
     factors are both activations, 9 times (1, 2, 6). With weights alone the floor is 4.0.
     """
-    row("energy step, N = 2", "energy", "plain", "energy / plain", "floor", "over floor", "memory kept", "differences")
+    shares = ("energy / plain", "floor", "over floor", "memory kept", "of all steps", "differences")
+    row("energy step, N = 2", "energy", "plain", *shares)
     data = MemoryImages(None, None, [], (0.5,) * 3, (0.25,) * 3)
     for model, size, patch, batch in (("vit_tiny", 32, 4, 64), ("vit_small", 224, 16, 16)):
         images = torch.rand(batch, 3, size, size, device=device)
@@ -557,9 +590,15 @@ def energy(device):
             stepper = common.Stepper(method.optimizer(config), config, device)
             weights = torch.randn(batch, method.encoder.dim, device=device)
 
-            def restoring(method=method, stepper=stepper, images=images):
+            at_once = types.SimpleNamespace(autocast=stepper.autocast, backward=stepper.backward, step=method.zero_grad)
+
+            def step(method=method, images=images, stepper=at_once):  # all but the optimiser
+                method.update(method, [(images, None)], stepper)
+
+            def restoring(method=method, stepper=stepper, images=images, first=False):
                 with stepper.autocast():
-                    return method(images)["loss"]
+                    clean, x = method.prepare(images)
+                    return method(images, chain=(clean, x, x) if first else ())["loss"]
 
             def plain(method=method, stepper=stepper, images=images, weights=weights):
                 with stepper.autocast():  # any gradient on its features
@@ -569,15 +608,17 @@ def energy(device):
                 with stepper.autocast():
                     by_central_difference(method, images)
 
-            versions = (lambda f=restoring: f().backward(), lambda f=plain: f().backward(), differences)
+            versions = (step, lambda f=plain: f().backward(), differences)
             spent, usual, other = seconds(*versions, rounds=5)
-            kept = kept_for_backward(restoring) / kept_for_backward(plain)
+            kept = [kept_for_backward(f) for f in (functools.partial(restoring, first=True), restoring, plain)]
             label = f"  {model} {size}/{patch}, batch {batch}, {'fp32' if amp == 'off' else amp}"
             attention = (1 + math.prod(method.encoder.grid)) / (6 * method.encoder.dim)
             floor = 2 * (6 + 9 * attention) / (3 + 3 * attention)  # `attention` in units of the products with weights
             ratios = [f"{x:.2f}" for x in (spent / usual, floor, spent / usual / floor)]
             times = [f"{x * 1e3:.0f} ms" for x in (spent, usual)]
-            row(label, *times, *ratios, f"{kept:.1f} x", f"{other / usual:.2f}")
+            row(label, *times, *ratios, *(f"{x / kept[2]:.1f} x" for x in kept[:2]), f"{other / usual:.2f}")
+    for amp in ("bf16", "off"):
+        growth("ebm_pretrain", against, amp=amp)
 
 
 def cycle(device, levels: int, **fields):
@@ -602,7 +643,12 @@ def peak(fields: dict) -> float:
     return most_memory() - before
 
 
-def three_levels(device):
+def three_levels(device, other=None, against=None):
+    if other is not None:
+        row("MLO-MAE's cycle with level III", "ours", "the other", "losses", "  ours / the other")
+        for fields in ({"unrolling": 1}, {"unrolling": 2}, {"unrolling": 1, "amp": "off"}):
+            beside("mlo_mae", device, other, rounds=9, **fields)
+        growth("mlo_mae", against, unrolling=1)
     row("MLO-MAE's cycle E, E, C, T, batch 64", "cycle", "two MAE steps", "ratio", "--update-every 5", "memory")
     pool = multiprocessing.get_context("spawn")
     for model, decoder in (("vit_micro", (96, 2, 3)), ("vit_tiny", (192, 4, 3))):
@@ -645,16 +691,51 @@ def laptop_step(code, name: str, device, **fields):
     return step
 
 
-def recipes(device, other=None):
+def beside(name: str, device, other, rounds: int = 9, **fields):
+    """A row: a step of a laptop recipe, and the same step by another checkout."""
+    steps = [laptop_step(code, name, device, **fields) for code in (types.SimpleNamespace(**globals()), other)]
+    same = "equal" if steps[0]() == steps[1]() else "differ"
+    ours, others = in_turn(*steps, rounds=rounds, times=2)
+    times = [f"{1e3 * statistics.median(x):.1f} ms" for x in (ours, others)]
+    row(f"  {', '.join([name, *(f'{k} {v}' for k, v in fields.items())])}", *times, same, f"  {ratio(ours, others)}")
+
+
+def recipes(device, other=None, only=""):
     row("a step of the laptop recipe", "ours", "the other", "losses", "  ours / the other")
     if other is None:
         return print("  needs --against CHECKOUT")
+    for name in [only] if only else common.METHODS:
+        beside(name, device, other)
+
+
+OPERATIONS = {  # kinds of operations, and what of their names tells them
+    "products": r"mm$|_bmm|convolution|mkldnn|native_conv",
+    "softmax": r"softmax|attention",
+    "norms": r"norm",
+    "activations": r"gelu|relu|silu|sigmoid",
+    "optimiser": r"adam|Optimizer",
+    "copies, casts": r"copy_|clone|cat$|fill_|zero_|gather|scatter|index|_to_copy",
+    "sums, scales": r"add|sub|mul|div|sum|mean|pow|square|sqrt|rsqrt|neg|exp|where|maximum|abs|clamp|tanh|threshold",
+}
+
+
+def profile(device, other=None):
+    row("share of a step's time, laptop recipe", *OPERATIONS, "the rest", "calls")
     for name in common.METHODS:
-        steps = [laptop_step(code, name, device) for code in (types.SimpleNamespace(**globals()), other)]
-        same = "equal" if steps[0]() == steps[1]() else "differ"
-        ours, others = in_turn(*steps, rounds=9, times=2)
-        times = [f"{1e3 * statistics.median(x):.1f} ms" for x in (ours, others)]
-        row(f"  {name}", *times, same, f"  {ratio(ours, others)}")
+        for label, code in (
+            {"": types.SimpleNamespace(**globals())} | ({"the other: ": other} if other else {})
+        ).items():
+            step = laptop_step(code, name, device)
+            step()
+            with torch.profiler.profile() as seen:
+                step()
+            spent, calls = dict.fromkeys([*OPERATIONS, "the rest"], 0.0), 0
+            for event in seen.key_averages():
+                kind = next((kind for kind, known in OPERATIONS.items() if re.search(known, event.key)), "the rest")
+                spent[kind] += event.self_cpu_time_total
+                calls += event.count
+            whole = sum(spent.values())
+            row(f"  {label}{name}", *(f"{100 * x / whole:.0f} %" for x in spent.values()), calls)
 
 
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # products in bf16, dense, a second
@@ -879,13 +960,15 @@ def gpu(device, budget: float = 90.0):
 
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
 BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
-BENCHES |= {"features": features, "levels": three_levels, "recipes": recipes, "memory": memory, "gpu": gpu}
+BENCHES |= {"features": features, "levels": three_levels, "recipes": recipes, "profile": profile}
+BENCHES |= {"memory": memory, "gpu": gpu}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHES) + "; all by default, gpu on a GPU")
     parser.add_argument("--against", metavar="CHECKOUT", help="a folder with another version of this project")
+    parser.add_argument("--only", choices=common.METHODS, help="recipes: this method alone")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's choice")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=90, help="how long gpu may take")
@@ -900,8 +983,10 @@ def main():
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()}/{os.cpu_count()} threads, auto = {precision}"
     )
     wanted = {"recipes": args.against is not None, "gpu": device.type == "cuda"}
-    given = {"gpu": {"budget": args.seconds}, "memory": {"against": args.against}}
-    given |= {"recipes": {"other": code_at(args.against)}} if args.against else {}
+    other = code_at(args.against) if args.against else None
+    given = {"gpu": {"budget": args.seconds}, "energy": {"against": args.against}}
+    given |= {"recipes": {"other": other, "only": args.only}, "levels": {"other": other, "against": args.against}}
+    given |= {"memory": {"against": args.against}, "profile": {"other": other}}
     for name in args.names or [name for name in BENCHES if wanted.get(name, True)]:
         print()
         BENCHES[name](device, **given.get(name, {}))
