@@ -37,7 +37,7 @@ LATER = {"epoch_steps": 0, "start": "", "crop_pad": 0, "decay_on": "matrices", "
 LATER |= {"head_steps": 1, "fresh_head": False}
 LATER |= {"log_layers": False, "temperature": 0.0, "vote": "one", "freeze_encoder": False}
 LATER |= {"interpolation": "", "crop_clamp": False, "positions": "fixed"}
-LATER |= {"finetune": False, "aux_weight": 0.4}
+LATER |= {"finetune": False, "aux_weight": 0.4, "queries": 100}
 """Settings that were added later, with the value that earlier runs had."""
 
 

@@ -33,7 +33,7 @@ from plumbing.run_files import (
 )
 from plumbing.settings import TrainConfig
 
-SHOWN = ("loss", "knn", "linear", "accuracy", "miou", "held_out_loss", "effective_rank")  # at each probe
+SHOWN = ("loss", "knn", "linear", "accuracy", "miou", "AP50", "held_out_loss", "effective_rank")  # at each probe
 
 
 class Meter:

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from plumbing.boxes import load_boxes
 from plumbing.dense import load_dense
 from plumbing.errors import UserError
+from protocols.detect import run_detect
 from protocols.rows import Subject
 from protocols.segmentation import run_segment
 from protocols.settings import DENSE_PROTOCOLS, Config
@@ -18,7 +20,8 @@ class Dense(NamedTuple):
     run: Callable  # (subject, config) -> {result: value}
 
 
-DENSE = {"segment": Dense(load_dense, run_segment)}
+DENSE = {"segment": Dense(load_dense, run_segment), "detect": Dense(load_boxes, run_detect)}
+SIDES = {"detect": 800}  # --image-size of files, where none is given: FINOLA and DETR
 
 
 def data_of(protocols: list, given: dict, usual: Callable) -> tuple[Callable, dict]:
@@ -31,7 +34,9 @@ def data_of(protocols: list, given: dict, usual: Callable) -> tuple[Callable, di
         return usual, given
     if len(protocols) > 1:
         raise UserError(f"--protocol {dense[0]} has data of its own; give it alone")
-    return DENSE[dense[0]].load, {"data": "scenes"} | given
+    given = {"data": "scenes"} | given
+    own = {"image_size": SIDES[dense[0]]} if dense[0] in SIDES and given["data"] != "scenes" else {}
+    return DENSE[dense[0]].load, own | given
 
 
 def run_any(protocol: str, subject: Subject, config: Config) -> dict:

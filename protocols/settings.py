@@ -11,8 +11,8 @@ from plumbing.processes import note, world_size
 from plumbing.settings import TrainConfig, check_batch, check_least, check_positive, in_proportion
 
 PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "hypergradient", "tran1", "tran4", "finetune")
-PROTOCOLS += ("segment", "features", "export")
-DENSE_PROTOCOLS = ("segment",)  # those whose answers lie in places of a picture: protocols/dense.py
+PROTOCOLS += ("segment", "detect", "features", "export")
+DENSE_PROTOCOLS = ("segment", "detect")  # those whose answers lie in places of a picture: protocols/dense.py
 USUAL = ("knn", "linear")
 
 
@@ -25,7 +25,7 @@ class Config(TrainConfig):
 
     protocol: tuple[str, ...] = USUAL  # one or more of those above
     recipe: str = ""  # a recipe of the protocol, by default the method's own; docs/evaluating.md lists them
-    data: str = ""  # data set to evaluate on, by default that of the run, of segment: scenes
+    data: str = ""  # data set to evaluate on, by default that of the run, of segment and detect: scenes
     test_data: str = ""  # knn to finetune: test on <class>/* of this folder instead; what trains must have ended before
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
@@ -47,8 +47,9 @@ class Config(TrainConfig):
     optimizer: Literal["sgd", "lars", "adamw"] = "adamw"  # of all that train
     momentum: float = 0.9  # of sgd and lars
     batchnorm: bool = False  # linear: standardise the features by a batch norm without affine weights
-    head: Literal["linear", "tran1", "tran4", "pyramid"] = "linear"  # finetune, segment: what is trained on the encoder
-    finetune: bool = False  # segment: train the encoder too, not the head alone
+    head: Literal["linear", "tran1", "tran4", "pyramid", "mf522", "mf211", "plain"] = "linear"  # what is trained on top
+    finetune: bool = False  # segment, detect: train the encoder too, not the head alone
+    queries: int = 100  # detect: boxes that the decoder gives for a picture
     aux_weight: float = 0.4  # segment --head pyramid: weight of the loss of a small head on the third map
     dropout: float = 0.0  # of the head of tran1, tran4 and pyramid
     layer_decay: float = 1.0  # finetune: factor of the learning rate from a layer to the one below
@@ -62,7 +63,7 @@ class Config(TrainConfig):
 
     def check(self):
         super().check()
-        check_positive(self, "k", "base_lr")
+        check_positive(self, "k", "base_lr", "queries")
         check_least(self, perplexity=1, aux_weight=0)
         for field in ("momentum", "dropout", "drop_path", "smoothing"):
             if not 0 <= getattr(self, field) < 1:
@@ -129,6 +130,9 @@ PHOTOS |= {"weight_decay": 0.05, "pool": "mean"}
 UPERNET = {"finetune": True, "head": "pyramid", "base_lr": 1.6e-3, "betas": (0.9, 0.999), "weight_decay": 0.05}
 UPERNET |= {"batch_size": 16, "epochs": 320, "epoch_steps": 500, "warmup_epochs": 3, "layer_decay": 0.65}
 UPERNET |= {"drop_path": 0.1, "dropout": 0.1, "crop_min": 0.25}
+# FINOLA, appendix C and Table 18: a learning rate of 1e-4 for a batch of 16, and what it leaves open as DETR has it.
+DETECT = {"head": "mf522", "base_lr": 1.6e-3, "weight_decay": 1e-4, "betas": (0.9, 0.999), "batch_size": 16}
+DETECT |= {"epochs": 500, "milestones": (400,), "warmup_epochs": 0, "clip": 0.1, "crop_min": 0.5, "dropout": 0.1}
 RECIPES = {
     "linear": {
         # MAGMA, "Evaluation protocol"
@@ -181,13 +185,24 @@ RECIPES = {
         "mlo_mae": UPERNET | {"base_lr": 3.2e-3, "batch_size": 8},
     },
 }
+RECIPES["detect"] = {
+    "finola": DETECT,
+    # Appendix C and Table 19: 200 epochs more, of encoder and decoder
+    "finola_finetune": DETECT | {"finetune": True, "base_lr": 1.6e-4, "epochs": 200, "milestones": (150,)},
+    # Ours: 1,000 small steps
+    "scenes": DETECT
+    | {"head": "mf211", "queries": 20, "base_lr": 4e-3, "batch_size": 32, "epochs": 10, "epoch_steps": 100}
+    | {"milestones": (8,), "dropout": 0.0, "warmup_epochs": 1},
+}
 DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}  # of protocols without a recipe: what is not Config's
 OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
     "linear": {"magma": "magma", "finola": "finola"},
     "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},
+    "detect": {"finola": "finola"},
     "segment": {"ebm_pretrain": "ebm", "finola": "scenes", "mixedae": "mixedae", "mlo_mae": "mlo_mae"},
 }
 HEADS = {"finetune": ("linear", "tran1", "tran4"), "segment": ("linear", "pyramid")}  # what --head can be
+HEADS |= {"detect": ("mf522", "mf211", "plain")}
 
 
 def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:

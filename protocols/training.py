@@ -209,5 +209,6 @@ def start_from_probe(head: nn.Module, kind: str, subject: Subject, config: Confi
 
 def folder_of(protocol: str, subject: Subject, config: Config) -> Path:
     """The run folder of a protocol that trains on images."""
-    name = f"{protocol}-{data_name(config.data)}"
+    stage = "-finetune" if protocol == "detect" and config.finetune else ""  # which starts from the other one's end
+    name = f"{protocol}{stage}-{data_name(config.data)}"
     return Path(config.out) / (name if subject.name == "trained" else f"{name}-{subject.name}")

@@ -621,3 +621,42 @@ def pixel_loss(logits, labels, ignore=255):
         if labels[b, i, j] != ignore:
             total = total - torch.log_softmax(logits[b, :, i, j], dim=0)[labels[b, i, j]]
     return total / labels.numel()
+
+
+def detection_loss(logits, boxes, labels, truths):
+    """DETR's loss of one layer, picture by picture: logits (B, Q, K + 1), boxes (B, Q, 4) and, a list a picture, labels
+    and boxes (n, 4), centres and sides. Pairs by all ways to choose them; (class, distance, overlap) without weights.
+    """
+
+    def giou(a, b):
+        (ax, ay, aw, ah), (bx, by, bw, bh) = a.tolist(), b.tolist()
+        a, b = (
+            (ax - aw / 2, ay - ah / 2, ax + aw / 2, ay + ah / 2),
+            (bx - bw / 2, by - bh / 2, bx + bw / 2, by + bh / 2),
+        )
+        shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+        union = aw * ah + bw * bh - shared
+        hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+        return shared / union - (hull - union) / hull
+
+    nothing, entropy, weights, distance, overlap, count = logits.shape[-1] - 1, 0.0, 0.0, 0.0, 0.0, 0
+    for one, own, names, places in zip(logits, boxes, labels, truths, strict=True):
+        likely = one.softmax(dim=-1)
+
+        def cost(q, t, likely=likely, own=own, names=names, places=places):
+            away = float((own[q] - places[t]).abs().sum())
+            return 5 * away - float(likely[q, names[t]]) - 2 * giou(own[q], places[t])
+
+        ways = itertools.permutations(range(len(one)), len(names))
+        best = min(ways, key=lambda way: sum(cost(q, t) for t, q in enumerate(way)))
+        for q in range(len(one)):
+            name = names[best.index(q)] if q in best else nothing
+            weight = 0.1 if name == nothing else 1.0
+            entropy, weights = entropy - weight * math.log(float(likely[q, name])), weights + weight
+        for t, q in enumerate(best):
+            distance, overlap = (
+                distance + float((own[q] - places[t]).abs().sum()),
+                overlap + 1 - giou(own[q], places[t]),
+            )
+        count += len(names)
+    return entropy / weights, distance / max(1, count), overlap / max(1, count)
