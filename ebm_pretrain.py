@@ -320,7 +320,10 @@ class Config(TrainConfig):
         if not 0 < self.mask_ratio < 1:
             raise UserError(f"--mask-ratio {self.mask_ratio} blanks nothing or all; give more than 0, less than 1")
         if self.compile and self.is_energy:
-            raise UserError("--compile does not work here: torch.compile has no second derivatives")
+            raise UserError(
+                "--compile does not work here: torch.compile does not differentiate compiled code twice; with the "
+                "first derivative inside it gains a tenth (docs/speed.md); leave it out"
+            )
         squares = math.ceil(self.image_size / self.grid) ** 2
         if self.task in ("gridded", "mixed") and not 0 < round(self.mask_ratio * squares) < squares:
             given = f"--grid {self.grid} makes {squares} square(s)"

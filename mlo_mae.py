@@ -326,7 +326,10 @@ class Config(TrainConfig):
         if self.accumulate > 1:
             raise UserError("--accumulate does not work here: a step has a batch for each level; lower --batch-size")
         if self.compile:
-            raise UserError("--compile does not work here: torch.compile has no forward-mode derivatives")
+            raise UserError(
+                "--compile does not work here: torch.compile fails at the forward-mode derivative of a layer norm "
+                "(docs/speed.md); leave it out"
+            )
 
     def notes(self) -> list:
         never = f"--mask-ratio-end {self.mask_ratio_end} is never reached in a single epoch"
