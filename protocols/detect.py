@@ -92,7 +92,7 @@ def detection_loss(logits: Tensor, boxes: Tensor, targets: Targets) -> dict:
     overlap = 1 - generalized_iou(to_corners(found), to_corners(true))
     parts = []
     for number in range(layers):
-        mine = (layer == number) / truths.clamp_min(1)
+        mine = (layer == number) / truths
         each = (entropy * weight)[number].sum() / weights[number], (distance * mine).sum(), (overlap * mine).sum()
         parts.append(torch.stack(each))
     table = torch.stack(parts)  # (L, 3)
