@@ -43,7 +43,7 @@ def _compose(draws: Tensor, size: int, radius: Tensor, slope: Tensor) -> tuple[T
         have = torch.nonzero(wanted > j)[:, 0]  # the pictures that have a j-th object
         brush = Brush(column[have], size, radius, slope)
         kind = (brush.vary(0, len(SHAPES))).long().flatten()
-        place = brush.vary(0.22, 0.5), brush.vary(-0.3, 0.3), brush.vary(-0.75, 0.75), brush.vary(-0.75, 0.75)
+        place = brush.vary(0.3, 0.65), brush.vary(-0.3, 0.3), brush.vary(-0.65, 0.65), brush.vary(-0.65, 0.65)
         objects.append((have, brush, kind, place, *brush.inside(kind, *place)))
     # From the front to the back: what would show too little of itself is left out.
     covered, kept = (

@@ -157,7 +157,7 @@ class PyramidHead(nn.Module):
 
     The last map is joined by its means over 1, 4, 9 and 36 parts. Each map is brought to one width (a lateral), those
     of coarser maps are added to it, and all, convolved, are put together. Four maps of one size, as a ViT's, are first
-    made 4, 2, 1 and 1/2 times as large, but never finer than the pixels (BEiT's way). `auxiliary` is a second head on
+    made 4, 2, 1 and 1/2 times as large (BEiT's way), but no finer than cells of 4 pixels. `auxiliary` is a second head on
     the third map, or the last of fewer, that only helps to train.
     """
 
@@ -165,7 +165,7 @@ class PyramidHead(nn.Module):
         super().__init__()
         dims, cells = [dim for dim, *_ in shapes], [(h, w) for _, h, w in shapes]
         plain = len(shapes) == 4 and len(set(cells)) == 1
-        most = int(math.log2(max(1, side // max(cells[0]))))
+        most = int(math.log2(max(1, side // (4 * max(cells[0])))))
         powers = [min(2, most), min(1, most), 0, -1] if plain else [0] * len(shapes)
         self.rescales = nn.ModuleList(rescale(dim, power) for dim, power in zip(dims, powers, strict=True))
         self.laterals = nn.ModuleList(layer(dim, width, 1) for dim in dims[:-1])

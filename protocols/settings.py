@@ -174,9 +174,11 @@ RECIPES = {
         "photos": PHOTOS | {"base_lr": 16e-3, "layer_decay": 0.75},
     },
     "segment": {
-        # Ours, for any encoder and folders of any size: a linear layer on frozen maps, 1,000 small steps
-        "scenes": {"base_lr": 1.6e-2, "weight_decay": 0.0, "batch_size": 32, "epochs": 10, "epoch_steps": 100}
+        # Ours, for any encoder and folders of any size: a linear layer on frozen maps, 600 small steps; a pyramid, 1,000
+        "scenes": {"base_lr": 0.16, "weight_decay": 0.0, "batch_size": 16, "epochs": 10, "epoch_steps": 60}
         | {"warmup_epochs": 1, "crop_min": 0.5, "batchnorm": True},
+        "scenes_pyramid": {"base_lr": 3.2e-2, "weight_decay": 0.01, "batch_size": 16, "epochs": 10, "epoch_steps": 100}
+        | {"warmup_epochs": 1, "crop_min": 0.5, "head": "pyramid"},
         "mae": UPERNET,  # He et al. 2022, by MMSegmentation's settings
         "ebm": UPERNET,  # Table C, which tells no settings: MAE's
         # MixedAE, supplement, appendix B

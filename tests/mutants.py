@@ -2494,8 +2494,8 @@ plumbing/scenes.py tests/test_dense.py::test_later_objects_lie_before_earlier_on
 + torch.where(instances[here] > 0, instances[here], number[:, None, None].to(torch.uint8)), instances[here])
 
 plumbing/scenes.py tests/test_dense.py::test_scenes_are_the_same_drawing_at_any_size
-- brush.vary(-0.75, 0.75), brush.vary(-0.75, 0.75)
-+ brush.vary(-0.75, 0.75), brush.vary(-0.75, 0.75 - 4 / size)
+- brush.vary(-0.65, 0.65), brush.vary(-0.65, 0.65)
++ brush.vary(-0.65, 0.65), brush.vary(-0.65, 0.65 - 4 / size)
 
 plumbing/dense.py tests/test_dense.py::test_a_class_map_is_the_class_of_the_object_that_is_seen
 - objects + 1], dim=1)

@@ -54,7 +54,7 @@ def test_later_objects_lie_before_earlier_ones_and_what_is_all_but_hidden_is_lef
         for j in range(1 + int(row[0] * MOST)):
             brush = Brush(row[None, 10 + 12 * j : 22 + 12 * j], size, *outline)
             labels.append(int(brush.vary(0, len(SHAPES))))
-            place = [brush.vary(*limits) for limits in ((0.22, 0.5), (-0.3, 0.3), (-0.75, 0.75), (-0.75, 0.75))]
+            place = [brush.vary(*limits) for limits in ((0.3, 0.65), (-0.3, 0.3), (-0.65, 0.65), (-0.65, 0.65))]
             bodies.append(brush.inside(torch.tensor(labels[-1:]), *place)[0][0] > 0.5)
         kept, free = [], torch.ones(size, size, dtype=torch.bool)
         for j in reversed(range(len(bodies))):

@@ -200,8 +200,8 @@ def test_a_pyramid_joins_every_map_at_the_size_of_the_finest():
     head(maps)
     assert [x.shape[-1] for x in pooled] == [1, 2, 3, 6]
     torch.testing.assert_close(pooled[0][..., 0, 0], maps[2].mean(dim=(2, 3)))
-    # Maps of one size become 4, 2, 1 and 1/2 times as large, but not larger than the picture.
-    for side, sizes in ((32, [16, 8, 4, 2]), (8, [8, 8, 4, 2])):
+    # Maps of one size become 4, 2, 1 and 1/2 times as large, but no finer than cells of 4 pixels.
+    for side, sizes in ((64, [16, 8, 4, 2]), (32, [8, 8, 4, 2]), (8, [4, 4, 4, 2])):
         head = PyramidHead([(3, 4, 4)] * 4, 6, 8, side)
         scaled = [scale(rand(1, 3, 4, 4)) for scale in head.rescales]
         assert [x.shape[-1] for x in scaled] == sizes
