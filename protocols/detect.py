@@ -154,7 +154,9 @@ def make_decoder(encoder: nn.Module, shapes: list, classes: int, config: Config)
         note(f"--head {kind} reads two maps of a Mobile-Former, which this encoder does not have: plain it is")
         kind = "plain"
     if kind == "plain":
-        return PlainDecoder(shapes[-1][0], classes, config.queries, dropout=config.dropout)
+        dim, *_ = shapes[-1]
+        depth, width = (6, 256) if dim >= 384 else (3, 128)  # DETR's, but for encoders of laptops
+        return PlainDecoder(dim, classes, config.queries, depth, width, config.dropout)
     return MobileFormerDecoder(DEPTHS[kind], shapes[-1][0], shapes[-2][0], classes, config.queries)
 
 

@@ -27,6 +27,8 @@ levels        a cycle of MLO-MAE, two steps of level I and one each of II and II
 recipes       with --against: a step of each laptop recipe, beside the same by that checkout; are the losses equal;
               --only METHOD for that one alone
 profile       what a step of each laptop recipe does with its time, with --against also that checkout's
+detection     FINOLA's detection at 800 x 1333: multiply-adds and parameters beside the published ones, and a step of
+              two pictures: time, and growth of a process
 gpu           on a GPU: the five methods at the papers' sizes, and MAE against a plain loop, in at most --seconds; with
               --device cpu the same code at small sizes
 """
@@ -65,6 +67,7 @@ import finola
 import magma
 import mixedae
 import mlo_mae
+from plumbing.boxes import Targets
 from plumbing.crops import crop_boxes, random_resized_crop
 from plumbing.datasets import STATISTICS, load_data
 from plumbing.encoders import save_encoder
@@ -73,6 +76,7 @@ from plumbing.probes import knn_accuracy
 from plumbing.processes import pick_precision, start_distributed
 from plumbing.run_files import read_log
 from plumbing.settings import read_flags
+from protocols.detect import Detector
 from protocols.heads import LinearHeads, one_hot
 from protocols.rows import Subject
 from protocols.settings import settings_of
@@ -958,10 +962,54 @@ def gpu(device, budget: float = 90.0):
     print(f"skipped for want of time: {'; '.join(skipped) or 'nothing'} ({time.perf_counter() - began:.0f} s)")
 
 
+def detection_step(head: str, width: str, sides: tuple, count: int = 2, **fields):
+    """A detector, a function that makes a step of FINOLA's recipe, and one that gives its answers; noise."""
+    torch.manual_seed(0)
+    config = settings_of("detect", {"data": "coco", "image_size": 800, "head": head} | fields, "finola", 2880, 10**5)
+    method = Detector(common.MobileFormer(width), [str(i) for i in range(91)], config).train()
+    images, boxes = torch.rand(count, 3, *sides), 0.1 + 0.3 * torch.rand(count, 7, 4)
+    targets = Targets(torch.randint(91, (count, 7)), boxes, torch.ones(count, 2))
+    stepper = common.Stepper(method.optimizer(config), config, torch.device("cpu"))
+    return method, lambda: method.update(method, [(images, targets)], stepper), lambda: method.find(images, targets)
+
+
+def grown_by_detection(fields: dict) -> tuple:
+    """MB by which two steps make a process grow, and seconds of the second; called in a process of its own."""
+    start_distributed("cpu")
+    torch.set_num_threads(1)
+    _, step, _ = detection_step(**fields)
+    before = most_memory()
+    step()
+    started = time.process_time()
+    step()
+    return most_memory() - before, time.process_time() - started
+
+
+def detection(device):
+    """FINOLA's detection at 800 x 1333, padded to 800 x 1344, on a CPU whatever the device."""
+    published = {("2880", "mf522"): (77.5, 34.6), ("2880", "mf211"): (77.5, 15.7), ("720", "mf522"): (5.6, 31.1)}
+    row("800 x 1344: G multiply-adds, published at 1333", "encoder", "published", "decoder", "published")
+    for (width, head), (of_encoder, of_head) in published.items():
+        # In bf16 attention is plain on a CPU, and so counted.
+        method, _, answer = detection_step(head, width, (800, 1344), count=1, amp="bf16")
+        total, images = flops_of(answer) / 2e9, torch.rand(1, 3, 800, 1344)
+        with torch.no_grad():
+            alone = flops_of(lambda method=method, images=images: method.encoder(images)) / 2e9
+        row(f"  MF-W{width}, {head}", f"{alone:.1f}", of_encoder, f"{total - alone:.1f}", of_head)
+        sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (method.encoder, method.head)]
+        row("    M parameters", f"{sizes[0]:.1f}", "", f"{sizes[1]:.1f}")
+    row("a step of 2 pictures, MF-W2880, mf522", "grows by", "process time")
+    for name, fields in {"frozen": {}, "fine-tuned": {"recipe": "finola_finetune"}}.items():
+        given = {"head": "mf522", "width": "2880", "sides": (800, 1344)} | fields
+        with multiprocessing.get_context("spawn").Pool(1) as worker:
+            grown, spent = worker.apply(grown_by_detection, (given,))
+        row(f"  {name}", f"{grown:.0f} MB", f"{spent:.1f} s")
+
+
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
 BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
 BENCHES |= {"features": features, "levels": three_levels, "recipes": recipes, "profile": profile}
-BENCHES |= {"memory": memory, "gpu": gpu}
+BENCHES |= {"memory": memory, "detection": detection, "gpu": gpu}
 
 
 def main():
