@@ -19,7 +19,7 @@ from plumbing.decoding import MAX_PIXELS, TURNS, open_picture, to_rgb
 from plumbing.errors import UserError, reason_of
 from plumbing.files import write_atomically
 from plumbing.images import FolderImages
-from plumbing.processes import on_rank_zero
+from plumbing.processes import note, on_rank_zero
 from plumbing.scenes import render_scenes
 from plumbing.shapes import SHAPES
 
@@ -283,7 +283,9 @@ def pairs_of(root: Path, tests: bool) -> tuple[list, list]:
     if bool(train) != bool(test):
         raise UserError(f"{home} holds {train or test} alone; expected training and validation, or neither")
     home = home / (test if tests else train)
-    found, _ = images_below(home)
+    found, others = images_below(home)
+    if others and not tests:
+        note(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
     if not train:
         aside = held_out([os.path.relpath(path, home) for path in found]) if len(found) > 1 else set()
         found = [path for path in found if (os.path.relpath(path, home) in aside) == (tests and len(found) > 1)]

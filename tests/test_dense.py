@@ -214,9 +214,12 @@ def test_what_holds_no_labels_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [("training", "validation"), ("train", "val")])
-def test_folders_give_pictures_and_labels_that_fit_each_other(tmp_path, parts):
+def test_folders_give_pictures_and_labels_that_fit_each_other(tmp_path, parts, capsys):
     write_pairs(tmp_path, parts)
+    (tmp_path / "images" / parts[0] / "notes.txt").write_text("a note")
     train, test = (load_dense(tmp_path, split=split) for split in ("labelled", "test"))
+    told = capsys.readouterr().out
+    assert told.count("1 other files or folders below") == told.count("notes.txt") == 2  # names come from train
     assert (len(train), len(test)) == (4, 2)
     assert train.classes == test.classes == ["0", "1", "2"]
     images, labels = next(train.plain_batches(range(4), 24))
