@@ -27,9 +27,10 @@ from plumbing.run_files import (
 )
 from plumbing.settings import FREE_FIELDS, TrainConfig, flag
 from plumbing.tables import cell, column_of, format_table
+from protocols.settings import DENSE_PROTOCOLS
 
 LOGGED = ("loss", "linear", "knn", "held_out_loss", "effective_rank")  # the columns from the log; minutes come last
-TRAINED = {"tran1", "tran4", "finetune"}  # protocols with a run folder of their own
+TRAINED = {"tran1", "tran4", "finetune", *DENSE_PROTOCOLS}  # protocols with a run folder of their own
 OWN = FREE_FIELDS - {"start"} | {"seed", "method", "data"}  # what does not make two runs of one method different
 
 
@@ -144,7 +145,7 @@ def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded],
         raise UserError(f"{needy[0]} holds no encoder.pt to run a protocol on; leave it out, or --protocol")
     anew = not {"resume", "scratch", "test_data"} & set(given)
     for run, protocol in itertools.product(runs, TRAINED & set(given["protocol"]) if given and anew else ()):
-        data = given.get("data", run.known.get("data", ""))
+        data = given.get("data", "scenes" if protocol in DENSE_PROTOCOLS else run.known.get("data", ""))
         refuse_taken(run.folder / f"{protocol}-{data_name(data)}")  # before hours are spent on the runs before it
     out = Path(out) if out else runs[0].folder.parent
     for run in runs:

@@ -248,14 +248,15 @@ def test_a_comparison_is_printed_and_drawn_and_never_overwrites_another(tmp_path
     assert (tmp_path / "new" / "place" / "compare.png").exists()
 
 
-def test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it(tmp_path, capsys):
+@pytest.mark.parametrize(("protocol", "folder"), [("finetune", "finetune-shapes"), ("segment", "segment-scenes")])
+def test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it(tmp_path, protocol, folder, capsys):
     folders = [write_run(tmp_path / name, lam=lam) for name, lam in (("a", 1.0), ("b", 2.0))]
-    for folder in folders:
-        (folder / "encoder.pt").write_bytes(b"")
-    (folders[1] / "finetune-shapes").mkdir()
-    (folders[1] / "finetune-shapes" / "log.jsonl").write_text("")
-    assert evaluate.main([*map(str, folders), "--protocol", "finetune"]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {folders[1]}/finetune-shapes exists; add --resume")
+    for run in folders:
+        (run / "encoder.pt").write_bytes(b"")
+    (folders[1] / folder).mkdir()
+    (folders[1] / folder / "log.jsonl").write_text("")
+    assert evaluate.main([*map(str, folders), "--protocol", protocol]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {folders[1]}/{folder} exists; add --resume")
 
 
 def test_protocols_run_on_each_run_and_then_the_runs_are_compared(tmp_path, monkeypatch):
