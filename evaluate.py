@@ -22,7 +22,7 @@ linear       one linear layer by gradient descent                           froz
 tran1/tran4  one or four transformer blocks on frozen tokens (FINOLA)       heads.py: TransformerHead
 finetune     every weight, with augmentation and layer-wise learning rates  training.py: Classifier
 segment      a class for each pixel, on data of its own (built-in scenes)   segmentation.py: Segmenter
-detect       boxes and classes, by DETR, on data of its own (scenes, COCO)    detect.py: Detector
+detect       boxes and classes by DETR, on data of its own (scenes, COCO)   detect.py: Detector
 clusters     do classes form clusters: figures without any training         frozen.py: davies_bouldin, class_cosines
 pictures     what there is to see                                           figures.py
 finola       FINOLA's curvature, differential equations and embeddings      finola_figures.py
