@@ -1004,8 +1004,8 @@ protocols/energy_figures.py tests/test_energy_figures.py::test_a_run_is_trained_
 + float(left[-1])
 
 evaluate.py tests/test_evaluate.py::test_evaluate_knn_is_the_figure_that_the_training_logged
-- train = load_data(given["data"], split=first_split, **options)
-+ train = load_data(given["data"], split="test", **options)
+- train = load(given["data"], split=first_split, **options)
++ train = load(given["data"], split="test", **options)
 
 evaluate.py tests/test_evaluate.py::test_evaluate_tests_elsewhere_on_classes_of_the_same_name
 - if config.test_data:
@@ -1020,8 +1020,8 @@ plumbing/class_folders.py tests/test_evaluate.py::test_evaluate_tests_elsewhere_
 + labels += [known.index(name)] * len(found)
 
 evaluate.py tests/test_evaluate.py::test_evaluate_loads_no_unlabelled_images
-- train = load_data(given["data"], split=first_split, **options)
-+ train = load_data(given["data"], split="train", **options)
+- train = load(given["data"], split=first_split, **options)
++ train = load(given["data"], split="train", **options)
 
 evaluate.py tests/test_evaluate.py::test_evaluate_looks_for_old_folders_before_it_starts
 - if not config.resume:
