@@ -157,8 +157,8 @@ class PyramidHead(nn.Module):
 
     The last map is joined by its means over 1, 4, 9 and 36 parts. Each map is brought to one width (a lateral), those
     of coarser maps are added to it, and all, convolved, are put together. Four maps of one size, as a ViT's, are first
-    made 4, 2, 1 and 1/2 times as large (BEiT's way), but no finer than cells of 4 pixels. `auxiliary` is a second head on
-    the third map, or the last of fewer, that only helps to train.
+    made 4, 2, 1 and 1/2 times as large (BEiT's way), but no finer than cells of 4 pixels. `auxiliary` is a second head,
+    on the third map or the last of fewer, that only helps to train.
     """
 
     def __init__(self, shapes: list, classes: int, width: int, side: int, dropout: float = 0.1):

@@ -174,7 +174,7 @@ RECIPES = {
         "photos": PHOTOS | {"base_lr": 16e-3, "layer_decay": 0.75},
     },
     "segment": {
-        # Ours, for any encoder and folders of any size: a linear layer on frozen maps, 600 small steps; a pyramid, 1,000
+        # Ours, for any encoder and folders of any size: a linear layer on frozen maps, 600 steps; a pyramid, 1,000
         "scenes": {"base_lr": 0.16, "weight_decay": 0.0, "batch_size": 16, "epochs": 10, "epoch_steps": 60}
         | {"warmup_epochs": 1, "crop_min": 0.5, "batchnorm": True},
         "scenes_pyramid": {"base_lr": 3.2e-2, "weight_decay": 0.01, "batch_size": 16, "epochs": 10, "epoch_steps": 100}

@@ -2489,7 +2489,7 @@ plumbing/scenes.py tests/test_dense.py::test_a_scene_shows_one_to_five_objects_e
 - labels[here, number - 1] = kind[good]
 + labels[here, j] = kind[good]
 
-plumbing/scenes.py tests/test_dense.py::test_later_objects_lie_before_earlier_ones_and_what_is_all_but_hidden_is_left_out
+plumbing/scenes.py tests/test_dense.py::test_later_objects_lie_before_earlier_ones_and_hidden_ones_are_left_out
 - number[:, None, None].to(torch.uint8), instances[here])
 + torch.where(instances[here] > 0, instances[here], number[:, None, None].to(torch.uint8)), instances[here])
 

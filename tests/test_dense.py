@@ -44,7 +44,7 @@ def test_a_scene_shows_one_to_five_objects_each_of_them_in_part():
     assert ((inside - outside).abs().amax(dim=1) > 15).float().mean() > 0.9
 
 
-def test_later_objects_lie_before_earlier_ones_and_what_is_all_but_hidden_is_left_out():
+def test_later_objects_lie_before_earlier_ones_and_hidden_ones_are_left_out():
     """Object by object, pixel by pixel, from the numbers that are drawn."""
     size, left_out, outline = 20, 0, outlines()
     _, instances, objects = render_scenes(150, size)
