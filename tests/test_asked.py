@@ -47,7 +47,12 @@ def test_settings_are_read_back_as_they_were(method, recipe, tmp_path):
     assert asked("--config", path, method=method) == [config]
 
 
-@given(st.floats(0, 1e6), st.lists(st.integers(-6, -1), min_size=2, max_size=4), st.booleans(), st.text(max_size=8).filter("-".__ne__))
+@given(
+    st.floats(0, 1e6),
+    st.lists(st.integers(-6, -1), min_size=2, max_size=4),
+    st.booleans(),
+    st.text(max_size=8).filter("-".__ne__),
+)
 def test_any_value_is_read_back_exactly(lam, layers, detach, data):
     """But for `--data=--`, which argparse takes for no value."""
     known = {"method": "magma", "lam": lam, "layers": layers, "detach_reference": detach, "data": f"-{data}"}

@@ -105,7 +105,7 @@ def test_the_flags_cover_every_method():
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("method", FLAGS)
 def test_a_killed_run_resumes_to_the_same_weights(method, ranks, whole, tmp_path):
-    """SIGKILL after a step, and in the middle of writing a file; four kills in one run, two where it has two processes."""
+    """SIGKILL after a step, and in the middle of writing a file; four kills in one run, two of two processes."""
     steps = 3 if method == "mlo_mae" else 5
     kills = [("kill", 1), ("half", 1), ("kill", steps + 1), ("half", 2)]
     for i, (fault, at) in enumerate(kills if ranks == 1 else kills[1:3]):
