@@ -627,7 +627,7 @@ def energy(device, against=None):
 
 def cycle(device, levels: int, **fields):
     """A function that makes one cycle of MLO-MAE on random images: without level III where `levels` is one less."""
-    config = mlo_mae.Config(**mlo_mae.LAPTOP | fields)
+    config = mlo_mae.Config(**mlo_mae.LAPTOP | {"unrolling": 2, "batch_size": 64} | fields)
     data = MemoryImages(None, torch.arange(640) % 10, list("abcdefghij"), (0.5,) * 3, (0.25,) * 3)
     torch.manual_seed(0)
     method = mlo_mae.MultiLevelMAE(config, data).to(device)
