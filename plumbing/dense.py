@@ -249,8 +249,10 @@ def read_pairs(
     check_same(pictures + labels, device)
     bad, largest = on_rank_zero(look)
     good = keep_good(pictures, bad, skip_bad_images)
-    if largest < 0 and not names:
-        raise UserError(f"{root / 'annotations'} holds no label to train on: all is ignored")
+    if largest < 0:
+        which = f"the {len(good)} pictures to {'test' if tests else 'train'} on of {root}"
+        ignored = "0 and 255 are ignored" if zero_is_nothing else "255 is ignored"
+        raise UserError(f"no pixel of {which} has a label: {ignored}; give labels in {root / 'annotations'}")
     shift = 1 if zero_is_nothing else 0
     names = names or [str(i + shift) for i in range(largest + 1)]
     listing = b"".join(lines[i] for i in [*good, *(len(pictures) + i for i in good)] if lines)

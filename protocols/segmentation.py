@@ -287,13 +287,15 @@ class Segmenter(Method):
         return total / times
 
     def probe(self, encode, train, test, config) -> dict:
-        """Mean IoU, accuracy and the IoU of each class that occurs, in percent, of all test pictures."""
+        """Mean IoU, accuracy and the IoU of each class that occurs, in percent, of all test pictures; a note for nan."""
         found, count = 0, len(self.classes)
         for images, labels in test.whole_batches(range(len(test)), config.image_size):
             scores = self.scores(images)
             if unfit(test=scores.flatten(1)):
-                return dict.fromkeys(RESULTS, math.nan)
+                return note_diverged(dict.fromkeys(RESULTS, math.nan))
             found = found + confusion(enlarge(scores, labels).argmax(dim=1), labels, count)
+        if not found.any():
+            note("no pixel of the test pictures has a label, so there is no mean IoU and no pixel accuracy")
         values = {"miou": mean_iou(found), "pixel_accuracy": pixel_accuracy(found)}
         ious = zip(self.classes, class_ious(found).tolist(), strict=True)
         values |= {f"iou_{name}": iou for name, iou in ious if not math.isnan(iou)}
@@ -347,6 +349,4 @@ def run_segment(subject: Subject, config: Config) -> dict:
         note(f"predictions are drawn in {out}")
         return method.probe(None, subject.train, subject.test, run)
 
-    found = on_rank_zero(judge)
-    note_diverged({name: found[name] for name in RESULTS})
-    return found
+    return on_rank_zero(judge)

@@ -304,7 +304,7 @@ def spoil_folder(root):
 def spoil_everything_ignored(root):
     for path in (root / "annotations" / "training").iterdir():
         Image.new("L", (40, 28), 255).save(path)
-    return r"annotations holds no label to train on: all is ignored"
+    return r"no pixel of the 4 pictures to train on of .* has a label: 255 is ignored; give labels in .*annotations$"
 
 
 SPOILS = [spoil_size, spoil_label, spoil_missing, spoil_depth, spoil_picture, spoil_all, spoil_part, spoil_folder]
@@ -322,6 +322,18 @@ def test_bad_folders_are_one_line_with_the_file(tmp_path, spoil, capsys):
         assert [path[-5:] for path in data.paths] == ["0.png", "2.png", "3.png"]
         assert [path[-5:] for path in data.annotations] == ["0.png", "2.png", "3.png"]
         assert "1 of 4 images are left out, they cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("names", [None, "sky\nsea\nsand"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_without_any_label_is_refused(tmp_path, split, names):
+    part = "validation" if split == "test" else "training"
+    for path in (write_pairs(tmp_path) / "annotations" / part).iterdir():
+        Image.new("L", (40, 28), 255).save(path)
+    if names:
+        (tmp_path / "classes.txt").write_text(names)
+    with pytest.raises(UserError, match=f"no pixel of the [24] pictures to {split} on of .* has a label: 255 is"):
+        load_dense(tmp_path, split=split)
 
 
 def test_a_name_that_is_no_data_is_refused():

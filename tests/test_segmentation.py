@@ -298,6 +298,20 @@ def stop_before_the_second(self, epoch):
         raise Stopped("stopped", 15)
 
 
+@pytest.mark.parametrize("diverged", [False, True])
+def test_a_head_diverged_only_where_its_scores_are_not_finite(tmp_path, capsys, diverged):
+    judged = subject(None, "pixels")
+    method = Segmenter(RawPatches(4), judged.test.classes, settings(tmp_path)).eval()
+    if diverged:
+        torch.nn.init.constant_(method.head.classify.bias, math.nan)
+    else:
+        judged.test.maps[:] = 255
+    found = method.probe(None, judged.train, judged.test, method.config)
+    assert found.keys() == {"miou", "pixel_accuracy"} and all(math.isnan(x) for x in found.values())
+    told = capsys.readouterr().out
+    assert ("the head diverged" in told, "no pixel of the test pictures has a label" in told) == (diverged, not diverged)
+
+
 def test_pictures_in_which_all_is_ignored_train_and_are_judged_without_nan(tmp_path):
     judged = subject(vit(image_size=16))
     judged.train.maps[:] = 255
