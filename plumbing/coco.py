@@ -1,15 +1,17 @@
 """COCO's layout: pictures in folders, and JSON files that tell the objects in them, by boxes and by outlines."""
 
 import json
-import math
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from plumbing.checking import check_images, check_same, keep_good, survey
-from plumbing.decoding import MAX_PIXELS
+from plumbing.checking import attempt_all, cache_folder, check_images, check_same, keep_good, survey
+from plumbing.decoding import MAX_PIXELS, open_picture
 from plumbing.errors import UserError, reason_of
+from plumbing.files import write_atomically
 from plumbing.processes import note, on_rank_zero
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,8 +107,19 @@ def mask_of(segmentation, height: int, width: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+LONGEST_SIDE = 10**6  # of a picture, in pixels
+
+
 def is_number(x) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    """Whether it is a number of a size that pixels can have, which "inf", "nan" and integers of 400 digits are not."""
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e15
+
+
+def is_name(text: str) -> bool:
+    """Whether a file can have it as its name: without 0, and without half a character of two."""
+    with suppress(UnicodeEncodeError):
+        return b"\0" not in os.fsencode(text)
+    return False
 
 
 @dataclass
@@ -216,14 +229,14 @@ def read_annotations(path: Path, folder: Path) -> CocoSplit:
                 refuse(f"two of {name} have the id {number}")
             for field, kind in kinds.items():
                 value = row.get(field)
-                if type(value) is not kind or (kind is int and value < 1) or value == "":
-                    refuse(f"id {number} of {name} has the {field} {value!r}")
+                if type(value) is not kind or (kind is int and not 1 <= value <= LONGEST_SIDE) or value == "":
+                    refuse(f"id {number} of {name} has the {field} {value!r:.200}")
             by_id[name][number] = row
     images, places = by_id["images"], {number: i for i, number in enumerate(sorted(by_id["categories"]))}
     for number, row in images.items():
         parts = PurePosixPath(row["file_name"])
-        if parts.is_absolute() or ".." in parts.parts or "\0" in row["file_name"]:
-            refuse(f"id {number} of images lies outside its folder, {row['file_name']!r}")
+        if parts.is_absolute() or ".." in parts.parts or not is_name(row["file_name"]):
+            refuse(f"id {number} of images has the file_name {row['file_name']!r}, which no file in its folder has")
     rows, seen = {number: [] for number in sorted(images)}, set()
     for place, row in enumerate(lists["annotations"]):
         number, box = row.get("id", f"number {place}"), row.get("bbox")
@@ -235,10 +248,10 @@ def read_annotations(path: Path, folder: Path) -> CocoSplit:
             if type(row.get(field)) is not int or row[field] not in known:
                 refuse(f"{what} has the {field} {row.get(field)!r}, which is not listed")
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            refuse(f"{what} has the bbox {box!r}, expected x, y, width, height")
+            refuse(f"{what} has the bbox {box!r:.200}, expected x, y, width, height")
         area, crowd = row.get("area", box[2] * box[3]), row.get("iscrowd", 0)
         if not is_number(area) or area < 0 or crowd not in (0, 1):
-            refuse(f"{what} has the area {area!r} and iscrowd {crowd!r}")
+            refuse(f"{what} has the area {area!r:.200} and iscrowd {crowd!r:.200}")
         rows[row["image_id"]].append((box, places[row["category_id"]], area, crowd, row.get("segmentation")))
     if not lists["annotations"] or not images:
         raise UserError(f"{path} holds {len(images)} images and {len(seen)} annotations: there is nothing to find")
@@ -264,13 +277,40 @@ def cut_boxes(boxes: np.ndarray, height: int, width: int) -> tuple[np.ndarray, n
     return corners, (corners[:, 2:] > corners[:, :2]).all(axis=1)
 
 
+def check_sizes(data: CocoSplit, digest: str, max_pixels: int) -> dict:
+    """{index: reason} of the pictures that have another size than their annotations, as stored and as EXIF turns them.
+
+    Which ones fit is remembered as in `check_images`.
+    """
+    folder, indices = cache_folder(), range(len(data))
+    cache = folder / "checked-images" / f"{digest}-{max_pixels}-sizes.json" if folder else None
+    with suppress(OSError, ValueError, TypeError, ArithmeticError):
+        known = json.loads(cache.read_text()) if cache else indices
+        indices = [int(i) for i in known if 0 <= int(i) < len(data)]
+
+    def read(i):
+        with open_picture(data.paths[i], max_pixels) as image:
+            (width, height), turned = image.size, image.info["orientation"] >= 5
+        if data.sizes[i] != (height, width) and not (turned and data.sizes[i] == (width, height)):
+            rows, columns = data.sizes[i]
+            raise ValueError(f"it has {width} x {height} pixels, its annotations are for {columns} x {rows}")
+
+    bad = attempt_all(read, indices, "checking the sizes of")
+    with suppress(OSError):
+        if cache:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, lambda file: file.write(json.dumps(list(bad)).encode()))
+    return bad
+
+
 def read_coco(
     root: Path, split: str, skip_bad_images: bool = False, device="cpu", max_pixels: int = MAX_PIXELS
 ) -> CocoSplit:
     """One split of a folder in COCO's layout, "test" or else to train on; each picture is decoded once (`checking`).
 
-    Tells how many boxes have no area within their picture: these cannot train. Pictures without objects stay.
-    Raises UserError for what is missing or wrong; with `skip_bad_images` pictures that cannot be read are left out.
+    Tells how many boxes have no area within their picture: these cannot train, and are never found. Pictures without
+    objects stay. Raises UserError for what is missing or wrong, and where no object is left but crowds; with
+    `skip_bad_images` pictures that cannot be read, or are not of the size of their annotations, are left out.
     """
     path, folder = find_split(root, split)
     data = read_annotations(path, folder)
@@ -279,16 +319,18 @@ def read_coco(
     def look() -> dict:  # of process 0
         nonlocal lines
         lines, digest = survey([str(path), *data.paths], root)
-        return check_images(data.paths, digest, max_pixels)
+        bad = check_images(data.paths, digest, max_pixels)
+        return dict(sorted((check_sizes(data, digest, max_pixels) | bad).items()))
 
     check_same(data.paths, device)
     good = keep_good(data.paths, on_rank_zero(look), skip_bad_images)
     data.listing = b"".join(lines[i] for i in [0, *(1 + i for i in good)] if lines)
     data.paths, data.sizes, data.objects = ([x[i] for i in good] for x in (data.paths, data.sizes, data.objects))
-    left = [cut_boxes(x.boxes, *size)[1] for x, size in zip(data.objects, data.sizes, strict=True)]
+    left = [cut_boxes(x.boxes, *size)[1][~x.crowd] for x, size in zip(data.objects, data.sizes, strict=True)]
     count, whole = sum(map(len, left)), sum(int(x.sum()) for x in left)
     if not whole:
-        raise UserError(f"{path}: none of its {count} boxes lies in a picture that is there; give another --root")
-    if whole < count and split != "test":
-        note(f"{path}: {count - whole} of {count} boxes have no area within their picture: these do not train")
+        raise UserError(f"{path}: none of its {count} boxes lies in a picture that is there (crowds do not count)")
+    if whole < count:
+        fate = "these are never found" if split == "test" else "these do not train"
+        note(f"{path}: {count - whole} of {count} boxes have no area within their picture: {fate}")
     return data
