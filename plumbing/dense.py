@@ -16,7 +16,7 @@ from plumbing.checking import attempt_all, cache_folder, check_images, check_sam
 from plumbing.class_folders import IMAGENET, held_out, images_below
 from plumbing.crops import Crop, crop_boxes, mix_seed, resample, resize, resize_matrix
 from plumbing.decoding import MAX_PIXELS, TURNS, open_picture, to_rgb
-from plumbing.errors import UserError, reason_of
+from plumbing.errors import UserError, printable, reason_of
 from plumbing.files import write_atomically
 from plumbing.images import FolderImages
 from plumbing.processes import note, on_rank_zero
@@ -262,20 +262,33 @@ def read_pairs(
 
 
 def names_of(root: Path) -> list:
-    """Names of the classes, from ADE20K's table or a line each; [] without a file. Raises UserError for an odd one."""
-    table, lines = root / "objectInfo150.txt", root / "classes.txt"
+    """Names of the classes, from ADE20K's table or a line each; [] without a file. Raises UserError for an odd one.
+
+    A class of the table is called by its first name, and by its number too where another one has that name.
+    """
+    table, listed = root / "objectInfo150.txt", root / "classes.txt"
     if table.exists():
-        rows = [line.split("\t") for line in table.read_text(errors="replace").splitlines() if line.strip()]
+        path, rows = table, [line.split("\t") for line in lines_of(table) if line]
         rows = rows[1:] if rows and not rows[0][0].strip().isdigit() else rows
         if not rows or any(len(row) < 2 for row in rows):
             raise UserError(f"{table} is not ADE20K's table of classes; expected columns, the last one with names")
-        return [row[-1].split(",")[0].strip() for row in rows]
-    if not lines.exists():
+        first = [row[-1].split(",")[0].strip() for row in rows]
+        names = [name if first.count(name) == 1 else f"{name} {i + 1}".strip() for i, name in enumerate(first)]
+    elif listed.exists():
+        path, names = listed, lines_of(listed)
+        if "" in names:
+            raise UserError(f"line {names.index('') + 1} of {listed} is blank; expected a name in each, label 0's first")
+    else:
         return []
-    names = [line.strip() for line in lines.read_text(errors="replace").splitlines() if line.strip()]
-    if not 1 <= len(names) <= IGNORED or len(set(names)) < len(names):
-        raise UserError(f"{lines} lists {len(names)} classes, expected 1 to {IGNORED} different names, a line each")
-    return names
+    if not 1 <= len(names) <= IGNORED or len(set(names)) < len(names) or "" in names:
+        raise UserError(f"{path} lists {len(names)} classes, expected 1 to {IGNORED} different names, a line each")
+    return [printable(name) for name in names]
+
+
+def lines_of(path: Path) -> list:
+    """The lines of a text without what is blank around each; blank ones at its end are left out."""
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape").rstrip()
+    return [line.strip() for line in text.split("\n")] if text else []
 
 
 def pairs_of(root: Path, tests: bool) -> tuple[list, list]:

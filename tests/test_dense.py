@@ -260,6 +260,27 @@ def test_a_folder_without_parts_holds_some_out_and_may_name_classes(tmp_path):
         load_dense(tmp_path)
 
 
+def test_names_of_classes_are_told_apart_and_fit_their_labels(tmp_path):
+    table, listed = tmp_path / "objectInfo150.txt", tmp_path / "classes.txt"
+    assert dense.names_of(tmp_path) == []
+    listed.write_bytes(b"\xef\xbb\xbfsky\r\n sea \r\nred\x0b\x1b[31m\n\xff\n\n\n")
+    assert dense.names_of(tmp_path) == ["sky", "sea", r"red\x0b\x1b[31m", r"\xff"]
+    listed.write_text("sky\n\nsea\n")
+    with pytest.raises(UserError, match=r"line 2 of .*classes.txt is blank; expected a name in each, label 0's first"):
+        dense.names_of(tmp_path)
+    table.write_text("\ufeff1\t.1\tdoor\n2\t.1\tscreen, crt\n3\t.1\tscreen door\n4\t.1\tscreen, silver\n", "utf-8")
+    assert dense.names_of(tmp_path) == ["door", "screen 2", "screen door", "screen 4"]
+    rows = [f"{i + 1}\t.1\tclass{i}" for i in range(256)]
+    table.write_text("\n".join(rows))
+    with pytest.raises(UserError, match="objectInfo150.txt lists 256 classes, expected 1 to 255 different names, a li"):
+        dense.names_of(tmp_path)
+    table.write_text("\n".join(rows[:255]))
+    assert len(dense.names_of(tmp_path)) == 255
+    table.write_text("1\tdoor 3\n2\twall\n3\tdoor\n4\tdoor")
+    with pytest.raises(UserError, match="lists 4 classes, expected 1 to 255 different"):
+        dense.names_of(tmp_path)
+
+
 def spoil_size(root):
     Image.new("L", (28, 40)).save(root / "annotations" / "training" / "1.png")
     return r"1 of 4 images cannot be read: .*images/training/1.png \(its labels .*1.png are 28 x 40, the picture is"
