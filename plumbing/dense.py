@@ -277,7 +277,7 @@ def names_of(root: Path) -> list:
     elif listed.exists():
         path, names = listed, lines_of(listed)
         if "" in names:
-            raise UserError(f"line {names.index('') + 1} of {listed} is blank; expected a name in each, label 0's first")
+            raise UserError(f"line {names.index('') + 1} of {listed} is blank; give a name in each, from label 0 on")
     else:
         return []
     if not 1 <= len(names) <= IGNORED or len(set(names)) < len(names) or "" in names:

@@ -266,7 +266,7 @@ def test_names_of_classes_are_told_apart_and_fit_their_labels(tmp_path):
     listed.write_bytes(b"\xef\xbb\xbfsky\r\n sea \r\nred\x0b\x1b[31m\n\xff\n\n\n")
     assert dense.names_of(tmp_path) == ["sky", "sea", r"red\x0b\x1b[31m", r"\xff"]
     listed.write_text("sky\n\nsea\n")
-    with pytest.raises(UserError, match=r"line 2 of .*classes.txt is blank; expected a name in each, label 0's first"):
+    with pytest.raises(UserError, match=r"line 2 of .*classes.txt is blank; give a name in each, from label 0 on"):
         dense.names_of(tmp_path)
     table.write_text("\ufeff1\t.1\tdoor\n2\t.1\tscreen, crt\n3\t.1\tscreen door\n4\t.1\tscreen, silver\n", "utf-8")
     assert dense.names_of(tmp_path) == ["door", "screen 2", "screen door", "screen 4"]
