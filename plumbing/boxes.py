@@ -192,10 +192,14 @@ class Window(NamedTuple):
 
 
 def fitted(height: float, width: float, size: int, longest: int) -> tuple[int, int]:
-    """The size (rows, columns) of a picture whose shorter side becomes `size`, or its longer one `longest` (DETR)."""
+    """The size (rows, columns) of a picture whose shorter side becomes `size`, or its longer one `longest` (DETR).
+
+    The shorter side is rounded, so the longer one could come out a bit longer than `longest`: it is cut to it.
+    """
     short, long = min(height, width), max(height, width)
     size = max(1, min(size, round(longest * short / long)))
-    return (size, int(size * width / height)) if height < width else (int(size * height / width), size)
+    other = min(longest, max(1, int(size * long / short)))
+    return (size, other) if height < width else (other, size)
 
 
 def draw_window(height: int, width: int, size: int, seed: int) -> Window:

@@ -113,6 +113,15 @@ def test_sizes_are_those_of_detr():
     assert fitted(500, 500, 800, 1333) == (800, 800)
 
 
+def test_no_side_is_longer_than_the_longest():
+    """Not by rounding either: what is longer would be cut off where all pictures are padded to one square."""
+    assert fitted(100, 300, 32, 32) == (11, 32) and fitted(300, 100, 32, 32) == (32, 11)
+    assert fitted(300, 2, 32, 32) == (32, 1) and fitted(2, 3000, 32, 53) == (1, 53)
+    for long in range(1, 200, 3):
+        for size in (1, 7, 32):
+            assert max(fitted(20, long, size, size)) <= size and min(fitted(20, long, size, size)) >= 1
+
+
 def test_windows_are_those_of_detr():
     windows = [draw_window(480, 640, 800, seed) for seed in range(300)]
     whole = [w for w in windows if (w.height, w.width) == (480, 640)]
