@@ -65,6 +65,7 @@ class TrainConfig:
     in_epochs = (("warmup_epochs", 0), ("milestones", 1))
     moved = ()  # what `in_proportion` changed
     told = ()  # what there is to know of the file that a method starts from
+    probes_part = True  # whether what is trained is judged by --probe-images of the images alone
 
     def __post_init__(self):
         self.check()
@@ -116,8 +117,8 @@ class TrainConfig:
             lines.append(f"{given} {'shortens' if after < before else 'lengthens'} the recipe of {before}: {changes}")
         if self.max_steps:
             part = f" of {self.epoch_steps} steps" if self.epoch_steps else ""
-            probed = f"probes take {self.probe_images or 'all'} images at most"
-            lines.append(f"--max-steps {self.max_steps} leaves {self.epochs} epoch(s){part}; {probed}")
+            probed = f"; probes take {self.probe_images or 'all'} images at most" if self.probes_part else ""
+            lines.append(f"--max-steps {self.max_steps} leaves {self.epochs} epoch(s){part}{probed}")
         if self.warmup_epochs >= self.epochs:
             warmup = f"--warmup-epochs {self.warmup_epochs}"
             lines.append(f"{warmup} takes all of {epochs}: the learning rate does not reach its peak")

@@ -23,7 +23,7 @@ from plumbing.run_files import (
     read_log,
     read_settings,
     refuse_among_pictures,
-    refuse_taken,
+    taken,
 )
 from plumbing.settings import FREE_FIELDS, TrainConfig, flag
 from plumbing.tables import cell, column_of, format_table
@@ -146,7 +146,8 @@ def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded],
     anew = not {"resume", "scratch", "test_data"} & set(given)
     for run, protocol in itertools.product(runs, TRAINED & set(given["protocol"]) if given and anew else ()):
         data = given.get("data", "scenes" if protocol in DENSE_PROTOCOLS else run.known.get("data", ""))
-        refuse_taken(run.folder / f"{protocol}-{data_name(data)}")  # before hours are spent on the runs before it
+        if taken(folder := run.folder / f"{protocol}-{data_name(data)}"):  # before hours are spent on the runs before it
+            raise UserError(f"{folder} exists; add --resume to go on with it")  # --out is the comparison's
     out = Path(out) if out else runs[0].folder.parent
     for run in runs:
         refuse_among_pictures(out, TrainConfig(**{x: run.known[x] for x in ("data", "root") if x in run.known}))

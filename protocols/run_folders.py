@@ -79,5 +79,5 @@ def notes_on(table: dict, protocols: list) -> list:
     if "pixels" not in table and {"knn", "linear", "clusters", "segment"} & set(protocols):
         notes.append("--pixels adds what raw pixels say")
     elif "pixels" in table and not table["pixels"]:
-        notes.append("--pixels is for knn, linear and clusters alone")
+        notes.append("--pixels is for knn, linear, clusters and segment alone")
     return notes

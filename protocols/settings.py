@@ -32,7 +32,7 @@ class Config(TrainConfig):
     out: str = ""  # folder of what the protocols write, by default RUN; eval.jsonl is always in RUN
     probe_images: int = 0  # knn, linear, clusters, finola, energy: most images of each split to take, 0 for all
     untrained: bool = False  # also evaluate the same architecture with random weights
-    pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters)
+    pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters, segment)
     scratch: bool = False  # finetune: start from random weights alone
     pool: Literal["", "cls", "mean"] = ""  # features: CLS token or mean of the patch tokens; else recipe's or encoder's
     tokens: bool = False  # features: of every patch or place (N, T, D), instead of one vector an image
@@ -81,6 +81,11 @@ class Config(TrainConfig):
     def crop(self) -> Crop | int:
         found = super().crop
         return found if self.crop_pad else found._replace(clamp=self.crop_clamp)
+
+    @property
+    def probes_part(self) -> bool:
+        """See TrainConfig. What `common.fit` trains here is judged by all test pictures."""
+        return "linear" in self.protocol and self.cache
 
     def refuse(self, field: str, expected: str):
         raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)} makes no sense; give {expected}")

@@ -2565,6 +2565,18 @@ plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_fi
 - [labels[i] for i in good]
 + labels[: len(good)]
 
+protocols/settings.py tests/test_segmentation.py::test_max_steps_claims_no_part_of_the_pictures_where_all_are_judged
+- return "linear" in self.protocol and self.cache
++ return True
+
+protocols/run_folders.py tests/test_evaluate.py::test_notes_name_only_flags_that_would_add_something
+- linear, clusters and segment alone
++ linear and clusters alone
+
+protocols/compare.py tests/test_compare.py::test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it
+- exists; add --resume to go on with it"
++ exists; add --resume to go on with it, or choose another folder by --out"
+
 plumbing/dense.py tests/test_dense.py::test_names_of_classes_are_told_apart_and_fit_their_labels
 - name if first.count(name) == 1 else f"{name} {i + 1}".strip()
 + name
@@ -2752,6 +2764,30 @@ protocols/detect.py tests/test_detect.py::test_the_best_class_of_each_query_is_f
 protocols/detect.py tests/test_detect.py::test_a_step_makes_the_loss_of_the_same_pictures_smaller
 - if self.frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):
 + if isinstance(module, nn.modules.batchnorm._BatchNorm):
+
+protocols/detect.py tests/test_detect.py::test_a_transformer_keeps_its_size_and_what_was_trained_is_recorded
+- train, test, config = subject.train, subject.test, fitting(subject.encoder, config)
++ train, test = subject.train, subject.test
+
+protocols/detect.py tests/test_detect.py::test_a_decoder_that_does_not_fit_is_said
+- if config.head not in DEPTHS or isinstance(encoder, MobileFormer):
++ if config.head not in DEPTHS:
+
+protocols/detect.py tests/test_detect.py::test_no_truth_is_not_called_divergence
+- if all(bool(torch.as_tensor(test.truth(i)["crowd"]).all()) for i in range(len(test))):
++ if False:
+
+protocols/dense.py tests/test_detect.py::test_a_transformer_keeps_its_size_and_what_was_trained_is_recorded
+- return fitting(encoder, config) if protocol == "detect" else config
++ return config
+
+protocols/dense.py tests/test_detect.py::test_a_transformer_keeps_its_size_and_what_was_trained_is_recorded
+- sides = load_encoder(path).image_sides or (SIDES[dense[0]],) * 2
++ sides = (SIDES[dense[0]],) * 2
+
+protocols/dense.py tests/test_detect.py::test_a_mobile_former_has_pictures_of_the_papers_size
+- load_encoder(path).image_sides or
++ load_encoder(path).image_sides or (32, 32) or
 
 protocols/detect.py tests/test_detect.py::test_the_protocol_runs_on_a_folder_frozen_and_then_fine_tuned
 - if self.frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -256,7 +256,7 @@ def test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it
     (folders[1] / folder).mkdir()
     (folders[1] / folder / "log.jsonl").write_text("")
     assert evaluate.main([*map(str, folders), "--protocol", protocol]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {folders[1]}/{folder} exists; add --resume")
+    assert capsys.readouterr().err == f"error: {folders[1]}/{folder} exists; add --resume to go on with it\n"
 
 
 def test_protocols_run_on_each_run_and_then_the_runs_are_compared(tmp_path, monkeypatch):

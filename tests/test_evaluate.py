@@ -214,7 +214,7 @@ def test_notes_name_only_flags_that_would_add_something():
     assert evaluate.notes_on(trained, ["energy"]) == []
     assert evaluate.notes_on(trained, ["tran1"]) == ["--untrained adds what the encoder knew before"]
     ignored = evaluate.notes_on(trained | untrained | {"pixels": {}}, ["finetune"])
-    assert ignored == ["--pixels is for knn, linear and clusters alone"]
+    assert ignored == ["--pixels is for knn, linear, clusters and segment alone"]
 
 
 def test_evaluate_loads_no_unlabelled_images(run_folder, monkeypatch):

@@ -370,6 +370,13 @@ def test_dense_protocols_have_data_of_their_own():
             settings_of(protocol, {"image_size": 16, "head": head}, "magma", 16, 8)
 
 
+@pytest.mark.parametrize(("protocol", "told"), [("segment", ""), ("linear", "; probes take 128 images at most")])
+def test_max_steps_claims_no_part_of_the_pictures_where_all_are_judged(tmp_path, protocol, told):
+    config = dataclasses.replace(settings(tmp_path, max_steps=1), protocol=(protocol,))
+    config.limit(2)
+    assert config.notes()[-1] == f"--max-steps 1 leaves 1 epoch(s) of 1 steps{told}"
+
+
 def test_the_iou_of_each_class_is_told_below_the_table():
     table = {"trained": {"miou": 50.0, "iou_sky": 75.0, "iou_sea": 25.0}}
     assert "IoU, trained encoder: sky 75.0, sea 25.0" in notes_on(table, ["segment"])
