@@ -55,7 +55,7 @@ from plumbing.run_files import read_settings, refuse_among_pictures, refuse_take
 from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
 from protocols.compare import check_comparison, compare
-from protocols.dense import data_of, run_any
+from protocols.dense import data_of, fitted_to, run_any
 from protocols.energy_figures import draw_energy
 from protocols.export import export_encoder
 from protocols.features import write_features
@@ -104,7 +104,7 @@ def judge(run_folder: Path, given: dict, with_help: bool = False):
     if not (run_folder / "encoder.pt").exists():
         raise UserError(f"{run_folder} holds no encoder.pt: a run writes it at the end of its first epoch")
     protocols, known = protocols_of(given), read_settings(run_folder / "config.json")
-    load, given = data_of(protocols, given, load_data)
+    load, given = data_of(protocols, given, load_data, run_folder / "encoder.pt")
     check_tests(protocols, given.get("test_data", ""))
     if known.get("recipe") == "photos":
         given = {"recipe": "photos"} | given
@@ -143,6 +143,7 @@ def judge(run_folder: Path, given: dict, with_help: bool = False):
         note_other_pictures(run_folder, train.listing)
     method, width = known.get("method", ""), width_of(encoder)
     configs = {protocol: settings_of(protocol, given, method, width, len(train)) for protocol in protocols}
+    configs = {protocol: fitted_to(encoder, protocol, config) for protocol, config in configs.items()}
     if not own_out:
         refuse_among_pictures(Path(given["out"]), next(iter(configs.values())))
     subjects = subjects_of(encoder, train, test, device, next(iter(configs.values())), protocols)

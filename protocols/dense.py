@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 from plumbing.boxes import load_boxes
 from plumbing.dense import load_dense
+from plumbing.encoders import load_encoder
 from plumbing.errors import UserError
-from protocols.detect import run_detect
+from protocols.detect import fitting, run_detect
 from protocols.rows import Subject
 from protocols.segmentation import run_segment
 from protocols.settings import DENSE_PROTOCOLS, Config
@@ -24,10 +25,11 @@ DENSE = {"segment": Dense(load_dense, run_segment), "detect": Dense(load_boxes, 
 SIDES = {"detect": 800}  # --image-size of files, where none is given: FINOLA and DETR
 
 
-def data_of(protocols: list, given: dict, usual: Callable) -> tuple[Callable, dict]:
+def data_of(protocols: list, given: dict, usual: Callable, path=None) -> tuple[Callable, dict]:
     """What loads the data of some protocols, `usual` for those of classes, and the flags with the name of the data.
 
-    Raises UserError where the protocols do not share their data.
+    Files have the size of SIDES; but an encoder, read from `path`, that takes images of one size has its own, for 800
+    pixels would be 10,000 patches of 8. Raises UserError where the protocols do not share their data.
     """
     dense = [protocol for protocol in protocols if protocol in DENSE_PROTOCOLS]
     if not dense:
@@ -35,8 +37,16 @@ def data_of(protocols: list, given: dict, usual: Callable) -> tuple[Callable, di
     if len(protocols) > 1:
         raise UserError(f"--protocol {dense[0]} has data of its own; give it alone")
     given = {"data": "scenes"} | given
-    own = {"image_size": SIDES[dense[0]]} if dense[0] in SIDES and given["data"] != "scenes" else {}
+    own = {}
+    if dense[0] in SIDES and given["data"] != "scenes" and "image_size" not in given:
+        sides = load_encoder(path).image_sides or (SIDES[dense[0]],) * 2
+        own = {"image_size": sides[0]} if sides[0] == sides[1] else {}
     return DENSE[dense[0]].load, own | given
+
+
+def fitted_to(encoder, protocol: str, config: Config) -> Config:
+    """The settings as a protocol will take them for an encoder, so that these are recorded."""
+    return fitting(encoder, config) if protocol == "detect" else config
 
 
 def run_any(protocol: str, subject: Subject, config: Config) -> dict:

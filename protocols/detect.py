@@ -147,17 +147,23 @@ def mask_like(mask: Tensor, x: Tensor) -> Tensor:
     return F.interpolate(mask[:, None].float(), x.shape[2:], mode="nearest-exact")[:, 0] > 0.5
 
 
-def make_decoder(encoder: nn.Module, shapes: list, classes: int, config: Config) -> nn.Module:
-    """The decoder that --head names; maps have `shapes` (D, h, w). Mobile-Former's is for an encoder with its maps."""
-    kind = config.head
-    if kind in DEPTHS and not (isinstance(encoder, MobileFormer) and len(shapes) > 1):
-        note(f"--head {kind} reads two maps of a Mobile-Former, which this encoder does not have: plain it is")
-        kind = "plain"
-    if kind == "plain":
+def fitting(encoder: nn.Module, config: Config) -> Config:
+    """The settings with a --head that fits an encoder: FINOLA's decoders are for Mobile-Former, by its maps."""
+    if config.head not in DEPTHS or isinstance(encoder, MobileFormer):
+        return config
+    note(f"--head {config.head} reads two maps of a Mobile-Former, which this encoder does not have: plain it is")
+    found = dataclasses.replace(config, head="plain")
+    found.moved = config.moved  # which is no field
+    return found
+
+
+def make_decoder(shapes: list, classes: int, config: Config) -> nn.Module:
+    """The decoder that --head names; maps have `shapes` (D, h, w)."""
+    if config.head == "plain":
         dim, *_ = shapes[-1]
         depth, width = (6, 256) if dim >= 384 else (3, 128)  # DETR's, but for encoders of laptops
         return PlainDecoder(dim, classes, config.queries, depth, width, config.dropout)
-    return MobileFormerDecoder(DEPTHS[kind], shapes[-1][0], shapes[-2][0], classes, config.queries)
+    return MobileFormerDecoder(DEPTHS[config.head], shapes[-1][0], shapes[-2][0], classes, config.queries)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,13 +182,14 @@ class Detector(Method):
 
     def __init__(self, encoder: nn.Module, classes: list, config: Config):
         super().__init__()
+        config = fitting(encoder, config)
         self.encoder, self.classes, self.config, self.frozen = encoder, classes, config, not config.finetune
         self.shown = None  # Targets of the pictures that are drawn
         size = config.image_size
         size -= 0 if encoder.image_sides else size % 32
         with torch.no_grad():
             maps = maps_of(encoder.eval(), torch.zeros(1, 3, size or 32, size or 32, device=encoder.mean.device))
-        self.head = make_decoder(encoder, [tuple(x.shape[1:]) for x in maps], len(classes), config)
+        self.head = make_decoder([tuple(x.shape[1:]) for x in maps], len(classes), config)
         encoder.requires_grad_(not self.frozen)
         if not self.frozen and config.drop_path:
             add_drop_path(encoder, config.drop_path)
@@ -280,6 +287,8 @@ def run_detect(subject: Subject, config: Config) -> dict:
     if not all(parameter.isfinite().all() for parameter in subject.encoder.parameters()):
         return without_value(subject, RESULTS, "its weights are not finite")
     if subject.encoder.image_sides and isinstance(train, BoxFolder):
+        side = config.image_size
+        note(f"this encoder takes pictures of one size: all are fitted into {side} x {side}; --image-size says another")
         train, test = (dataclasses.replace(data, square=True) for data in (train, test))
         subject = dataclasses.replace(subject, train=train, test=test)
     if subject.name == "untrained":
@@ -302,5 +311,13 @@ def run_detect(subject: Subject, config: Config) -> dict:
         return method.probe(None, train, test, run)
 
     found = on_rank_zero(judge)
-    note_diverged({"AP": found["AP"]})  # the others are nan where no truth is of their size
+    note_missing(found, test)
     return found
+
+
+def note_missing(found: dict, test):
+    """Say why there is no AP; APs, APm and APl are nan where no truth is of their size."""
+    if all(bool(torch.as_tensor(test.truth(i)["crowd"]).all()) for i in range(len(test))):
+        note("AP: the test pictures hold no object but crowds, so it has no value")
+    else:
+        note_diverged({"AP": found["AP"]})

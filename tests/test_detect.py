@@ -15,13 +15,16 @@ from plumbing.boxes import Targets, scenes_with_boxes, targets_of
 from plumbing.encoders import save_encoder
 from plumbing.files import load_checkpoint
 from protocols import detect
+from protocols.dense import data_of
 from protocols.detect import (
     Detector,
     MobileFormerDecoder,
     PlainDecoder,
     detection_loss,
     draw_boxes,
+    fitting,
     mask_like,
+    note_missing,
     pairs_of,
 )
 from protocols.settings import Config, settings_of
@@ -238,8 +241,41 @@ def test_the_protocol_runs_on_a_folder_frozen_and_then_fine_tuned(tmp_path, caps
     assert 0 <= lines[0]["results"]["trained"]["AP"] <= 100 and lines[0]["results"]["trained"]["APl"] is None
 
 
+def test_a_transformer_keeps_its_size_and_what_was_trained_is_recorded(tmp_path, capsys):
+    """Where --image-size says nothing: 800 pixels would be 10,000 patches of 8."""
+    run, data = tmp_path / "run", coco(tmp_path / "data")
+    run.mkdir()
+    save_encoder(vit(image_size=32, patch=8), run / "encoder.pt")
+    argv = [str(run), "--protocol", "detect", "--data", str(data), "--head", "mf211", "--max-steps", "1"]
+    small = {"batch-size": 4, "epochs": 1, "queries": 4, "workers": 0, "amp": "off", "probe-every": 0}
+    assert evaluate.main(argv + [word for name, value in small.items() for word in (f"--{name}", str(value))]) == 0
+    said = capsys.readouterr().out
+    assert said.count("plain it is") == said.count("all are fitted into 32 x 32; --image-size says another") == 1
+    line = json.loads((run / "eval.jsonl").read_text())["settings"]
+    for settings in (line, json.loads((run / "detect-data" / "config.json").read_text())):
+        assert (settings["head"], settings["image_size"]) == ("plain", 32)
+
+
+def test_a_mobile_former_has_pictures_of_the_papers_size(tmp_path):
+    save_encoder(MobileFormer("micro"), tmp_path / "encoder.pt")
+    for given, side in (({}, 800), ({"image_size": 64}, 64)):
+        found = data_of(["detect"], {"data": "DIR"} | given, None, tmp_path / "encoder.pt")[1]
+        assert found == {"data": "DIR", "image_size": side}
+
+
+def test_no_truth_is_not_called_divergence(capsys):
+    data = scenes_with_boxes(2, 16)
+    note_missing({"AP": math.nan}, data)
+    assert "diverged" in capsys.readouterr().out
+    data.objects.fill_(-1)
+    note_missing({"AP": math.nan}, data)
+    assert "no object but crowds" in (said := capsys.readouterr().out) and "diverged" not in said
+
+
 def test_a_decoder_that_does_not_fit_is_said(capsys):
     config = Config(protocol=("detect",), image_size=32, head="mf522", queries=3, batch_size=2)
-    assert isinstance(Detector(vit(image_size=32, patch=8), ["a"], config).head, PlainDecoder)
-    assert "plain it is" in capsys.readouterr().out
+    method = Detector(vit(image_size=32, patch=8), ["a"], config)
+    assert isinstance(method.head, PlainDecoder) and method.config.head == "plain" and config.head == "mf522"
+    assert capsys.readouterr().out.count("plain it is") == 1
+    assert fitting(MobileFormer("micro"), config) is config
     assert targets_of(torch.zeros(1, 1).long(), torch.ones(1, 1, 4), None).labels.tolist() == [[-1]]
