@@ -146,7 +146,7 @@ def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded],
     anew = not {"resume", "scratch", "test_data"} & set(given)
     for run, protocol in itertools.product(runs, TRAINED & set(given["protocol"]) if given and anew else ()):
         data = given.get("data", "scenes" if protocol in DENSE_PROTOCOLS else run.known.get("data", ""))
-        if taken(folder := run.folder / f"{protocol}-{data_name(data)}"):  # before hours are spent on the runs before it
+        if taken(folder := run.folder / f"{protocol}-{data_name(data)}"):  # before hours are spent on runs before it
             raise UserError(f"{folder} exists; add --resume to go on with it")  # --out is the comparison's
     out = Path(out) if out else runs[0].folder.parent
     for run in runs:

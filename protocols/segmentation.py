@@ -258,8 +258,8 @@ class Segmenter(Method):
         return self
 
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
-        encoder = None if self.frozen else self.encoder
-        return make_optimizer(layer_groups(encoder, self.head, config.layer_decay, config.weight_decay), config)
+        rates = config.layer_decay, config.weight_decay, config.decay_on
+        return make_optimizer(layer_groups(None if self.frozen else self.encoder, self.head, *rates), config)
 
     def maps(self, images: Tensor) -> list:
         with gradient_if(not self.frozen):

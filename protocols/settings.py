@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from plumbing.crops import Crop
 from plumbing.errors import UserError, unknown
 from plumbing.processes import note, world_size
-from plumbing.settings import TrainConfig, check_batch, check_least, check_positive, in_proportion
+from plumbing.settings import TrainConfig, check_batch, check_least, check_positive, flag, in_proportion
 
 PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "hypergradient", "tran1", "tran4", "finetune")
 PROTOCOLS += ("segment", "detect", "features", "export")
@@ -46,16 +46,16 @@ class Config(TrainConfig):
     base_lrs: tuple[float, ...] = ()  # linear: one head for each base learning rate, instead of --base-lr
     optimizer: Literal["sgd", "lars", "adamw"] = "adamw"  # of all that train
     momentum: float = 0.9  # of sgd and lars
-    batchnorm: bool = False  # linear: standardise the features by a batch norm without affine weights
+    batchnorm: bool = False  # linear, segment: standardise the features by a batch norm without affine weights
     head: Literal["linear", "tran1", "tran4", "pyramid", "mf522", "mf211", "plain"] = "linear"  # what is trained on top
     finetune: bool = False  # segment, detect: train the encoder too, not the head alone
     queries: int = 100  # detect: boxes that the decoder gives for a picture
     aux_weight: float = 0.4  # segment --head pyramid: weight of the loss of a small head on the third map
-    dropout: float = 0.0  # of the head of tran1, tran4 and pyramid
-    layer_decay: float = 1.0  # finetune: factor of the learning rate from a layer to the one below
-    drop_path: float = 0.0  # finetune: rate of stochastic depth in the last block
+    dropout: float = 0.0  # of the head: tran1, tran4, pyramid and plain
+    layer_decay: float = 1.0  # finetune, --finetune: factor of the learning rate from a layer to the one below
+    drop_path: float = 0.0  # finetune, --finetune: rate of stochastic depth in the last block
     positions: Literal["fixed", "learned"] = "fixed"  # finetune: those of a ViT, learned too as in MAE's code
-    smoothing: float = 0.0  # all that train: label smoothing
+    smoothing: float = 0.0  # linear, tran1, tran4, finetune: label smoothing
     mixup: float = 0.0  # tran1, tran4, finetune: alpha of mixup, 0 for off
     cutmix: float = 0.0  # tran1, tran4, finetune: alpha of cutmix, 0 for off
     randaugment: float = 0.0  # tran1, tran4, finetune: magnitude of RandAugment, of 10; 0 for off
@@ -211,6 +211,21 @@ OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common
 HEADS = {"finetune": ("linear", "tran1", "tran4"), "segment": ("linear", "pyramid")}  # what --head can be
 HEADS |= {"detect": ("mf522", "mf211", "plain")}
 
+# What has no effect there: a flag of these is refused, for one would think that it had.
+UNUSED = ("scratch", "pool", "tokens", "map", "perplexity", "k", "metric", "vote", "cache", "base_lrs", "probe_images")
+UNUSED += ("positions", "smoothing", "mixup", "cutmix", "randaugment", "erase")
+UNUSED = {"segment": (*UNUSED, "queries"), "detect": (*UNUSED, "batchnorm", "aux_weight")}
+
+
+def check_used(protocol: str, given: dict):
+    """Raise UserError where a given flag asks for what segment or detect does not do."""
+    unused = UNUSED.get(protocol, ())
+    if protocol == "detect" and given.get("data") != "scenes":
+        unused += ("interpolation", "crop_clamp")  # DETR's crops of files have their own
+    if wrong := [field for field in given if field in unused and given[field] != getattr(Config, field)]:
+        flags = " ".join(map(flag, wrong))
+        raise UserError(f"{flags}: of no use to --protocol {protocol} --data {given.get('data')}; leave it out")
+
 
 def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
     """The recipe of a protocol, with its name: the one that is given, or else the method's own, or MAE's.
@@ -235,6 +250,7 @@ def settings_of(protocol: str, given: dict, method: str, dim: int, images: int) 
     With fewer or more epochs than the recipe's own, its warm-up and milestones move in proportion. A batch that is
     larger than the data set becomes all of it. Raises UserError for what makes no sense.
     """
+    check_used(protocol, given)
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     recipe = recipe_of(protocol, given, method, dim)
     moved = in_proportion(Config, recipe, given) if protocol in RECIPES else []

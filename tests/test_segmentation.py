@@ -377,6 +377,39 @@ def test_max_steps_claims_no_part_of_the_pictures_where_all_are_judged(tmp_path,
     assert config.notes()[-1] == f"--max-steps 1 leaves 1 epoch(s) of 1 steps{told}"
 
 
+@pytest.mark.parametrize("protocol", ["segment", "detect"])
+def test_flags_that_such_a_protocol_does_not_use_are_refused(protocol):
+    def asked(data="scenes", **given):
+        return settings_of(protocol, {"image_size": 16, "data": data} | given, "magma", 16, 8)
+
+    unused = {"scratch": True, "positions": "learned", "smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "cache": False}
+    unused |= {"randaugment": 9.0, "erase": 0.25, "base_lrs": (0.1,), "pool": "cls"}
+    for field, value in unused.items():
+        flag = "--" + field.replace("_", "-")
+        with pytest.raises(UserError, match=f"^{flag}: of no use to --protocol {protocol} --data scenes; leave"):
+            asked(**{field: value})
+    with pytest.raises(UserError, match="^--mixup --erase: of no use"):
+        asked(mixup=0.8, erase=0.25)
+    assert asked(mixup=0.0).mixup == 0  # asks for nothing
+    crops = {"interpolation": "bicubic", "crop_clamp": True}
+    assert asked(**crops).crop_clamp
+    if protocol == "segment":
+        assert asked("DIR", **crops).crop_clamp
+    else:
+        with pytest.raises(UserError, match="^--interpolation --crop-clamp: of no use to --protocol detect --data DIR"):
+            asked("DIR", **crops)
+    recipe = settings_of("finetune", {"image_size": 16, "data": "x", "mixup": 0.3}, "magma", 16, 8)
+    assert recipe.mixup == 0.3  # which uses it
+
+
+def test_weight_decay_falls_on_what_is_asked_for(tmp_path):
+    for on, few in (("matrices", False), ("all", True)):
+        given = {"weight_decay": 0.1, "decay_on": on}
+        method = Segmenter(RawPatches(4), ["a", "b"], settings(tmp_path, **given))
+        groups = method.optimizer(method.config).param_groups
+        assert all(group["weight_decay"] for group in groups) == few
+
+
 def test_the_iou_of_each_class_is_told_below_the_table():
     table = {"trained": {"miou": 50.0, "iou_sky": 75.0, "iou_sea": 25.0}}
     assert "IoU, trained encoder: sky 75.0, sea 25.0" in notes_on(table, ["segment"])
