@@ -287,7 +287,7 @@ class Segmenter(Method):
         return total / times
 
     def probe(self, encode, train, test, config) -> dict:
-        """Mean IoU, accuracy and the IoU of each class that occurs, in percent, of all test pictures; a note for nan."""
+        """Mean IoU, accuracy and the IoU of each class that occurs, in percent, of all test pictures; a note on nan."""
         found, count = 0, len(self.classes)
         for images, labels in test.whole_batches(range(len(test)), config.image_size):
             scores = self.scores(images)
