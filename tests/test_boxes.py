@@ -216,7 +216,9 @@ def test_a_turned_picture_is_upright_where_its_annotations_are(tmp_path):
     exif[0x0112] = 6  # on its side
     for i in (0, 1):
         path = root / "train2017" / f"{i}.png"
-        Image.open(path).transpose(Image.Transpose.ROTATE_90 if i else Image.Transpose.ROTATE_180).save(path, exif=exif)
+        Image.open(path, formats=["PNG"]).transpose(
+            Image.Transpose.ROTATE_90 if i else Image.Transpose.ROTATE_180
+        ).save(path, exif=exif)
     data = load_boxes(str(root), split="train")
     for i in (0, 1):  # the first one's annotations are of the file as it is stored
         ((image, targets),) = data.plain_batches([i], 32)

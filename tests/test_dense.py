@@ -180,7 +180,7 @@ def test_labels_are_the_numbers_of_the_file(tmp_path):
     assert read_labels(path).tolist() == values.tolist()
     image.putpalette([7 * i % 256 for i in range(768)])
     image.save(path)
-    with Image.open(path) as saved:
+    with Image.open(path, formats=["PNG"]) as saved:
         assert saved.mode == "P"
     assert read_labels(path).tolist() == values.tolist()
     Image.fromarray(np.array([[0, 254], [255, 65535]], dtype=np.uint16)).save(path)

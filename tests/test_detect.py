@@ -226,7 +226,7 @@ def test_the_protocol_runs_on_a_folder_frozen_and_then_fine_tuned(tmp_path, caps
     said = capsys.readouterr().out
     assert "boxes are drawn in" in said and "AP50" in said
     folder = run / "detect-data"
-    with Image.open(folder / "found.png") as drawn:
+    with Image.open(folder / "found.png", formats=["PNG"]) as drawn:
         assert drawn.size[0] > 100
     frozen = load_checkpoint(folder / "last.pt")["weights"]
     assert evaluate.main([*argv, "--recipe", "finola_finetune", "--base-lr", "1e-30"]) == 0

@@ -320,7 +320,7 @@ def test_a_problem_with_a_known_solution_converges_to_it():
 
     losses, rate = (level_1, level_2, level_3), 0.9
     encoder, head, masking = ({name: torch.zeros(3, dtype=torch.float64)} for name in "ect")
-    for _ in range(400):
+    for _ in range(200):
         after = descend(level_1, encoder, masking, rate)
         last = descend(level_2, head, after, rate, first=False)
         gradient, _ = mlo_mae.hypergradient(*losses, (encoder, after), (head, last), masking, rate, rate)
@@ -853,10 +853,11 @@ def test_two_processes_have_the_gradients_of_one(fields):
             torch.testing.assert_close(steps[name], gradient, rtol=1e-3, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("objective", ["mlo", "full"])
-def test_resume_matches_an_uninterrupted_run(objective, tmp_path):
+def test_resume_matches_an_uninterrupted_run(tmp_path):
+    """Of the objective with the most networks; test_faults.py kills and resumes a run of the other."""
+
     def run(out, resume=False, stop=False):
-        method = tiny_levels(objective=objective, update_every=2, out=str(tmp_path / out), resume=resume, probe_every=2)
+        method = tiny_levels(objective="full", update_every=2, out=str(tmp_path / out), resume=resume, probe_every=2)
         if stop:
             keep = method.start_epoch
 

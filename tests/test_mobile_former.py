@@ -75,14 +75,20 @@ def test_with_3072_channels_encoders_are_nearly_those_of_table_2b():
         assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(published * 1e6, rel=tolerance)
 
 
+MICRO = micro().eval()
+
+
 @given(st.integers(1, 5), st.integers(1, 5))
 def test_the_map_has_a_cell_for_16_pixels(rows, columns):
-    encoder = micro().eval()
+    encoder = MICRO
     with torch.no_grad():
         found, hidden = encoder(rand(2, 3, 16 * rows, 16 * columns), hidden=True)
     assert found.shape == (2, 256, rows, columns)
     assert len(hidden) == len(encoder.blocks)
     assert hidden[2].shape[2:] == (2 * rows, 2 * columns)  # at 1/8, the last before the last halving
+
+
+def test_the_head_has_the_width_that_is_asked_for():
     assert micro(head=7).head[0].out_channels == micro(head=7).dim == 7
 
 
