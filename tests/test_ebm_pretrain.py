@@ -809,7 +809,7 @@ def fit(method, steps, images=None, rate=3e-3):
     return losses
 
 
-@pytest.mark.parametrize("task", ["gridded", "random_large", "super_resolution", "mixed"])
+@pytest.mark.parametrize("task", ["random_large", "super_resolution", "mixed"])
 def test_an_energy_trained_on_one_image_restores_it(task):
     """Eq. 4 is met: two steps from what each corruption leaves lead back to the only image that there is."""
     method = tiny_energy(vit(image_size=16, dim=48, depth=1, mean=ENERGY_DATA.mean, std=ENERGY_DATA.std), task=task)
@@ -945,7 +945,7 @@ def test_every_switch_trains_and_draws(fields):
     for name, parameter in method.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
     method.zero_grad()
-    losses = fit(method, 60)
+    losses = fit(method, 40)
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     rows = method.pictures(images_of(3))
     assert rows.shape == (3, len(method.captions), 3, 16, 16) and 0 <= rows.min() and rows.max() <= 1
