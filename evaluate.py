@@ -164,6 +164,7 @@ def show_help(protocols: list, given: dict, known: dict, encoder):
     """The flags, with the values that the last of some protocols takes for this run where they are not given."""
     # No data are read: a size that passes, and more images than any batch.
     config = settings_of(protocols[-1], {"image_size": 1} | given, known.get("method", ""), width_of(encoder), 2**53)
+    config.image_size = given.get("image_size", Config.image_size)
     recipe = f" by the recipe {config.recipe!r}" if config.recipe else ""
     flag_parser(config, HELP[0], f"Defaults are those of --protocol {protocols[-1]}{recipe}.").print_help()
 

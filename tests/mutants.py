@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120  # seconds, for a mutant may make a test wait for ever; more where the machine is slow (`main`)
 
 MUTANTS = r"""
+evaluate.py tests/test_evaluate.py::test_help_shows_the_values_that_a_protocol_takes_for_a_run
+- config.image_size = given.get("image_size", Config.image_size)
++ config.image_size = given.get("image_size", 1)
+
 plumbing/probes.py tests/test_probes.py::test_the_smallest_are_found_block_by_block
 - columns = torch.cat([columns, torch.arange(whole, x.shape[1], device=x.device).expand(len(x), -1)], dim=1)
 + columns = columns

@@ -378,7 +378,7 @@ def test_help_shows_the_values_that_a_protocol_takes_for_a_run(run_folder, capsy
             ["by the recipe 'photos'", "(default: 0.016)", "(default: 4)"],
         ),
         ("--protocol linear", ["linear by the recipe 'magma'", "(default: 60 80)"]),
-        ("--protocol knn", ["--protocol knn."]),
+        ("--protocol knn", ["--protocol knn.", "was trained with (default: 0)"]),
     ):
         assert evaluate.main([str(run_folder), *flags.split(), "--help"]) == 0
         text = " ".join(capsys.readouterr().out.split())
