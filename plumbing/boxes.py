@@ -16,7 +16,7 @@ from plumbing.class_folders import IMAGENET
 from plumbing.coco import cut_boxes, read_coco
 from plumbing.crops import Crop, crop_boxes, mix_seed, resample, resize, resize_matrix
 from plumbing.decoding import MAX_PIXELS, TURNS, open_picture, to_rgb
-from plumbing.dense import SCENES
+from plumbing.dense import SCENES, PictureFiles
 from plumbing.errors import UserError, reason_of
 from plumbing.images import FolderImages
 from plumbing.scenes import render_scenes
@@ -86,7 +86,8 @@ def load_boxes(
     except OSError as error:
         raise UserError(f"the data of {home} cannot be read ({reason_of(error)})") from None
     options = {"workers": workers, "device": device, "max_pixels": max_pixels}
-    return BoxFolder(data.paths, data.sizes, data.objects, data.classes, **IMAGENET, listing=data.listing, **options)
+    own = {name: getattr(data, name) for name in ("paths", "sizes", "objects", "classes", "listing")}
+    return BoxFolder(**own, **IMAGENET, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,31 +219,16 @@ def draw_window(height: int, width: int, size: int, seed: int) -> Window:
     return Window(top, left, h, w, *fitted(h, w, max(1, wanted), round(size * LONGEST)))
 
 
-@dataclass
-class BoxFolder:
-    """Pictures in files, with their objects, read by `workers` processes; see `CocoSplit` for the first four.
+@dataclass(kw_only=True)
+class BoxFolder(PictureFiles):
+    """Pictures and the objects in them; see `CocoSplit` for the lists.
 
     With `square`, for encoders of images of one size, every padded picture is `size` x `size`.
     """
 
-    paths: list
     sizes: list
     objects: list
-    classes: list
-    mean: tuple
-    std: tuple
-    listing: bytes = b""
-    workers: int = 0
-    device: torch.device | str = "cpu"
-    max_pixels: int = MAX_PIXELS
     square: bool = False
-
-    def __len__(self):
-        return len(self.paths)
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.zeros(len(self), dtype=torch.long)
 
     def size(self, i: int) -> tuple[int, int]:
         return self.sizes[i]

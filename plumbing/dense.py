@@ -258,7 +258,7 @@ def read_pairs(
     listing = b"".join(lines[i] for i in [*good, *(len(pictures) + i for i in good)] if lines)
     pictures, labels = [pictures[i] for i in good], [labels[i] for i in good]
     options = {"workers": workers, "device": device, "max_pixels": max_pixels, "zero_is_nothing": zero_is_nothing}
-    return DenseFolder(pictures, labels, names, **IMAGENET, listing=listing, **options)
+    return DenseFolder(paths=pictures, annotations=labels, classes=names, **IMAGENET, listing=listing, **options)
 
 
 def names_of(root: Path) -> list:
@@ -344,12 +344,11 @@ def check_labels(pictures: list, labels: list, digest: str, max_pixels: int, zer
     return [bad.get(i, found.get(i)) for i in range(len(labels))]
 
 
-@dataclass
-class DenseFolder:
-    """Pictures and labels in files, read by `workers` processes. See `read_pairs`; batches are as of DenseImages."""
+@dataclass(kw_only=True)
+class PictureFiles:
+    """Pictures in files, read by `workers` processes; what stands in them is a subclass's."""
 
     paths: list
-    annotations: list
     classes: list
     mean: tuple
     std: tuple
@@ -357,7 +356,6 @@ class DenseFolder:
     workers: int = 0
     device: torch.device | str = "cpu"
     max_pixels: int = MAX_PIXELS
-    zero_is_nothing: bool = False
 
     def __len__(self):
         return len(self.paths)
@@ -365,6 +363,14 @@ class DenseFolder:
     @property
     def labels(self) -> Tensor:
         return torch.zeros(len(self), dtype=torch.long)
+
+
+@dataclass(kw_only=True)
+class DenseFolder(PictureFiles):
+    """Pictures and their labels. See `read_pairs`; batches are as of DenseImages."""
+
+    annotations: list
+    zero_is_nothing: bool = False
 
     def train_batches(self, plan, size, crop=(0.08, 1.0), flip=0.5, views=1):
         """As DenseImages.train_batches. A step's seed and a place in the batch make a crop."""

@@ -77,12 +77,6 @@ def to_corners(boxes: Tensor) -> Tensor:
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def to_centres(boxes: Tensor) -> Tensor:
-    """x0 y0 x1 y1 (..., 4) -> centre x, y, width, height."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
 # --- average precision -----------------------------------------------------------------------------------------------
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of IoU; in float32 some would lose exact ties
