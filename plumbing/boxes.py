@@ -15,8 +15,8 @@ from torch import Tensor
 from plumbing.class_folders import IMAGENET
 from plumbing.coco import cut_boxes, read_coco
 from plumbing.crops import Crop, crop_boxes, mix_seed, resample, resize, resize_matrix
-from plumbing.decoding import MAX_PIXELS, TURNS, open_picture, to_rgb
-from plumbing.dense import SCENES, PictureFiles
+from plumbing.decoding import MAX_PIXELS
+from plumbing.dense import SCENES, PictureFiles, open_as, to_tensor
 from plumbing.errors import UserError, reason_of
 from plumbing.images import FolderImages
 from plumbing.scenes import render_scenes
@@ -308,17 +308,12 @@ class _BoxReader(torch.utils.data.Dataset):
         index, window, mirrored, canvas = key
         path, (height, width) = self.paths[index], self.sizes[index]
         try:
-            with open_picture(path, self.max_pixels) as image:
-                turn, image = image.info["orientation"], to_rgb(image)
+            image = open_as(path, height, width, self.max_pixels)
         except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
             return f"{path} cannot be read as an image ({reason_of(error)}); mend or remove it"
-        upright = image.transpose(TURNS[turn]) if turn in TURNS else image
-        image = upright if upright.size == (width, height) else image  # some annotations are of pictures as stored
-        if image.size != (width, height):
-            return f"{path} has {image.width} x {image.height} pixels, its annotations are for {width} x {height}"
         box = (window.left, window.top, window.left + window.width, window.top + window.height)
         box = (box[0], box[1], min(box[2], width), min(box[3], height))
         image = image.resize((window.columns, window.rows), Image.Resampling.BILINEAR, box=box)
-        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        picture = to_tensor(image)
         picture = picture.flip(-1) if mirrored else picture
         return F.pad(picture, (0, canvas[1] - window.columns, 0, canvas[0] - window.rows)), torch.tensor(index)

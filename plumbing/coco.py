@@ -42,9 +42,13 @@ def polygon_mask(polygon, height: int, width: int) -> np.ndarray:
     column = (np.minimum(x0, x1) + 0.5) / 5 - 0.5
     passed = (x0 != x1) & (column == np.floor(column)) & (column >= 0) & (column < width)
     row = np.ceil(((np.minimum(y0, y1) + 0.5) / 5 - 0.5).clip(0, height))
-    turns = np.zeros((width, height + 1), dtype=np.int64)
-    np.add.at(turns, (column[passed].astype(np.int64), row[passed].astype(np.int64)), 1)
-    return (turns[:, :-1].cumsum(axis=1) % 2 == 1).T
+    column, row = column[passed].astype(np.int64), row[passed].astype(np.int64)
+    mask, first, last = np.zeros((height, width), dtype=bool), column.min(initial=width), column.max(initial=-1) + 1
+    if first < last:
+        turns = np.zeros((height + 1, last - first), dtype=np.uint8)  # odd or even is all that counts
+        np.add.at(turns, (row, column - first), 1)
+        mask[:, first:last] = turns[:-1].cumsum(axis=0, dtype=np.uint8) % 2
+    return mask
 
 
 def run_lengths(text: str) -> list:
@@ -70,16 +74,34 @@ def run_lengths(text: str) -> list:
     return counts
 
 
-def run_mask(counts, height: int, width: int) -> np.ndarray:
-    """Runs of 0 and 1 in turn, down one column after the other -> bool (height, width); packed where a text.
-
-    Raises ValueError where they do not fill it.
-    """
+def run_counts(counts, height: int, width: int) -> list:
+    """Runs of 0 and 1 in turn as numbers, packed where a text. Raises ValueError where they do not fill a picture."""
     counts = run_lengths(counts) if isinstance(counts, str) else counts
     if not all(type(x) is int and x >= 0 for x in counts) or sum(counts) != height * width:
         raise ValueError(f"its run lengths do not fill {height} x {width} pixels")
+    return counts
+
+
+def run_mask(counts, height: int, width: int) -> np.ndarray:
+    """Runs of 0 and 1 in turn, down one column after the other -> bool (height, width); see `run_counts`."""
+    counts = run_counts(counts, height, width)
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
+
+
+def check_mask(segmentation, height: int, width: int):
+    """Raise ValueError for a field "segmentation" that `mask_of` cannot draw; nothing is drawn."""
+    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list | str):
+        if segmentation.get("size") != [height, width]:
+            raise ValueError(f"its mask has a size of {segmentation.get('size')}, the picture of {[height, width]}")
+        run_counts(segmentation["counts"], height, width)
+        return
+    if not isinstance(segmentation, list):
+        raise ValueError("its segmentation is neither polygons nor runs")  # noqa: TRY004 (a file is wrong, not the code)
+    for polygon in segmentation:
+        whole = isinstance(polygon, list) and all(is_number(x) and abs(x) <= LONGEST_SIDE for x in polygon)
+        if not whole or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon of its segmentation is not x, y of three or more corners")
 
 
 def mask_of(segmentation, height: int, width: int) -> np.ndarray:
@@ -87,17 +109,11 @@ def mask_of(segmentation, height: int, width: int) -> np.ndarray:
 
     Raises ValueError for anything else.
     """
-    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), list | str):
-        if segmentation.get("size") != [height, width]:
-            raise ValueError(f"its mask has a size of {segmentation.get('size')}, the picture of {[height, width]}")
+    check_mask(segmentation, height, width)
+    if isinstance(segmentation, dict):
         return run_mask(segmentation["counts"], height, width)
-    if not isinstance(segmentation, list):
-        raise ValueError("its segmentation is neither polygons nor runs")  # noqa: TRY004 (a file is wrong, not the code)
     mask = np.zeros((height, width), dtype=bool)
     for polygon in segmentation:
-        whole = isinstance(polygon, list) and all(map(is_number, polygon))
-        if not whole or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError("a polygon of its segmentation is not x, y of three or more corners")
         mask |= polygon_mask(polygon, height, width)
     return mask
 
@@ -156,18 +172,17 @@ class CocoSplit:
         """
         height, width = self.sizes[i]
         found = np.zeros((len(self.objects[i]), height, width), dtype=bool)
-        for mask, box, segmentation in zip(found, self.objects[i].boxes, self.objects[i].segmentations, strict=True):
-            x, y, w, h = box
-            corners = [x, y, x + w, y, x + w, y + h, x, y + h]
-            mask |= (
-                polygon_mask(corners, height, width) if segmentation is None else mask_of(segmentation, height, width)
-            )
+        boxes = cut_boxes(self.objects[i].boxes, height, width)[0]
+        for mask, (x0, y0, x1, y1), segmentation in zip(found, boxes, self.objects[i].segmentations, strict=True):
+            own = [[x0, y0, x1, y0, x1, y1, x0, y1]] if segmentation is None else segmentation
+            mask[:] = mask_of(own, height, width)
         return found
 
     def class_map(self, i: int) -> np.ndarray:
         """The class of each pixel of picture i -> uint8 (H, W): 0 for none, k + 1 for class k, 255 in crowds alone.
 
-        Smaller objects lie on larger ones. For at most 254 classes.
+        Where masks overlap, that of fewer pixels lies on top, of equal ones the later; for the file tells no order, and
+        a large object would hide what it holds. Crowds lie behind all objects. For at most 254 classes.
         """
         masks, objects = self.masks(i), self.objects[i]
         found = np.zeros(self.sizes[i], dtype=np.uint8)
@@ -197,8 +212,8 @@ def find_split(root: Path, split: str) -> tuple[Path, Path]:
     return found[0], folder
 
 
-def read_annotations(path: Path, folder: Path) -> CocoSplit:
-    """A file of annotations, checked; none of its pictures is opened.
+def read_annotations(path: Path, folder: Path, masks: bool = False) -> CocoSplit:
+    """A file of annotations, checked, with `masks` these too; none of its pictures is opened.
 
     Raises UserError with the id of what is wrong: of an image, a category or an annotation.
     """
@@ -252,6 +267,12 @@ def read_annotations(path: Path, folder: Path) -> CocoSplit:
         area, crowd = row.get("area", box[2] * box[3]), row.get("iscrowd", 0)
         if not is_number(area) or area < 0 or crowd not in (0, 1):
             refuse(f"{what} has the area {area!r:.200} and iscrowd {crowd!r:.200}")
+        if masks and row.get("segmentation"):
+            image = images[row["image_id"]]
+            try:
+                check_mask(row["segmentation"], image["height"], image["width"])
+            except ValueError as error:
+                refuse(f"{what}: {error}")
         rows[row["image_id"]].append((box, places[row["category_id"]], area, crowd, row.get("segmentation")))
     if not lists["annotations"] or not images:
         raise UserError(f"{path} holds {len(images)} images and {len(seen)} annotations: there is nothing to find")
@@ -303,17 +324,28 @@ def check_sizes(data: CocoSplit, digest: str, max_pixels: int) -> dict:
     return bad
 
 
+def is_coco(root: Path) -> bool:
+    """Whether there is a file of annotations in COCO's layout, of whatever split."""
+    return any(next(Path(x, "annotations").glob("instances_*.json"), None) for x in (root, root / "coco"))
+
+
 def read_coco(
-    root: Path, split: str, skip_bad_images: bool = False, device="cpu", max_pixels: int = MAX_PIXELS
+    root: Path,
+    split: str,
+    skip_bad_images: bool = False,
+    device="cpu",
+    max_pixels: int = MAX_PIXELS,
+    masks: bool = False,
 ) -> CocoSplit:
     """One split of a folder in COCO's layout, "test" or else to train on; each picture is decoded once (`checking`).
 
-    Tells how many boxes have no area within their picture: these cannot train, and are never found. Pictures without
-    objects stay. Raises UserError for what is missing or wrong, and where no object is left but crowds; with
-    `skip_bad_images` pictures that cannot be read, or are not of the size of their annotations, are left out.
+    Tells how many boxes have no area within their picture: these cannot train, and are never found; with `masks`, which
+    are then checked too, how many objects have none. Pictures without objects stay. Raises UserError for what is
+    missing or wrong, and where no object is left but crowds; with `skip_bad_images` pictures that cannot be read, or
+    are not of the size of their annotations, are left out.
     """
     path, folder = find_split(root, split)
-    data = read_annotations(path, folder)
+    data = read_annotations(path, folder, masks)
     lines = []
 
     def look() -> dict:  # of process 0
@@ -326,6 +358,13 @@ def read_coco(
     good = keep_good(data.paths, on_rank_zero(look), skip_bad_images)
     data.listing = b"".join(lines[i] for i in [0, *(1 + i for i in good)] if lines)
     data.paths, data.sizes, data.objects = ([x[i] for i in good] for x in (data.paths, data.sizes, data.objects))
+    if masks:
+        bare = [x.segmentations[n] is None for x in data.objects for n in np.flatnonzero(~x.crowd)]
+        if not bare:
+            raise UserError(f"{path}: no object lies in a picture that is there (crowds do not count)")
+        if any(bare):
+            note(f"{path}: {sum(bare)} of {len(bare)} objects have no mask: their boxes stand for it")
+        return data
     left = [cut_boxes(x.boxes, *size)[1][~x.crowd] for x, size in zip(data.objects, data.sizes, strict=True)]
     count, whole = sum(map(len, left)), sum(int(x.sum()) for x in left)
     if not whole:

@@ -1,8 +1,10 @@
-"""Pictures with a class for every pixel: built-in scenes, ADE20K, and folders of pictures and label pictures."""
+"""Pictures with a class for every pixel: built-in scenes, ADE20K, COCO's masks, folders of pictures and labels."""
 
+import functools
 import itertools
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from plumbing.checking import attempt_all, cache_folder, check_images, check_same, keep_good, survey
 from plumbing.class_folders import IMAGENET, held_out, images_below
+from plumbing.coco import is_coco, read_coco
 from plumbing.crops import Crop, crop_boxes, mix_seed, resample, resize, resize_matrix
 from plumbing.decoding import MAX_PIXELS, TURNS, open_picture, to_rgb
 from plumbing.errors import UserError, printable, reason_of
@@ -42,9 +45,9 @@ def load_dense(
 ):
     """One split of a data set with a class for every pixel -> DenseImages or DenseFolder; "test", or else to train on.
 
-    `name` is "scenes", drawn at `image_size`; "ade20k", in `root` or its folder ADEChallengeData2016; or a folder, see
-    `read_pairs`. The other arguments are those of `load_data`; there is no `download`.
-    Raises UserError as it does.
+    `name` is "scenes", drawn at `image_size`; "ade20k", in `root` or its folder ADEChallengeData2016; "coco", in
+    `root`; or a folder, see `read_pairs` and `read_masks`. The other arguments are those of `load_data`; there is no
+    `download`. Raises UserError as it does.
     """
     name, tests = os.fspath(name), split == "test"
     if name == "scenes":
@@ -53,12 +56,17 @@ def load_dense(
         home = next((x for x in (Path(root), Path(root, "ADEChallengeData2016")) if (x / "annotations").is_dir()), None)
         if home is None:
             raise UserError(f"no ade20k at {root}; give the --root that holds its images and annotations")
+    elif name == "coco":
+        home = Path(root)
     elif name and Path(name).is_dir():
         home = Path(name)
     else:
-        raise UserError(f"no pictures with labels of pixels {name!r}; give scenes, ade20k, or a folder of both")
+        raise UserError(f"no pictures with labels of pixels {name!r}; give scenes, ade20k, coco, or a folder of both")
+    options = {"workers": workers, "device": device, "max_pixels": max_pixels}
     try:
-        return read_pairs(home, tests, skip_bad_images, workers, device, max_pixels, zero_is_nothing=name == "ade20k")
+        if name == "coco" or is_coco(home):
+            return read_masks(home, tests, skip_bad_images, **options)
+        return read_pairs(home, tests, skip_bad_images, **options, zero_is_nothing=name == "ade20k")
     except OSError as error:
         raise UserError(f"the data of {home} cannot be read ({reason_of(error)})") from None
 
@@ -257,8 +265,36 @@ def read_pairs(
     names = names or [str(i + shift) for i in range(largest + 1)]
     listing = b"".join(lines[i] for i in [*good, *(len(pictures) + i for i in good)] if lines)
     pictures, labels = [pictures[i] for i in good], [labels[i] for i in good]
-    options = {"workers": workers, "device": device, "max_pixels": max_pixels, "zero_is_nothing": zero_is_nothing}
-    return DenseFolder(paths=pictures, annotations=labels, classes=names, **IMAGENET, listing=listing, **options)
+    read = functools.partial(read_labels, max_pixels=max_pixels, zero_is_nothing=zero_is_nothing)
+    options = {"workers": workers, "device": device, "max_pixels": max_pixels, "listing": listing}
+    return DenseFolder(paths=pictures, annotations=labels, read=read, classes=names, **IMAGENET, **options)
+
+
+def read_masks(
+    root: Path,
+    tests: bool,
+    skip_bad_images: bool = False,
+    workers: int = 0,
+    device="cpu",
+    max_pixels: int = MAX_PIXELS,
+) -> "DenseFolder":
+    """The pictures of a folder in COCO's layout, and class maps of the masks of their objects: `CocoSplit.class_map`.
+
+    Class 0 is the background, then come the categories in the order of their ids, whatever gaps these have.
+    Raises UserError as `read_coco` does, for a mask that cannot be drawn, and for more than 254 categories.
+    """
+    data = read_coco(root, "test" if tests else "train", skip_bad_images, device, max_pixels, masks=True)
+    names = told_apart(["background", *map(printable, data.classes)], first=0)
+    if len(names) > IGNORED or len(set(names)) < len(names):
+        raise UserError(f"{root} lists {len(names) - 1} categories, expected at most {IGNORED - 1} of different names")
+    options = {"workers": workers, "device": device, "max_pixels": max_pixels, "listing": data.listing}
+    numbers = list(range(len(data)))
+    return DenseFolder(paths=data.paths, annotations=numbers, read=data.class_map, classes=names, **IMAGENET, **options)
+
+
+def told_apart(names: list, first: int = 1) -> list:
+    """Names of classes; where several have one, each with its number too, counted from `first`."""
+    return [name if names.count(name) == 1 else f"{name} {i}".strip() for i, name in enumerate(names, start=first)]
 
 
 def names_of(root: Path) -> list:
@@ -272,8 +308,7 @@ def names_of(root: Path) -> list:
         rows = rows[1:] if rows and not rows[0][0].strip().isdigit() else rows
         if not rows or any(len(row) < 2 for row in rows):
             raise UserError(f"{table} is not ADE20K's table of classes; expected columns, the last one with names")
-        first = [row[-1].split(",")[0].strip() for row in rows]
-        names = [name if first.count(name) == 1 else f"{name} {i + 1}".strip() for i, name in enumerate(first)]
+        names = told_apart([row[-1].split(",")[0].strip() for row in rows])
     elif listed.exists():
         path, names = listed, lines_of(listed)
         if "" in names:
@@ -367,10 +402,10 @@ class PictureFiles:
 
 @dataclass(kw_only=True)
 class DenseFolder(PictureFiles):
-    """Pictures and their labels. See `read_pairs`; batches are as of DenseImages."""
+    """Pictures and their labels. See `read_pairs` and `read_masks`; batches are as of DenseImages."""
 
-    annotations: list
-    zero_is_nothing: bool = False
+    annotations: list  # of each picture what `read` takes
+    read: Callable  # -> labels uint8 (H, W)
 
     def train_batches(self, plan, size, crop=(0.08, 1.0), flip=0.5, views=1):
         """As DenseImages.train_batches. A step's seed and a place in the batch make a crop."""
@@ -395,7 +430,7 @@ class DenseFolder(PictureFiles):
             yield images.float() / 255, labels.long()
 
     def _load(self, keys, size, kind, crop=Crop()):  # noqa: B008
-        reader = _PairReader(self.paths, self.annotations, size, kind, crop, self.max_pixels, self.zero_is_nothing)
+        reader = _PairReader(self.paths, self.annotations, self.read, size, kind, crop, self.max_pixels)
         return FolderImages._load(self, keys, reader)
 
 
@@ -405,11 +440,11 @@ class _PairReader(torch.utils.data.Dataset):
 
     paths: list
     annotations: list
+    read: Callable
     size: int
     kind: str  # crop, square or whole
     crop: tuple
     max_pixels: int
-    zero_is_nothing: bool
 
     def __len__(self):
         return len(self.paths)
@@ -417,13 +452,11 @@ class _PairReader(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, seed, place = key
         try:
-            with open_picture(self.paths[index], self.max_pixels) as image:
-                turn, image = image.info["orientation"], to_rgb(image)
-            image = image.transpose(TURNS[turn]) if turn in TURNS else image
-            labels = read_labels(self.annotations[index], self.max_pixels, self.zero_is_nothing)
+            labels = torch.from_numpy(self.read(self.annotations[index]))
+            image = open_as(self.paths[index], *labels.shape, self.max_pixels)
         except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
             return f"{self.paths[index]} or its labels cannot be read ({reason_of(error)}); mend or remove it"
-        labels, (width, height) = torch.from_numpy(labels), image.size
+        width, height = image.size
         if self.kind == "whole":
             scale = self.size / min(height, width)
             wanted = (max(self.size, round(width * scale)), max(self.size, round(height * scale)))
@@ -443,6 +476,20 @@ class _PairReader(torch.utils.data.Dataset):
         rows = nearest_pixels(box[0:1], box[2:3], height, self.size)
         columns = nearest_pixels(box[1:2], box[3:4], width, self.size)
         return to_tensor(image), take_nearest(labels[None], rows, columns)[0]
+
+
+def open_as(path, height: int, width: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in a file, RGB and upright; as it is stored where it has that size alone, as some annotations do.
+
+    Raises ValueError for a picture of another size, and what `open_picture` does.
+    """
+    with open_picture(path, max_pixels) as image:
+        turn, image = image.info["orientation"], to_rgb(image)
+    upright = image.transpose(TURNS[turn]) if turn in TURNS else image
+    image = upright if upright.size == (width, height) else image
+    if image.size != (width, height):
+        raise ValueError(f"it has {image.width} x {image.height} pixels, its annotations are for {width} x {height}")
+    return image
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -321,6 +321,13 @@ def class_colours(count: int) -> Tensor:
     return torch.cat([colours, torch.ones(1, 3)])
 
 
+def check_classes(subject: Subject):
+    """Raise UserError where the data to test on have other classes than those to train on."""
+    train, test = subject.train.classes, subject.test.classes
+    if test != train:
+        raise UserError(f"{len(train)} classes train, others, {len(test)}, are tested on; mend one")
+
+
 def run_segment(subject: Subject, config: Config) -> dict:
     """A head on a subject's encoder, trained in a folder of its own -> {"miou": percent, "pixel_accuracy": ..., ...}.
 
@@ -328,6 +335,7 @@ def run_segment(subject: Subject, config: Config) -> dict:
     """
     if config.crop_pad:
         raise UserError(f"--crop-pad {config.crop_pad} is for images without labels of pixels; give --crop-pad 0")
+    check_classes(subject)
     encoder, size = subject.encoder, config.image_size
     if encoder is None:
         encoder = RawPatches(math.gcd(size, 4), subject.train.mean, subject.train.std)

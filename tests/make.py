@@ -345,3 +345,40 @@ def write_pairs(root, parts=("training", "validation"), counts=(4, 2), size=(40,
             Image.fromarray(60 * labels).convert("RGB").save(root / "images" / part / f"{i}.png")
             Image.fromarray(labels + np.uint8(first)).save(root / "annotations" / part / f"{i}.png")
     return root
+
+
+def write_coco(root, splits=("train2017", "val2017"), count=4, size=(40, 28), masks=True, **changes):
+    """A folder in COCO's layout: grey pictures with a red square of category 7 on a larger blue one of category 3.
+
+    The first picture has no object, the second a crowd at its right edge instead of the blue square. `masks` False
+    leaves the field out; `changes` are fields of the first annotation.
+    """
+    (root / "annotations").mkdir(parents=True)
+    width, height = size
+    names = [f"{i}.png" for i in range(count)]
+    images = [{"id": 10 + i, "file_name": name, "width": width, "height": height} for i, name in enumerate(names)]
+    rows = []
+    for i in range(1, count):
+        crowd = {"size": [height, width], "counts": [height * (width - 5), height * 5]}  # the last five columns
+        blue, red = [4, 4, 24, 20], [8 + i, 8, 10, 8]
+        for category, box, colour_mask in ((7, red, None), (3, blue, crowd if i == 1 else None)):
+            x, y, w, h = box
+            outline = colour_mask or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            row = {"image_id": 10 + i, "category_id": category, "bbox": box, "iscrowd": int(bool(colour_mask))}
+            rows.append({"id": 1 + len(rows), **row, "segmentation": outline})
+    for row in rows if not masks else ():
+        del row["segmentation"]
+    rows[0] |= changes
+    categories = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]
+    text = json.dumps({"images": images, "annotations": rows, "categories": categories})
+    for split in splits:
+        (root / split).mkdir()
+        (root / "annotations" / f"instances_{split}.json").write_text(text)
+        for i, name in enumerate(names):
+            picture = Image.new("RGB", size, (90, 90, 90))
+            if i > 1:
+                picture.paste((20, 20, 230), (4, 4, 28, 24))
+            if i:
+                picture.paste((230, 20, 20), (8 + i, 8, 18 + i, 16))
+            picture.save(root / split / name)
+    return root

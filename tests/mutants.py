@@ -2433,6 +2433,54 @@ plumbing/coco.py tests/test_coco.py::test_masks_and_classes_of_pixels
 - key=lambda n: (not objects.crowd[n], -masks[n].sum())
 + key=lambda n: (not objects.crowd[n], masks[n].sum())
 
+plumbing/coco.py tests/test_coco.py::test_a_polygon_of_slanted_sides_is_cut_at_the_picture
+- np.add.at(turns, (row, column - first), 1)
++ turns[row, column - first] += 1
+
+plumbing/coco.py tests/test_dense_protocols.py::test_masks_of_coco_are_class_maps
+- found[masks[n]] = 255 if objects.crowd[n] else objects.labels[n] + 1
++ found[masks[n]] = objects.labels[n] + 1
+
+plumbing/coco.py tests/test_dense_protocols.py::test_objects_without_a_mask_have_their_box_and_it_is_told
+- boxes = cut_boxes(self.objects[i].boxes, height, width)[0]
++ boxes = self.objects[i].boxes
+
+plumbing/coco.py tests/test_dense_protocols.py::test_objects_without_a_mask_have_their_box_and_it_is_told
+- if any(bare):
++ if all(not x for x in bare):
+
+plumbing/coco.py tests/test_dense_protocols.py::test_a_mask_that_cannot_be_drawn_is_one_line_before_any_training
+- all(is_number(x) and abs(x) <= LONGEST_SIDE for x in polygon)
++ all(is_number(x) for x in polygon)
+
+plumbing/coco.py tests/test_dense_protocols.py::test_a_mask_that_cannot_be_drawn_is_one_line_before_any_training
+- if masks and row.get("segmentation"):
++ if False:
+
+plumbing/coco.py tests/test_dense_protocols.py::test_what_is_no_segmentation_of_coco_is_refused
+- for n in np.flatnonzero(~x.crowd)]
++ for n in range(len(x))]
+
+plumbing/dense.py tests/test_dense_protocols.py::test_masks_of_coco_are_class_maps
+- if name == "coco" or is_coco(home):
++ if name == "coco":
+
+plumbing/dense.py tests/test_dense_protocols.py::test_what_is_no_segmentation_of_coco_is_refused
+- if len(names) > IGNORED or len(set(names)) < len(names):
++ if len(set(names)) < len(names):
+
+plumbing/dense.py tests/test_dense_protocols.py::test_what_is_no_segmentation_of_coco_is_refused
+- *map(printable, data.classes)], first=0)
++ *map(printable, data.classes)])
+
+plumbing/dense.py tests/test_dense_protocols.py::test_a_picture_on_its_side_has_the_masks_of_either_way
+- image = upright if upright.size == (width, height) else image
++ image = upright
+
+protocols/segmentation.py tests/test_dense_protocols.py::test_the_command_segments_coco_and_goes_on
+- if test != train:
++ if len(test) != len(train):
+
 plumbing/coco.py tests/test_coco.py::test_a_file_that_is_wrong_is_refused_in_one_line
 - or ".." in parts.parts or
 + or

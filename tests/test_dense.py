@@ -358,5 +358,5 @@ def test_a_split_without_any_label_is_refused(tmp_path, split, names):
 
 
 def test_a_name_that_is_no_data_is_refused():
-    with pytest.raises(UserError, match="no pictures with labels of pixels 'shapes'; give scenes, ade20k, or a folder"):
+    with pytest.raises(UserError, match="no pictures with labels of pixels 'shapes'; give scenes, ade20k, coco, or a"):
         load_dense("shapes")
