@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class OtherProcessFailed(RuntimeError):
-    """Process 0 failed at what the others were waiting for, and says why."""
+    """Another process failed at what this one was waiting for, and says why."""
 
 
 class NonFiniteLoss(RuntimeError):

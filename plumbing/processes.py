@@ -182,6 +182,36 @@ def on_rank_zero(function):
     return shared[0]
 
 
+def on_every_rank(function) -> list:
+    """Run a function on every rank and give all their results, in rank order, or the first UserError, to each."""
+    if world_size() == 1:
+        return [function()]
+    result, mistake, failure, shared = None, None, None, [None] * world_size()
+    try:
+        result = function()
+    except UserError as error:
+        mistake = str(error)
+    except Exception as error:  # noqa: BLE001 (raised again below; the others must not wait for ever)
+        failure = error
+    dist.all_gather_object(shared, [result, mistake, repr(failure) if failure else None])
+    if failure:
+        raise failure
+    for number, (_, _, reason) in enumerate(shared):
+        if reason:
+            raise OtherProcessFailed(f"process {number} failed: {reason}")
+    if mistakes := [mistake for _, mistake, _ in shared if mistake]:
+        raise UserError(mistakes[0])
+    return [result for result, _, _ in shared]
+
+
+def broadcast_buffers(module: nn.Module):
+    """Give all processes the buffers of process 0: on CPUs the batch norms of each have seen its own images last."""
+    for buffer in module.buffers() if world_size() > 1 else ():
+        shared = buffer.detach().contiguous()
+        dist.broadcast(shared, 0)
+        buffer.copy_(shared)
+
+
 def average(x: Tensor) -> Tensor:
     """The mean of a tensor over the processes, without gradient; x itself in one process."""
     if world_size() > 1:

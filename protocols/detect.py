@@ -18,7 +18,7 @@ from finola import MFDecoder
 from plumbing.boxes import BoxFolder, Targets
 from plumbing.errors import UserError
 from plumbing.pictures import save_pictures
-from plumbing.processes import autocast, average, note, on_rank_zero
+from plumbing.processes import autocast, average, broadcast_buffers, note, on_every_rank, on_rank_zero, rank, world_size
 from protocols.detection import average_precision, generalized_iou, match, to_corners
 from protocols.frozen import without_value
 from protocols.heads import add_drop_path, layer_groups, make_optimizer, note_diverged
@@ -226,19 +226,32 @@ class Detector(Method):
         scores, labels = logits[-1].float().softmax(dim=-1)[..., :-1].max(dim=-1)
         return scores, labels, to_corners(boxes[-1].float())
 
-    def probe(self, encode, train, test, config) -> dict:
-        """Average precision on all test pictures, in percent; nan where there is no truth of a size."""
-        found, at = [], 0
-        for images, targets in test.plain_batches(range(len(test)), config.image_size):
-            scores, labels, corners = (x.double().cpu() for x in self.find(images, targets))
-            if not (scores.isfinite().all() and corners.isfinite().all()):
-                return dict.fromkeys(RESULTS, math.nan)
-            for row in zip(scores, labels, corners, strict=True):
-                height, width = test.size(at)
-                own = row[2].clamp(0, 1) * torch.tensor([width, height] * 2)
-                boxes = torch.cat([own[:, :2], own[:, 2:] - own[:, :2]], dim=1)
-                found.append({"boxes": boxes, "labels": row[1], "scores": row[0]})
-                at += 1
+    def probe(self, encode, train, test, config, shared: bool = False) -> dict:
+        """Average precision on all test pictures, in percent; nan where there is no truth of a size.
+
+        `shared`: all processes call it, and each finds boxes in its part of the pictures.
+        """
+        number, parts = (rank(), world_size()) if shared else (0, 1)
+
+        def find_mine() -> list | None:  # None where something is not finite
+            found, mine = [], range(number, len(test), parts)
+            for images, targets in test.plain_batches(mine, config.image_size) if mine else ():
+                scores, labels, corners = (x.double().cpu() for x in self.find(images, targets))
+                if not (scores.isfinite().all() and corners.isfinite().all()):
+                    return None
+                for row in zip(scores, labels, corners, strict=True):
+                    height, width = test.size(mine[len(found)])
+                    own = row[2].clamp(0, 1) * torch.tensor([width, height] * 2)
+                    boxes = torch.cat([own[:, :2], own[:, 2:] - own[:, :2]], dim=1)
+                    found.append({"boxes": boxes.numpy(), "labels": row[1].numpy(), "scores": row[0].numpy()})
+            return found
+
+        if shared:
+            broadcast_buffers(self)
+        found = on_every_rank(find_mine) if shared else [find_mine()]
+        if None in found:
+            return dict.fromkeys(RESULTS, math.nan)
+        found = [found[i % parts][i // parts] for i in range(len(test))]
         values = average_precision([test.truth(i) for i in range(len(test))], found)
         return {name: math.nan if value < 0 else 100 * value for name, value in values.items()}
 
@@ -303,14 +316,14 @@ def run_detect(subject: Subject, config: Config) -> dict:
     method.shown = next(iter(test.plain_batches(some, config.image_size)))[1]
     run = fit_in_folder("detect", method, subject, config)
 
-    def judge():
+    def draw():
         out = folder_of("detect", subject, config) / "found.png"
         images, method.shown = next(iter(test.plain_batches(some, config.image_size, len(some))))
         save_pictures(method.pictures(images), out, method.captions)
         note(f"boxes are drawn in {out}")
-        return method.probe(None, train, test, run)
 
-    found = on_rank_zero(judge)
+    on_rank_zero(draw)
+    found = method.probe(None, train, test, run, shared=True)
     note_missing(found, test)
     return found
 

@@ -1,6 +1,7 @@
 """What the tests of several processes run: each function starts in every rank of a gloo group."""
 
 import gc
+import math
 import os
 import resource
 import signal
@@ -193,7 +194,7 @@ def mine(x):
 def talk():
     """What the ways in which processes speak to each other give on this rank."""
     from plumbing.errors import OtherProcessFailed, UserError
-    from plumbing.processes import agree, average, on_rank_zero, rank
+    from plumbing.processes import agree, average, on_every_rank, on_rank_zero, rank
 
     def fail(error):
         raise error
@@ -206,7 +207,14 @@ def talk():
         except (UserError, KeyError, OtherProcessFailed) as found:
             errors.append(f"{type(found).__name__}: {found}")
     numbers = [agree(pair[rank()]) for pair in ((0, 0), (0, 15), (2, 0))]
-    return {"told": told, "calls": len(calls), "errors": errors, "mean": average(x), "x": x, "numbers": numbers}
+    each = on_every_rank(lambda: {"rank": rank()})
+    for error in (UserError("of the second"), KeyError("a fault")):
+        try:
+            on_every_rank(lambda error=error: fail(error) if rank() else 1)
+        except (UserError, KeyError, OtherProcessFailed) as found:
+            errors.append(f"{type(found).__name__}: {found}")
+    found = {"told": told, "each": each, "calls": len(calls), "errors": errors, "mean": average(x), "x": x}
+    return found | {"numbers": numbers}
 
 
 def coupled_loss(name, a, b):
@@ -325,6 +333,56 @@ def gradients_of_energy(images):
     recorder = Recorder(method)
     method.update(model, [(part, None) for part in mine(images).chunk(2)], recorder)
     return recorder.gradients | {"alpha": method.log_alpha.item(), "averaged": sum(averaged)}
+
+
+def fit_detector(out, flags):
+    """The protocol `detect` on a few scenes, in this rank of several or alone: weights at its start and end, results.
+
+    Then, by its probe, the AP of answers that are near the truth, of five pictures and of one, and of answers that are
+    not finite but on rank 0. A batch norm, whose mean is this rank, stands beside the network.
+    """
+    from unittest import mock
+
+    from make import vit
+
+    from plumbing.boxes import scenes_with_boxes
+    from plumbing.processes import rank
+    from protocols import detect
+    from protocols.rows import Subject
+    from protocols.settings import settings_of
+
+    def small(shapes, classes, config):
+        return detect.PlainDecoder(16, classes, config.queries, depth=1, width=16)
+
+    def made(*given):
+        methods.append(detector(*given))
+        start.update({name: x.clone() for name, x in methods[0].state_dict().items()})
+        return methods[0]
+
+    def near(images, targets):
+        """The truth, some of it lost, moved or of another class, by what is in the picture."""
+        draw = torch.frac(images.mean(dim=(1, 2, 3))[:, None] * 1e4 + torch.arange(targets.labels.shape[1]) * 0.37)
+        labels = torch.where((targets.labels < 0) | (draw < 0.2), 10, (targets.labels + (draw > 0.9)) % 10)
+        logits = (1 + 3 * draw)[..., None] * torch.nn.functional.one_hot(labels, 11)
+        return logits[None], (targets.boxes + 0.04 * draw[..., None] * targets.boxes)[None]
+
+    train, test = scenes_with_boxes(8, 16), scenes_with_boxes(5, 16, seed=1)
+    given = {"image_size": 16, "data": "scenes", "out": str(out), "amp": "off"} | flags
+    config, encoder = settings_of("detect", given, "magma", 16, len(train)), vit(image_size=16).eval()
+    subject = Subject("trained", encoder, train, test, torch.device("cpu"))
+    methods, start, detector = [], {}, detect.Detector
+    with mock.patch.multiple(detect, make_decoder=small, Detector=made):
+        found = detect.run_detect(subject, config)
+    (method,) = methods
+    method.answers, method.norm = near, torch.nn.BatchNorm1d(2)
+    method.norm.running_mean += rank()
+    five = method.probe(None, train, test, config, shared=True)
+    one = method.probe(None, train, scenes_with_boxes(1, 16, seed=2), config, shared=True)
+    if rank():
+        method.answers = lambda *x: tuple(math.nan * y for y in near(*x))
+    nothing = method.probe(None, train, test, config, shared=True)
+    results = {"found": found, "five": five, "one": one, "nothing": nothing}
+    return results | {"start": start, "weights": method.state_dict()}
 
 
 def fit_energy(flags, stop_after=0):

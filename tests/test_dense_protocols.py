@@ -1,11 +1,14 @@
 """Segmentation and detection as whole runs: masks of COCO, resumed runs, two processes, flags without effect."""
 
 import json
+import math
+from unittest import mock
 
 import numpy as np
+import processes
 import pytest
 import torch
-from make import vit, write_coco
+from make import log_of, same_weights, vit, write_coco
 from PIL import Image
 
 import evaluate
@@ -13,6 +16,7 @@ from plumbing.dense import load_dense
 from plumbing.encoders import save_encoder
 from plumbing.errors import Stopped, UserError
 from plumbing.files import load_checkpoint
+from protocols.detect import Detector
 from protocols.segmentation import Segmenter
 
 
@@ -145,3 +149,34 @@ def test_the_command_segments_coco_and_goes_on(tmp_path, capsys, monkeypatch):
     path.write_text(path.read_text().replace('"red"', '"green"'))
     assert evaluate.main([*argv, str(tmp_path / "third")]) == 2
     assert "3 classes train, others, 3, are tested on; mend one" in capsys.readouterr().err
+
+
+# --- detection -------------------------------------------------------------------------------------------------------
+
+FEW = {"epochs": 2, "epoch_steps": 2, "batch_size": 4, "warmup_epochs": 0, "milestones": (), "queries": 5}
+FEW |= {"optimizer": "sgd", "momentum": 0.0, "clip": 0.0, "base_lr": 3.2, "weight_decay": 0.0, "flip": 0.0}
+
+
+def test_two_processes_detect_as_one_does(tmp_path):
+    """The steps, of plain gradient descent, are those of one process, and so is AP, over the pictures of both."""
+    one = processes.fit_detector(tmp_path / "one", FEW)
+    assert 10 < one["five"]["AP"] < 90 and 10 < one["one"]["AP"]
+    for part in processes.start(processes.fit_detector, tmp_path / "two", FEW):
+        for name, start in one["start"].items():
+            moved, apart = (x["weights"][name] - start for x in (one, part))
+            assert (moved - apart).norm() <= 1e-4 * moved.norm(), name
+        assert moved.norm() > 0 and part["weights"].keys() == one["weights"].keys()
+        assert part["weights"]["norm.running_mean"].tolist() == [0, 0]  # process 0's
+        for name in ("found", "five", "one"):
+            assert part[name] == pytest.approx(one[name], nan_ok=True, rel=1e-9), name
+        assert all(map(math.isnan, part["nothing"].values()))
+
+
+def test_detection_goes_on_to_the_weights_of_one_that_was_not_stopped(tmp_path):
+    whole = processes.fit_detector(tmp_path / "whole", FEW | {"optimizer": "adamw"})
+    with mock.patch.object(Detector, "start_epoch", stop_before_the_second), pytest.raises(Stopped):
+        processes.fit_detector(tmp_path / "stopped", FEW | {"optimizer": "adamw"})
+    again = processes.fit_detector(tmp_path / "stopped", FEW | {"optimizer": "adamw", "resume": True})
+    assert same_weights(whole["weights"], again["weights"])
+    assert whole["found"] == pytest.approx(again["found"], nan_ok=True)
+    assert len(log_of(tmp_path / "stopped" / "detect-scenes")) == 4

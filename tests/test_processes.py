@@ -15,6 +15,7 @@ from plumbing.processes import (
     average,
     distribute,
     gather,
+    on_every_rank,
     on_rank_zero,
     pick_precision,
     start_distributed,
@@ -149,6 +150,7 @@ def test_several_processes_do_not_share_a_gpu(monkeypatch):
 def test_alone_a_process_talks_to_itself():
     x, layer = rand(3), torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     assert average(x) is x and agree(5) == 5 and on_rank_zero(lambda: 7) == 7
+    assert on_every_rank(lambda: 7) == [7]
     with pytest.raises(KeyError):
         on_rank_zero(lambda: {}["x"])
     assert distribute(layer, x.device) is layer
@@ -162,8 +164,11 @@ def test_two_processes_hear_the_same_result_mistake_mean_and_number():
     first, second = processes.start(processes.talk)
     assert first["told"] == second["told"] == {"step": 7}
     assert (first["calls"], second["calls"]) == (1, 0)
-    assert first["errors"] == ["UserError: a mistake", "KeyError: 'a fault'"]
-    assert second["errors"] == ["UserError: a mistake", "OtherProcessFailed: process 0 failed: KeyError('a fault')"]
+    assert first["each"] == second["each"] == [{"rank": 0}, {"rank": 1}]
+    own, others = "KeyError: 'a fault'", "OtherProcessFailed: process {} failed: KeyError('a fault')"
+    of_second = "UserError: of the second"
+    assert first["errors"] == ["UserError: a mistake", own, of_second, others.format(1)]
+    assert second["errors"] == ["UserError: a mistake", others.format(0), of_second, own]
     for part, x in ((first, [1.0, 3.0]), (second, [2.0, 6.0])):
         assert part["mean"].tolist() == [1.5, 4.5]
         assert part["x"].tolist() == x  # as it was
