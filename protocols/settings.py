@@ -227,6 +227,18 @@ def check_used(protocol: str, given: dict):
         raise UserError(f"{flags}: of no use to --protocol {protocol} --data {given.get('data')}; leave it out")
 
 
+def note_idle(protocol: str, given: dict, config: Config):
+    """Tell of given flags of segment and detect that cannot take effect beside the other settings."""
+    if protocol not in DENSE_PROTOCOLS:
+        return
+    idle = {} if config.finetune else {"without --finetune": ("layer_decay", "drop_path")}
+    if protocol == "segment":
+        idle[f"with --head {config.head}"] = ("batchnorm",) if config.head == "pyramid" else ("dropout", "aux_weight")
+    for why, fields in idle.items():
+        if flags := " ".join(flag(x) for x in fields if given.get(x, getattr(Config, x)) != getattr(Config, x)):
+            note(f"{flags}: of no effect {why}")
+
+
 def recipe_of(protocol: str, given: dict, method: str, dim: int) -> dict:
     """The recipe of a protocol, with its name: the one that is given, or else the method's own, or MAE's.
 
@@ -268,6 +280,7 @@ def settings_of(protocol: str, given: dict, method: str, dim: int, images: int) 
     config.moved = moved
     if config.head not in (heads := HEADS.get(protocol, (config.head,))):
         raise UserError(unknown(f"--head of {protocol}", config.head, heads))
+    note_idle(protocol, given, config)
     if trained:
         check_batch(config)  # `fit` holds it to --max-steps, and prints the notes of the settings
     elif protocol in RECIPES:

@@ -18,6 +18,7 @@ from plumbing.errors import Stopped, UserError
 from plumbing.files import load_checkpoint
 from protocols.detect import Detector
 from protocols.segmentation import Segmenter
+from protocols.settings import settings_of
 
 
 def run_of(folder, encoder):
@@ -180,3 +181,30 @@ def test_detection_goes_on_to_the_weights_of_one_that_was_not_stopped(tmp_path):
     assert same_weights(whole["weights"], again["weights"])
     assert whole["found"] == pytest.approx(again["found"], nan_ok=True)
     assert len(log_of(tmp_path / "stopped" / "detect-scenes")) == 4
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("protocol", "given", "told"),
+    [
+        (
+            "segment",
+            {"layer_decay": 0.75, "drop_path": 0.1},
+            "--layer-decay --drop-path: of no effect without --finetune",
+        ),
+        ("detect", {"drop_path": 0.1, "batchnorm": False}, "--drop-path: of no effect without --finetune"),
+        ("detect", {"layer_decay": 0.75, "finetune": True}, ""),
+        ("segment", {"recipe": "mae", "layer_decay": 0.5}, ""),  # which fine-tunes
+        ("segment", {"recipe": "mae", "finetune": False}, ""),  # the decay is the recipe's
+        ("segment", {"recipe": "scenes_pyramid", "batchnorm": True}, "--batchnorm: of no effect with --head pyramid"),
+        ("segment", {"batchnorm": True, "layer_decay": 1.0, "aux_weight": 0.4}, ""),
+        ("segment", {"dropout": 0.1, "aux_weight": 1.0}, "--dropout --aux-weight: of no effect with --head linear"),
+        ("detect", {"dropout": 0.1}, ""),
+        ("finetune", {"layer_decay": 0.5, "data": "x"}, ""),
+    ],
+)
+def test_flags_that_have_no_effect_are_told_in_a_line(protocol, given, told, capsys):
+    settings_of(protocol, {"image_size": 16, "data": "scenes"} | given, "magma", 16, 5000)
+    assert capsys.readouterr().out == (f"note: {told}\n" if told else "")
