@@ -11,21 +11,18 @@ makes them (with ROW-Eepochs-seedS where equal seconds ask for other epochs). St
 command goes on; finished runs are left as they are. Several commands in one --out share the runs among them.
 """
 
-import argparse
 import contextlib
-import datetime
+import functools
 import importlib
 import itertools
 import json
-import math
 import os
-import platform
-import re
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: several commands share a machine best so
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,24 +30,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from bench import in_turn
+from study_page import Entry, machine, run_of, tuned, write_page
 
 import evaluate
 import train
 from common import METHODS, Stepper, load_data
 from plumbing.asked import read_configs
 from plumbing.command import run_command
-from plumbing.curves import panels
 from plumbing.datasets import find_home
 from plumbing.errors import NonFiniteLoss, UserError
 from plumbing.files import json_text, write_atomically
-from plumbing.pictures import plain_style
 from plumbing.processes import note, start_distributed
 from plumbing.run_files import lock_run, versions
 from plumbing.settings import Parser
-from plumbing.tables import cell
-from protocols.compare import Recorded, curve, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
+load_once = functools.cache(load_data)  # the training pictures, for all rows
 
 
 class Row(NamedTuple):
@@ -93,11 +88,11 @@ ROWS = {  # from cheap to dear
     "mlo-mae": Row("MLO-MAE", "mlo_mae", DECODER, LEVELS),
     "blo-mae": Row("BLO-MAE", "mlo_mae", f"{DECODER} --objective blo", LEVELS),
 }
+UNTRAINED = {"mae": "untrained", "finola": "untrained, FINOLA's"}  # whose encoders before training have a row too
 # The fine-tuning of docs/results.md, on a tenth of the labels: its rate of 2e-3 (4e-3 for a batch of 128), but
 # batches of 32, since there are few pictures, and 10 epochs, a minute. One recipe for all, MAE's.
 FINETUNE = "--data cifar10 --recipe mae --epochs 10 --batch-size 32 --warmup-epochs 2 --crop-min 0.4 --randaugment 0"
 FINETUNE += " --mixup 0 --cutmix 0 --drop-path 0 --base-lr 16e-3"  # Mobile-Former has no drop path
-BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
 
 
 def passes_of(name: str, epochs: int) -> int:
@@ -123,26 +118,16 @@ def flags_of(name: str, epochs: int, asked) -> list:
     """What stands behind `train.py METHOD`: the common flags, the row's, then the command's own."""
     parts = {"warmup": round(epochs / 15), "start": round(epochs / 6), "lasts": max(1, round(epochs * 2 / 3))}
     words = f"{COMMON} {ROWS[name].flags}".format(**parts).split()
-    return [
-        *words,
-        "--epochs",
-        str(epochs),
-        "--probe-every",
-        str(max(1, epochs // 6)),
-        "--root",
-        asked.root,
-        *asked.rest,
-    ]
+    words += ["--epochs", str(epochs), "--probe-every", str(max(1, epochs // 6)), "--root", asked.root]
+    return words + asked.rest
 
 
 def step_of(name: str, asked):
-    """A function that makes a row's next step as `common.fit` does, crops among it, where MAGMA's term acts; and the
-    steps of an epoch.
-    """
+    """A function that makes a step of a row as `common.fit` does, where MAGMA's term acts; the steps of an epoch."""
     module = importlib.import_module(ROWS[name].method)
     config = read_configs(ROWS[name].method, module.Config, module.RECIPES, flags_of(name, asked.epochs, asked))[0]
     device = start_distributed(config.device)
-    data = load_data(config.data, split="train", root=config.root, image_size=config.image_size, device=device)
+    data = load_once(config.data, root=config.root, device=device)
     torch.manual_seed(0)
     method = getattr(module, METHODS[ROWS[name].method])(config, data).to(device).train()
     method.start_epoch(config.epochs // 2)
@@ -178,21 +163,6 @@ def read_costs(asked) -> dict:
     return found
 
 
-def run_of(folder: Path, epochs: int) -> tuple[str, Recorded | None]:
-    """Whether a run is "finished", has "diverged", or neither: ""; and what it has on record."""
-    with contextlib.suppress(UserError):
-        run = read_run(folder)
-        ended = run.log[-1]["epoch"] == epochs and "linear" in run.log[-1]
-        return "diverged" if (folder / "diverged.txt").exists() else "finished" * ended, run
-    return "", None
-
-
-def tuned(run: Recorded, subject: str):
-    """Accuracy of "trained" or "untrained" after fine-tuning, None where it is not there yet."""
-    lines = [x["results"] for x in run.evaluations if Path(x["settings"].get("root", "")).name == "tenth"]
-    return lines[-1].get(subject, {}).get("finetune") if lines else None
-
-
 def make(asked):
     """Train and judge what is not there yet: all rows of the first seed, cheap ones first, then those of the next."""
     out, costs = Path(asked.out), read_costs(asked)
@@ -209,25 +179,24 @@ def make(asked):
                 go_on = ["--resume"] * folder.exists()
                 words = [ROWS[name].method, *flags_of(name, epochs, asked), "--seed", seed, "--out", folder, *go_on]
                 try:
-                    as_typed("train.py", train.train, words)
+                    with recorded("train.py", *words) as argv:
+                        train.train(argv)
                 except NonFiniteLoss as error:  # it stays as it is, and is counted as such
                     (folder / "diverged.txt").write_text(f"{error}\n")
-            # The untrained encoder once for each kind of encoder.
-            for subject in ("trained", *["untrained"] * (name in ("mae", "finola"))):
+            for subject in ("trained", *["untrained"] * (name in UNTRAINED)):
                 state, run = run_of(folder, epochs)
                 if state == "finished" and tuned(run, subject) is None:
                     words = [folder, "--protocol", "finetune", *FINETUNE.split(), "--root", tenth_of(asked)]
                     words += ["--seed", seed, "--resume", *["--scratch"] * (subject == "untrained")]
-                    as_typed("evaluate.py", evaluate.evaluate, words)
+                    with recorded("evaluate.py", *words) as argv, contextlib.suppress(NonFiniteLoss):
+                        evaluate.evaluate(argv)
 
 
-def as_typed(program: str, command, words: list):
-    """command(words), while run folders record that command line rather than this program's."""
-    before, sys.argv = sys.argv, [program, *map(str, words)]
-    try:
-        command(sys.argv[1:])
-    finally:
-        sys.argv = before
+@contextlib.contextmanager
+def recorded(*words):
+    """While this is on, run folders record these words as the command, rather than this program's; gives the flags."""
+    with mock.patch("sys.argv", [str(word) for word in words]):
+        yield sys.argv[1:]
 
 
 def tenth_of(asked) -> Path:
@@ -245,91 +214,17 @@ def tenth_of(asked) -> Path:
     return place
 
 
-def machine() -> str:
-    """What this runs on, as far as a program can tell."""
-    path = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}{gpu}"
-
-
-def told(values: list) -> str:
-    """Mean ± deviation of a sample, of the values that there are."""
-    values = [value for value in values if isinstance(value, int | float) and not math.isnan(value)]
-    return cell((statistics.fmean(values), statistics.stdev(values)) if len(values) > 1 else [*values, None][0], 1)
-
-
-def line_of(title: str, runs: list, subject: str, *ends) -> str:
-    """A row of the table: the last line of each log, or the first for the untrained encoder; the fine-tuning."""
-    logged = [run.log[-1 if subject == "trained" else 0] for run in runs]
-    linear, knn, rank = (told([line.get(x) for line in logged]) for x in ("linear", "knn", "effective_rank"))
-    return f"| {' | '.join([title, linear, knn, told([tuned(run, subject) for run in runs]), rank, *ends])} |"
-
-
-def table_of(asked, costs: dict) -> tuple[list, dict]:
-    """The lines of a table, and {title: finished runs} whose logs count passes and CPU seconds, for the chart."""
-    lines = ["| method | linear | kNN | 10 % of labels | effective rank | epochs | CPU seconds | seeds |"]
-    lines, groups, missing, after = [*lines, "|" + " --- |" * 8], {}, [], []
-    for name, row in ROWS.items():
-        epochs, cost = epochs_of(name, asked, costs), costs.get(name, {}).get("epoch")
-        found = [run_of(folder_of(name, seed, asked, costs), epochs) for seed in asked.seeds]
-        done, diverged = ([run for state, run in found if state == x] for x in ("finished", "diverged"))
-        if not done + diverged:
-            missing.append(row.title)
-            continue
-        seeds = f"{len(done)} of {len(asked.seeds)}" + f", {len(diverged)} diverged" * bool(diverged)
-        lines.append(line_of(row.title, done, "trained", str(epochs), f"{epochs * cost:.0f}" if cost else "-", seeds))
-        if done and name in ("mae", "finola"):
-            title = "untrained" if name == "mae" else "untrained, FINOLA's"
-            after.append(line_of(title, done, "untrained", "0", "0", seeds))
-        if done and name == "mae":
-            pixels = done[0].log[0]["pixels"]
-            after.append(f"| pixels | {told([pixels['linear']])} | {told([pixels['knn']])} | - | - | - | - | - |")
-        for run in done:  # the clock's seconds would tell what else the machine did
-            run.log = [x | {"passes": x["epoch"] * row.passes, "seconds": cost and x["epoch"] * cost} for x in run.log]
-        groups |= {row.title: done} if done else {}
-    return [*lines, *after, *[f"\nNo run yet: {', '.join(missing)}."] * bool(missing)], groups
-
-
-def chart_of(tables: dict):
-    """The linear probe of equal passes over passes and over seconds, that of equal seconds over seconds: a Figure."""
-    wanted = [("passes", "passes"), ("passes", "seconds"), ("seconds", "seconds")]
-    wanted = [(equal, x) for equal, x in wanted if tables.get(equal)]
-    figure, axes = panels("linear probe (%), means and deviations", len(wanted))
-    for one, (equal, x) in zip(axes, wanted, strict=True):
-        for title, group in tables[equal].items():
-            number = [row.title for row in ROWS.values()].index(title)
-            (across, middle, spread), look = curve(group, x, "linear"), {"color": f"C{number % 10}"}
-            one.plot(across, middle, ("-", "--")[number // 10], label=title, marker="o", markersize=2, **look)
-            one.fill_between(across, middle - spread, middle + spread, alpha=0.15, linewidth=0, **look)
-        one.set(title=f"equal {equal}", xlabel={"passes": "passes over the pictures", "seconds": "CPU seconds"}[x])
-    figure.set_figheight(figure.get_figheight() + 1.2)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    return figure
-
-
 def write(asked):
-    """Put the tables between the markers of --page, and the chart beside it. Raises UserError where there are none."""
-    page, costs, tables, text = Path(asked.page), read_costs(asked), {}, [BEGIN, ""]
-    before = page.read_text() if page.exists() else ""
-    if (before.count(BEGIN), before.count(END)) != (1, 1) or before.index(END) < before.index(BEGIN):
-        raise UserError(f"{page} needs a line {BEGIN} and below it a line {END}, once each")
-    for equal in ("passes", "seconds") if costs else ("passes",):
-        lines, tables[equal] = table_of(argparse.Namespace(**vars(asked) | {"equal": equal}), costs)
-        command = f"python tests/study.py table --root DIR{' --equal seconds' * (equal == 'seconds')}"
-        text += [f"Equal {equal}, `{command}`:", "", *lines, ""] if tables[equal] else []
-    runs = [run for groups in tables.values() for group in groups.values() for run in group]
-    if not runs:
-        raise UserError(f"{asked.out} holds no finished run; first: python tests/study.py table")
-    torches = " and ".join(sorted({run.header.get("versions", {}).get("torch", "?") for run in runs}))
-    text += [f"*{machine()}, one thread a run, torch {torches}, written {datetime.date.today()} by `study.py write`.*"]
-    with plain_style():
-        chart = chart_of(tables)
-        write_atomically(page.with_name("study.png"), lambda file: chart.savefig(file, format="png", dpi=70))
-    text += ["", "![the linear probe over passes and over seconds](study.png)", "", END]
-    whole = before[: before.index(BEGIN)] + "\n".join(text) + before[before.index(END) + len(END) :]
-    write_atomically(page, lambda file: file.write(whole.encode()))
-    print(f"wrote {page}, {page.with_name('study.png')}")
+    """Both tables and the chart into --page; that of equal seconds where there are costs."""
+    costs, entries = read_costs(asked), {}
+    for equal in ("passes", "seconds"):
+        asked.equal, entries[equal] = equal, []
+        for name in asked.rows if equal == "passes" else sorted(costs.keys() & {*asked.rows}, key=asked.rows.index):
+            epochs, cost = epochs_of(name, asked, costs), costs.get(name, {}).get("epoch")
+            runs = [run_of(folder_of(name, seed, asked, costs), epochs) for seed in asked.seeds]
+            entry = Entry(ROWS[name].title, UNTRAINED.get(name, ""), ROWS[name].passes, cost, epochs, runs)
+            entries[equal].append(entry)
+    write_page(Path(asked.page), entries)
 
 
 def study(argv: list):

@@ -1,0 +1,142 @@
+"""The page of the fair table (study.py): tables and a chart, from what run folders have on record."""
+
+import contextlib
+import datetime
+import math
+import os
+import platform
+import re
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from plumbing.curves import panels
+from plumbing.errors import UserError
+from plumbing.files import write_atomically
+from plumbing.pictures import plain_style
+from plumbing.tables import cell
+from protocols.compare import Recorded, curve, read_run
+
+BEGIN, END = "<!-- study: begin -->", "<!-- study: end -->"
+
+
+class Entry(NamedTuple):
+    """A row with its runs, one a seed: (state, what is on record) of `run_of`.
+
+    `passes` over the pictures and `cost`, CPU seconds, are those of an epoch; without `untrained`, the encoder before
+    training has no row of its own.
+    """
+
+    title: str
+    untrained: str
+    passes: float
+    cost: float | None
+    epochs: int
+    runs: list
+
+
+def run_of(folder: Path, epochs: int) -> tuple[str, Recorded | None]:
+    """Whether a run is "finished", has "diverged", or neither: ""; and what it has on record."""
+    with contextlib.suppress(UserError):
+        run = read_run(folder)
+        ended = run.log[-1]["epoch"] == epochs and "linear" in run.log[-1]
+        return "diverged" if (folder / "diverged.txt").exists() else "finished" * ended, run
+    return "", None
+
+
+def tuned(run: Recorded, subject: str):
+    """Accuracy of "trained" or "untrained" after fine-tuning, None where it is not there yet."""
+    lines = [x["results"] for x in run.evaluations if Path(x["settings"].get("root", "")).name == "tenth"]
+    return lines[-1].get(subject, {}).get("finetune") if lines else None
+
+
+def machine() -> str:
+    """What this runs on, as far as a program can tell."""
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}{gpu}"
+
+
+def told(values: list) -> str:
+    """Mean ± deviation of a sample, of the values that there are."""
+    values = [value for value in values if isinstance(value, int | float) and not math.isnan(value)]
+    return cell((statistics.fmean(values), statistics.stdev(values)) if len(values) > 1 else [*values, None][0], 1)
+
+
+def line_of(title: str, runs: list, subject: str, *ends) -> str:
+    """A row of the table: the last line of each log, or the first for the untrained encoder; the fine-tuning."""
+    logged = [run.log[-1 if subject == "trained" else 0] for run in runs]
+    linear, knn, rank = (told([line.get(x) for line in logged]) for x in ("linear", "knn", "effective_rank"))
+    return f"| {' | '.join([title, linear, knn, told([tuned(run, subject) for run in runs]), rank, *ends])} |"
+
+
+def table_of(entries: list[Entry]) -> tuple[list, dict]:
+    """The lines of a table, and {title: finished runs} whose logs count passes and CPU seconds, for the chart."""
+    lines = ["| method | linear | kNN | 10 % of labels | effective rank | epochs | CPU seconds | seeds |"]
+    lines, groups, after, pixels = [*lines, "|" + " --- |" * 8], {}, [], []
+    for entry in entries:
+        done, diverged = ([run for state, run in entry.runs if state == x] for x in ("finished", "diverged"))
+        seeds = f"{len(done)} of {len(entry.runs)}" + f", {len(diverged)} diverged" * bool(diverged)
+        if done or diverged:
+            cost = f"{entry.epochs * entry.cost:.0f}" if entry.cost else "-"
+            lines.append(line_of(entry.title, done, "trained", str(entry.epochs), cost, seeds))
+        if done and entry.untrained:
+            after.append(line_of(entry.untrained, done, "untrained", "0", "0", seeds))
+            pixels = pixels or [run.log[0]["pixels"] for run in done[:1]]
+        for run in done:  # the clock's seconds would tell what else the machine did
+            counts = [(line["epoch"] * entry.passes, entry.cost and line["epoch"] * entry.cost) for line in run.log]
+            run.log = [x | {"passes": y, "seconds": z} for x, (y, z) in zip(run.log, counts, strict=True)]
+        groups |= {entry.title: done} if done else {}
+    after += [f"| pixels | {told([x['linear']])} | {told([x['knn']])} | - | - | - | - | - |" for x in pixels]
+    missing = ", ".join(entry.title for entry in entries if not any(state for state, _ in entry.runs))
+    return [*lines, *after, *[f"\nNo finished run yet: {missing}."] * bool(missing)], groups
+
+
+def chart_of(tables: dict, titles: list):
+    """The linear probe of equal passes over passes and over seconds, that of equal seconds over seconds: a Figure.
+
+    `tables` is {"passes" or "seconds": {title: runs}}; a title's place in `titles` is its colour.
+    """
+    wanted = [("passes", "passes"), ("passes", "seconds"), ("seconds", "seconds")]
+    wanted = [(equal, x) for equal, x in wanted if tables.get(equal)]
+    figure, axes = panels("linear probe (%), means and deviations", len(wanted))
+    for one, (equal, x) in zip(axes, wanted, strict=True):
+        for title, group in tables[equal].items():
+            (across, middle, spread), number = curve(group, x, "linear"), titles.index(title)
+            look = {"color": f"C{number % 10}"}  # matplotlib has ten
+            one.plot(across, middle, ("-", "--")[number // 10], label=title, marker="o", markersize=2, **look)
+            one.fill_between(across, middle - spread, middle + spread, alpha=0.15, linewidth=0, **look)
+        one.set(title=f"equal {equal}", xlabel={"passes": "passes over the pictures", "seconds": "CPU seconds"}[x])
+    figure.set_figheight(figure.get_figheight() + 1.2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def write_page(page: Path, entries: dict):
+    """Put the tables of {"passes" or "seconds": entries} between a page's markers, and study.png beside it.
+
+    Raises UserError where the page has no such place, or no run is finished.
+    """
+    before, tables, text = page.read_text() if page.exists() else "", {}, [BEGIN, ""]
+    if (before.count(BEGIN), before.count(END)) != (1, 1) or before.index(END) < before.index(BEGIN):
+        raise UserError(f"{page} needs a line {BEGIN} and below it a line {END}, once each")
+    for equal, several in entries.items():
+        lines, tables[equal] = table_of(several)
+        command = f"python tests/study.py table --root DIR{' --equal seconds' * (equal == 'seconds')}"
+        text += [f"Equal {equal}, `{command}`:", "", *lines, ""] if tables[equal] else []
+    runs = [run for groups in tables.values() for group in groups.values() for run in group]
+    if not runs:
+        raise UserError("no run is finished yet; first: python tests/study.py table")
+    torches = " and ".join(sorted({run.header.get("versions", {}).get("torch", "?") for run in runs}))
+    where = f"{machine()}, one thread a run, torch {torches}, {datetime.date.today()}"
+    text += [f"*{where}; `python tests/study.py write`.*", ""]
+    with plain_style():
+        chart = chart_of(tables, [entry.title for entry in entries["passes"]])
+        write_atomically(page.with_name("study.png"), lambda file: chart.savefig(file, format="png", dpi=70))
+    text += ["![the linear probe over passes and over CPU seconds](study.png)", "", END]
+    whole = before[: before.index(BEGIN)] + "\n".join(text) + before[before.index(END) + len(END) :]
+    write_atomically(page, lambda file: file.write(whole.encode()))
+    print(f"wrote {page}, {page.with_name('study.png')}")
