@@ -27,10 +27,11 @@ from plumbing.run_files import (
 )
 from plumbing.settings import FREE_FIELDS, TrainConfig, flag
 from plumbing.tables import cell, column_of, format_table
-from protocols.settings import DENSE_PROTOCOLS
+from protocols.rows import Subject
+from protocols.settings import DENSE_PROTOCOLS, Config, recipe_of
+from protocols.training import applies, folder_of, trains_on_images
 
 LOGGED = ("loss", "linear", "knn", "held_out_loss", "effective_rank")  # the columns from the log; minutes come last
-TRAINED = {"tran1", "tran4", "finetune", *DENSE_PROTOCOLS}  # protocols with a run folder of their own
 OWN = FREE_FIELDS - {"start"} | {"seed", "method", "data"}  # what does not make two runs of one method different
 
 
@@ -129,6 +130,21 @@ def row_of(group: list[Recorded]) -> dict:
     return row
 
 
+def planned(run: Recorded, given: dict) -> list:
+    """The run folders that the protocols of `given` would make in a run."""
+    rows, found = {"trained": True, "pixels": given.get("pixels")}, []
+    rows["untrained"] = given.get("untrained") or given.get("scratch")
+    for protocol in given["protocol"]:
+        data = given.get("data", "scenes" if protocol in DENSE_PROTOCOLS else run.known.get("data", ""))
+        recipe = recipe_of(protocol, given | {"data": data}, run.known.get("method", ""), 0)
+        config = Config(**recipe | given | {"data": data, "image_size": 1, "out": str(run.folder)})
+        for row in (row for row, asked in rows.items() if asked):
+            subject = Subject(row, None if row == "pixels" else run, None, None, None)
+            if applies(protocol, subject, config) and trains_on_images(protocol, subject, config):
+                found.append(folder_of(protocol, subject, config))
+    return found
+
+
 def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded], Path]:
     """The runs, and the folder of their comparison. `given` are the other flags.
 
@@ -143,11 +159,9 @@ def check_comparison(folders: list, out: str, given=()) -> tuple[list[Recorded],
         raise UserError(f"--out {out} is a file; give a folder")
     if needy := [str(run.folder) for run in runs if given and not (run.folder / "encoder.pt").exists()]:
         raise UserError(f"{needy[0]} holds no encoder.pt to run a protocol on; leave it out, or --protocol")
-    anew = not {"resume", "scratch", "test_data"} & set(given)
-    for run, protocol in itertools.product(runs, TRAINED & set(given["protocol"]) if given and anew else ()):
-        data = given.get("data", "scenes" if protocol in DENSE_PROTOCOLS else run.known.get("data", ""))
-        if taken(folder := run.folder / f"{protocol}-{data_name(data)}"):  # before hours are spent on runs before it
-            raise UserError(f"{folder} exists; add --resume to go on with it")  # --out is the comparison's
+    for run in runs if given and not {"resume", "test_data"} & set(given) else ():
+        if there := next(filter(taken, planned(run, given)), None):  # before hours are spent on the runs before it
+            raise UserError(f"{there} exists; add --resume to go on with it")  # --out is the comparison's
     out = Path(out) if out else runs[0].folder.parent
     for run in runs:
         refuse_among_pictures(out, TrainConfig(**{x: run.known[x] for x in ("data", "root") if x in run.known}))

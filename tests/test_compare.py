@@ -248,15 +248,42 @@ def test_a_comparison_is_printed_and_drawn_and_never_overwrites_another(tmp_path
     assert (tmp_path / "new" / "place" / "compare.png").exists()
 
 
-@pytest.mark.parametrize(("protocol", "folder"), [("finetune", "finetune-shapes"), ("segment", "segment-scenes")])
-def test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it(tmp_path, protocol, folder, capsys):
+@pytest.mark.parametrize(
+    ("flags", "folder"),
+    [
+        ("finetune", "finetune-shapes"),
+        ("finetune --untrained", "finetune-shapes-untrained"),
+        ("finetune --scratch", "finetune-shapes-untrained"),
+        ("linear --recipe mae", "linear-shapes"),  # without cache
+        ("segment", "segment-scenes"),
+        ("segment --pixels", "segment-scenes-pixels"),
+        ("detect --data coco --recipe finola_finetune", "detect-finetune-coco"),
+    ],
+)
+def test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it(tmp_path, flags, folder, capsys):
     folders = [write_run(tmp_path / name, lam=lam) for name, lam in (("a", 1.0), ("b", 2.0))]
     for run in folders:
         (run / "encoder.pt").write_bytes(b"")
     (folders[1] / folder).mkdir()
     (folders[1] / folder / "log.jsonl").write_text("")
-    assert evaluate.main([*map(str, folders), "--protocol", protocol]) == 2
+    assert evaluate.main([*map(str, folders), "--protocol", *flags.split()]) == 2
     assert capsys.readouterr().err == f"error: {folders[1]}/{folder} exists; add --resume to go on with it\n"
+
+
+def test_a_folder_that_a_protocol_starts_from_is_not_in_its_way(tmp_path):
+    """Fine-tuning for detection goes on from the decoder of the frozen encoder's run."""
+    folders = [str(write_run(tmp_path / name, lam=lam)) for name, lam in (("a", 1.0), ("b", 2.0))]
+    for folder in map(Path, folders):
+        (folder / "encoder.pt").write_bytes(b"")
+        (folder / "detect-scenes").mkdir()
+        (folder / "detect-scenes" / "log.jsonl").write_text("")
+        (folder / "finetune-shapes").mkdir()
+        (folder / "finetune-shapes" / "log.jsonl").write_text("")
+    check_comparison(folders, "", {"protocol": ("detect",), "finetune": True})
+    check_comparison(folders, "", {"protocol": ("finetune",), "scratch": True})  # which does not train the encoder
+    check_comparison(folders, "", {"protocol": ("linear",)})
+    with pytest.raises(UserError, match="a/detect-scenes exists"):
+        check_comparison(folders, "", {"protocol": ("detect",)})
 
 
 def test_protocols_run_on_each_run_and_then_the_runs_are_compared(tmp_path, monkeypatch):
