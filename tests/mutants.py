@@ -960,8 +960,8 @@ protocols/compare.py tests/test_compare.py::test_runs_of_before_and_after_a_sett
 + in self.known.items()
 
 protocols/compare.py tests/test_compare.py::test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it
-- if given and anew else ()
-+ if not given else ()
+- & set(given) else ():
++ | set(given) else ():
 
 protocols/compare.py tests/test_compare.py::test_a_hundred_rows_have_a_line_each_in_the_legend
 - colour // 10 % 4
