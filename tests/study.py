@@ -89,7 +89,7 @@ ROWS = {  # from cheap to dear
     "energy": Row("energy, mixed tasks", "ebm_pretrain", VIT),
     "energy-sr": Row("energy, super-resolution", "ebm_pretrain", f"{VIT} --task super_resolution"),  # its best task
 }
-UNTRAINED = {"mae": "untrained", "finola": "untrained, FINOLA's"}  # whose encoders before training have a row too
+UNTRAINED = {"mae": "untrained", "finola-e": "untrained, FINOLA's"}  # whose encoders before training have a row too
 # The fine-tuning of docs/results.md, on a tenth of the labels: its rate of 2e-3 (4e-3 for a batch of 128), but
 # batches of 32, since there are few pictures, and 10 epochs, a minute. One recipe for all, MAE's.
 FINETUNE = "--data cifar10 --recipe mae --epochs 10 --batch-size 32 --warmup-epochs 2 --crop-min 0.4 --randaugment 0"
