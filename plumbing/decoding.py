@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from plumbing.crops import Crop, crop_boxes
+from plumbing.crops import Crop, crop_box
 
 MAX_PIXELS = 178_956_970  # the default of --max-pixels; Pillow warns of more, and calls twice that an attack
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours: `open_picture` holds it, and says how to raise it
@@ -57,9 +57,10 @@ TURNS = {  # EXIF orientation: what makes the picture upright
 # --- from a file to pixels -------------------------------------------------------------------------------------------
 
 
-def decode_image(path, size: int, crop=(0.08, 1.0), seeds=(None,), max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read one image file -> uint8 (V, 3, size, size): a random resized crop a seed, the centre square for None.
+def decode_image(path, size: int, crop=(0.08, 1.0), draws=(None,), max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Read one image file -> uint8 (V, 3, size, size): a random resized crop for each of `crop_draws`.
 
+    For None it is the centre square.
     JPEG, PNG and WebP; grey, palette, CMYK, 16-bit and turned (EXIF) files come out as upright RGB. `crop` is a `Crop`,
     or the least and largest share of the image. Bicubic, unless it says otherwise.
     Raises what `open_picture` does.
@@ -70,16 +71,18 @@ def decode_image(path, size: int, crop=(0.08, 1.0), seeds=(None,), max_pixels: i
         turn = image.info["orientation"]
         width, height = image.size[::-1] if turn >= 5 else image.size  # from 5 on it lies on its side
         boxes = []
-        for seed in seeds:
-            if seed is None:
+        for draw in draws:
+            if draw is None:
                 side = min(height, width) * 224 / 256
                 boxes.append([(height - side) / 2, (width - side) / 2, side, side])
             else:
-                sides, generator = torch.tensor([[height], [width]]).float(), torch.Generator().manual_seed(seed)
-                boxes.append(crop_boxes(*sides, scale, generator=generator, clamp=clamp)[0].tolist())
+                boxes.append(crop_box(height, width, scale, draw, clamp))
         shrink = min(min(h, w) for _, _, h, w in boxes) / size
         if shrink >= 2:  # let the decoder of JPEG skip what the crops would throw away; others have no draft
             image.draft("RGB", (int(image.size[0] / shrink), int(image.size[1] / shrink)))
+        elif turn == 1:
+            lowest = max(top + h + 2 * max(1, h / size) for top, _, h, _ in boxes)  # so far the bicubic kernel reaches
+            cut_below(image, int(lowest) + 32)  # and the decoder's own, of colours, a few rows
         upright = to_rgb(image)
     if turn in TURNS:
         upright = upright.transpose(TURNS[turn])
@@ -87,8 +90,26 @@ def decode_image(path, size: int, crop=(0.08, 1.0), seeds=(None,), max_pixels: i
     crops = []
     for top, left, h, w in boxes:
         box = (left * sx, top * sy, min((left + w) * sx, upright.width), min((top + h) * sy, upright.height))
-        crops.append(np.asarray(upright.resize((size, size), kernel, box=box)))
-    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+        crops.append(upright.resize((size, size), kernel, box=box).tobytes("raw", "RGB;L"))  # each row by colours
+    rows = torch.frombuffer(bytearray(b"".join(crops)), dtype=torch.uint8)
+    return rows.view(len(boxes), size, 3, size).transpose(1, 2)
+
+
+def cut_below(image: Image.Image, rows: int):
+    """Let an opened JPEG be decoded in its first rows alone, which stay the same to the last bit; the rest is black.
+
+    Where the frame says that it has so few, the decoder passes over what follows. One scan must hold all colours.
+    """
+    if image.format != "JPEG" or rows >= image.height:
+        return
+    with image.fp.getbuffer() as data:
+        at, frame = 2, 0
+        while (code := data[at + 1]) != 0xDA:  # of the header, as `split_jpeg` leaves it
+            frame = at if code in (0xC0, 0xC1) else frame  # sequential
+            at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        if frame and data[at + 4] == data[frame + 9]:
+            data[frame + 5 : frame + 7] = rows.to_bytes(2)
+            image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows))]
 
 
 def read_whole(path, max_pixels: int = MAX_PIXELS):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from plumbing.crops import Crop, mix_seed, padded_crop, random_resized_crop, resize
+from plumbing.crops import Crop, crop_draws, mix_seed, padded_crop, random_resized_crop, resize
 from plumbing.decoding import MAX_PIXELS, decode_image
 from plumbing.errors import UserError, reason_of
 from plumbing.processes import STOP_SIGNALS, rank, world_size
@@ -117,16 +117,16 @@ class FolderImages:
         loaded = self._load(keys, _Decoder(self.paths, self.labels, size, crop, views, self.max_pixels))
         generator = torch.Generator(self.device)
         for (seed, _), (images, labels) in zip(behind, loaded, strict=True):
-            images = images.flatten(0, 1).float() / 255  # (B * V, 3, size, size)
+            images = images.flatten(0, 1)  # bytes (B * V, 3, size, size)
             mirror = torch.rand(len(images), device=images.device, generator=generator.manual_seed(seed)) < flip
-            images = torch.where(mirror[:, None, None, None], images.flip(-1), images)
+            images = mirrored(images, mirror).float().div_(255)
             yield (images if views == 1 else images.unflatten(0, (-1, views))), labels
 
     def plain_batches(self, indices, size, batch=100):
         """Images without augmentation: the shorter side resized to size * 256 / 224, then the centre square."""
         parts = ([(i, None, 0) for i in part.tolist()] for part in torch.as_tensor(indices).split(batch))
         for images, labels in self._load(parts, _Decoder(self.paths, self.labels, size, max_pixels=self.max_pixels)):
-            yield images[:, 0].float() / 255, labels
+            yield images[:, 0].float().div_(255), labels
 
     def _load(self, keys, decoder):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else self.workers
@@ -145,6 +145,14 @@ class FolderImages:
             if isinstance(batch, RuntimeError):
                 raise batch
             yield [x.to(self.device, non_blocking=True) for x in batch]
+
+
+def mirrored(images: Tensor, mirror: Tensor) -> Tensor:
+    """Bytes (B, 3, H, W), flipped left to right where `mirror` (B,) says so."""
+    # Eight bytes at a time where they go into a picture: one by one, `where` takes five times as long.
+    word = torch.int64 if images[0].numel() % 8 == 0 else torch.uint8
+    there, here = (x.flatten(1).view(word) for x in (images.flip(-1), images))
+    return torch.where(mirror[:, None], there, here).view(torch.uint8).view(images.shape)
 
 
 def _leave_signals_to_the_parent(_):
@@ -172,11 +180,20 @@ class _Decoder(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, key):
-        index, seed, place = key
-        seeds = [None if seed is None else mix_seed(seed, place, view) for view in range(self.views)]
+    def __getitems__(self, keys):
+        """Of a whole batch: what is drawn for all at once takes a quarter of the time, and gives the same."""
+        seeds = [
+            mix_seed(seed, place, view) for _, seed, place in keys if seed is not None for view in range(self.views)
+        ]
+        draws = iter(crop_draws(seeds) if seeds else [])
+        return [
+            self._read(index, [None if seed is None else next(draws) for _ in range(self.views)])
+            for index, seed, _ in keys
+        ]
+
+    def _read(self, index, draws):
         try:
-            return decode_image(self.paths[index], self.size, self.crop, seeds, self.max_pixels), self.labels[index]
+            return decode_image(self.paths[index], self.size, self.crop, draws, self.max_pixels), self.labels[index]
         except Exception as error:  # noqa: BLE001 (a damaged file fails in any of a dozen ways)
             return f"{self.paths[index]} cannot be read as an image ({reason_of(error)}); mend or remove it"
 

@@ -14,6 +14,8 @@ crop          batched random resized crops against grid_sample and against Pillo
 loop          all that a training step does besides forward, backward and optimiser
 probe         a linear probe on features that are kept against one that encodes in every epoch
 features      20,000 small JPEGs to features against decoding alone; the memory for 1,000 and for 20,000
+loader        JPEG files to random resized crops of 224 x 224, decoding alone, and torchvision's where it is installed;
+              --pictures FOLDER for class folders of one's own
 knn           exact nearest neighbours of 10,000 features among 50,000, and by faiss where faiss-cpu is installed
 augment       RandAugment, erasing, mixup and cutmix of a batch against a fine-tuning step
 mixed         MixedAE's step against MAE's, and top-k against plain attention
@@ -68,10 +70,11 @@ import magma
 import mixedae
 import mlo_mae
 from plumbing.boxes import Targets
+from plumbing.class_folders import IMAGENET, is_image
 from plumbing.crops import crop_boxes, random_resized_crop
 from plumbing.datasets import STATISTICS, load_data
 from plumbing.encoders import save_encoder
-from plumbing.images import MemoryImages
+from plumbing.images import FolderImages, MemoryImages
 from plumbing.probes import knn_accuracy
 from plumbing.processes import pick_precision, start_distributed
 from plumbing.run_files import read_log
@@ -327,6 +330,70 @@ def features(device):
                 alone, spent, memory = pool.submit(decode_and_encode, str(root), folder).result()
             rates = [f"{count / x:,.0f} a second" for x in (alone, spent)]
             row(f"  {count:,} pictures", *rates, f"{spent / alone:.2f}", f"{memory:.0f} MB")
+
+
+def write_photographs(root: Path, count: int):
+    """JPEGs of 500 x 375 in two classes, with structure of every size, as photographs have it; 60 KB each, about."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        picture = np.zeros((375, 500, 3))
+        for part in (4, 8, 16, 32, 64, 128, 256):
+            noise = Image.fromarray(generator.integers(0, 256, (part, part, 3), dtype=np.uint8))
+            picture += (np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC)) - 127.5) / part**0.5
+        (root / f"{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray((127.5 + picture).clip(0, 255).astype(np.uint8)).save(
+            root / f"{i % 2}" / f"{i}.jpg", quality=92
+        )
+
+
+def torchvision_batches(root: str, chosen: list, size: int):
+    """Batches of 64 pictures of class folders as torchvision makes them for training; None where it is not there."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    from torchvision import datasets, transforms
+
+    steps = (
+        transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(**IMAGENET),
+    )
+    data = torch.utils.data.Subset(datasets.ImageFolder(root, transforms.Compose(steps)), chosen)
+    return torch.utils.data.DataLoader(data, batch_size=64)
+
+
+def loader(device, pictures=None):
+    """In this process, without workers: what one core does; batches end up normalized."""
+    with contextlib.ExitStack() as stack:
+        root = pictures or stack.enter_context(tempfile.TemporaryDirectory())
+        if not pictures:
+            write_photographs(Path(root), 64)
+        paths = sorted(str(path) for path in Path(root).rglob("*") if is_image(path.name))
+        chosen = (list(range(len(paths))) * 256)[:256]
+        data = FolderImages(paths, torch.zeros(len(paths)).long(), [], **IMAGENET)
+        plan = list(enumerate(torch.tensor(chosen).split(64)))
+        encoder = common.ViT(224, 16, **common.VIT_SIZES["vit_micro"], **IMAGENET)
+
+        def ours(normalize):
+            for images, _ in data.train_batches(plan, 224):
+                normalize(images)
+
+        versions = [
+            lambda: [Image.open(paths[i], formats=["JPEG"]).load() for i in chosen],
+            lambda: ours(lambda images: images.sub_(encoder.mean).div_(encoder.std)),
+            lambda: ours(encoder.normalize),
+        ]
+        if batches := torchvision_batches(root, chosen, 224):
+            versions.append(lambda: [None for _ in batches])
+        found = in_turn(*versions, rounds=9)
+    row("JPEG files to 224 x 224, images a second", "", "ours / torchvision")
+    for name, spent in zip(
+        ("decoding alone", "ours, normalized in place", "ours, by an encoder's normalize", "torchvision"),
+        found,
+        strict=False,
+    ):
+        beside = ratio(found[3], spent) if batches and name.startswith("ours") else ""
+        row(f"  {name}", f"{256 / statistics.median(spent):,.0f}", f"   {beside}")
 
 
 def faiss_accuracy(bank, bank_labels, queries, labels, k: int = 10):
@@ -1007,7 +1074,15 @@ def detection(device):
 
 
 BENCHES = {"attention": attention, "amp": amp, "regularizer": regularizer, "crop": crop, "loop": loop}
-BENCHES |= {"probe": probe, "knn": knn, "augment": augment, "mixed": mixed, "finola": autoregression, "energy": energy}
+BENCHES |= {
+    "probe": probe,
+    "loader": loader,
+    "knn": knn,
+    "augment": augment,
+    "mixed": mixed,
+    "finola": autoregression,
+    "energy": energy,
+}
 BENCHES |= {"features": features, "levels": three_levels, "recipes": recipes, "profile": profile}
 BENCHES |= {"memory": memory, "detection": detection, "gpu": gpu}
 
@@ -1016,6 +1091,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=", ".join(BENCHES) + "; all by default, gpu on a GPU")
     parser.add_argument("--against", metavar="CHECKOUT", help="a folder with another version of this project")
+    parser.add_argument("--pictures", metavar="FOLDER", help="loader: class folders of JPEG files")
     parser.add_argument("--only", choices=common.METHODS, help="recipes: this method alone")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's choice")
     parser.add_argument("--device", default="auto")
@@ -1034,7 +1110,7 @@ def main():
     other = code_at(args.against) if args.against else None
     given = {"gpu": {"budget": args.seconds}, "energy": {"against": args.against}}
     given |= {"recipes": {"other": other, "only": args.only}, "levels": {"other": other, "against": args.against}}
-    given |= {"memory": {"against": args.against}, "profile": {"other": other}}
+    given |= {"loader": {"pictures": args.pictures}, "memory": {"against": args.against}, "profile": {"other": other}}
     for name in args.names or [name for name in BENCHES if wanted.get(name, True)]:
         print()
         BENCHES[name](device, **given.get(name, {}))

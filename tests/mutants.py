@@ -26,6 +26,26 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120  # seconds, for a mutant may make a test wait for ever; more where the machine is slow (`main`)
 
 MUTANTS = r"""
+plumbing/decoding.py tests/test_decoding.py::test_what_lies_below_a_crop_is_not_decoded_and_changes_no_bit
+- int(lowest) + 32
++ int(lowest) - 8
+
+plumbing/decoding.py tests/test_decoding.py::test_what_lies_below_a_crop_is_not_decoded_and_changes_no_bit
+- code in (0xC0, 0xC1)
++ code in (0xC0, 0xC1, 0xC2)
+
+plumbing/decoding.py tests/test_decoding.py::test_a_jpeg_with_a_scan_for_each_colour_is_decoded_whole
+- if frame and data[at + 4] == data[frame + 9]:
++ if frame:
+
+plumbing/crops.py tests/test_crops.py::test_crop_box_of_one_file_is_that_of_crop_boxes_to_the_last_bit
+- place = places[0][0], places[1][0]
++ place = places[1][0], places[0][0]
+
+plumbing/images.py tests/test_images.py::test_mirrored_flips_left_and_right_of_those_that_it_should
+- torch.where(mirror[:, None], there, here)
++ torch.where(mirror[:, None], here, there)
+
 evaluate.py tests/test_evaluate.py::test_help_shows_the_values_that_a_protocol_takes_for_a_run
 - config.image_size = given.get("image_size", Config.image_size)
 + config.image_size = given.get("image_size", 1)

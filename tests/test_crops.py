@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from make import generator, rand, seeds
 from PIL import Image
 
-from plumbing.crops import Crop, crop_boxes, mix_seed, padded_crop, random_resized_crop, resample, resize, resize_matrix
+from plumbing.crops import (
+    Crop,
+    crop_box,
+    crop_boxes,
+    crop_draws,
+    mix_seed,
+    padded_crop,
+    random_resized_crop,
+    resample,
+    resize,
+    resize_matrix,
+)
 from plumbing.shapes import render_shapes
 
 
@@ -31,6 +42,14 @@ def test_crop_boxes_lie_inside_and_keep_area_and_aspect(height, width, low, seed
     share = h * w / (height * width)
     if 3 / 4 <= width / height <= 4 / 3:  # longer images may have no box of the wanted area
         assert (share > low - 1e-3).all()
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([0.05, 0.5, 0.9, 1.0]), st.booleans(), seeds)
+def test_crop_box_of_one_file_is_that_of_crop_boxes_to_the_last_bit(height, width, least, clamp, seed):
+    sides, many = torch.tensor([[height], [width]]).float(), [seed, *range(6)]
+    for number, draw in zip(many, crop_draws(many), strict=True):
+        want = crop_boxes(*sides, (least, 1.0), generator=generator(number), clamp=clamp)[0].tolist()
+        assert list(crop_box(height, width, (least, 1.0), draw, clamp)) == want
 
 
 def test_crop_boxes_are_uniform_in_area_place_and_the_logarithm_of_their_aspect():

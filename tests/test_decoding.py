@@ -22,8 +22,9 @@ from PIL import Image
 
 import plumbing.checking
 import plumbing.decoding
+from plumbing.crops import crop_draws
 from plumbing.datasets import load_data
-from plumbing.decoding import MAX_PIXELS, decode_image, open_picture, orientation_of, read_whole, to_rgb
+from plumbing.decoding import MAX_PIXELS, cut_below, decode_image, open_picture, orientation_of, read_whole, to_rgb
 from plumbing.errors import UserError, reason_of
 from plumbing.images import FolderImages
 
@@ -130,7 +131,7 @@ def test_decode_image_lets_jpeg_skip_pixels_but_none_that_the_crop_needs(tmp_pat
     stripes = (128 + 120 * np.sin(np.arange(800) * 2 * np.pi / 36)).astype(np.uint8)
     Image.fromarray(np.tile(stripes, (600, 1))).convert("RGB").save(tmp_path / "a.jpg", quality=95)
     sizes, drafts = [], []
-    for crops in ((None,), (1,), (2, 3, 4)):
+    for crops in ([None], crop_draws([1]), crop_draws([2, 3, 4])):
         with monkeypatch.context() as patched:
             patched.setattr(plumbing.decoding, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
             fast = decode_image(tmp_path / "a.jpg", 96, (0.3, 1.0), crops).float()
@@ -368,6 +369,29 @@ def test_a_turned_picture_is_the_one_that_was_saved_upright(tmp_path, kind, orde
             assert decode_image(path, 24).shape == (1, 3, 24, 24)
 
 
+@pytest.mark.parametrize("kind", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}, {"mode": "L"}])
+def test_what_lies_below_a_crop_is_not_decoded_and_changes_no_bit(tmp_path, monkeypatch, kind):
+    picture = Image.fromarray(noise(200, 150)).convert(kind.get("mode", "RGB"))
+    picture.save(tmp_path / "a.jpg", quality=90, **{key: x for key, x in kind.items() if key != "mode"})
+    for draws in (*crop_draws(range(12))[:, None], crop_draws([1, 2])):
+        found = decode_image(tmp_path / "a.jpg", 60, (0.05, 0.6), draws)
+        with monkeypatch.context() as patched:
+            patched.setattr(plumbing.decoding, "cut_below", lambda image, _: None)
+            assert torch.equal(found, decode_image(tmp_path / "a.jpg", 60, (0.05, 0.6), draws))
+    image = open_picture(tmp_path / "a.jpg")
+    cut_below(image, 80)
+    assert image.tile[0].extents == (0, 0, 150, 200 if "progressive" in kind else 80)
+
+
+def test_a_jpeg_with_a_scan_for_each_colour_is_decoded_whole(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded(noise(), "JPEG"))
+    image = open_picture(tmp_path / "a.jpg")
+    with image.fp.getbuffer() as data:
+        data[bytes(data).index(b"\xff\xda") + 4] = 1
+    cut_below(image, 8)
+    assert image.tile[0].extents == (0, 0, 56, 40)
+
+
 def test_turned_pictures_are_read_at_low_resolution_too(tmp_path, monkeypatch):
     """Width and height change places before the crop is chosen, and the crop is where it would be upright."""
     upright = np.asarray(Image.fromarray(noise(12, 16)).resize((800, 600), Image.Resampling.BICUBIC))
@@ -377,7 +401,7 @@ def test_turned_pictures_are_read_at_low_resolution_too(tmp_path, monkeypatch):
         path = tmp_path / f"{orientation}.jpg"
         exif = exif_block(turned(orientation))
         path.write_bytes(with_exif(encoded(np.ascontiguousarray(lay(upright)), "JPEG"), exif))
-        for crop in (None, 1, 2):
+        for crop in (None, *crop_draws([1, 2])):
             with monkeypatch.context() as patched:
                 patched.setattr(plumbing.decoding, "to_rgb", lambda image: sizes.append(image.size) or to_rgb(image))
                 shown = decode_image(path, 48, (0.5, 1.0), [crop])
@@ -575,7 +599,7 @@ def test_a_damaged_file_decodes_or_is_refused_in_one_line(tmp_path_factory, seed
         found = []
         for read in (
             read_whole,
-            lambda path: decode_image(path, 8, seeds=(None, 1)),
+            lambda path: decode_image(path, 8, draws=(None, *crop_draws([1]))),
         ):
             try:
                 read(path)

@@ -14,7 +14,7 @@ import plumbing.images
 from plumbing.crops import Crop, crop_boxes, mix_seed, padded_crop, random_resized_crop
 from plumbing.datasets import load_data
 from plumbing.errors import UserError
-from plumbing.images import BatchPlan, MemoryImages, shuffled
+from plumbing.images import BatchPlan, MemoryImages, mirrored, shuffled
 from plumbing.settings import TrainConfig
 from protocols.settings import Config
 
@@ -97,6 +97,15 @@ def test_each_image_of_a_folder_batch_has_a_crop_of_its_own(tmp_path):
         picture.save(tmp_path / split / "ant" / f"{i}.png")
     images, _ = next(load_data(str(tmp_path)).train_batches(iter([(7, [0, 1])]), 8, flip=0.0))
     assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("height, width", [(8, 8), (3, 5)])
+def test_mirrored_flips_left_and_right_of_those_that_it_should(height, width):
+    """Eight bytes at a time, and where their number cannot be divided so."""
+    images = torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8, generator=generator(0))
+    mirror = torch.tensor([True, False, False, True])
+    found = mirrored(images, mirror)
+    assert all(torch.equal(x, y.flip(2) if m else y) for x, y, m in zip(found, images, mirror, strict=True))
 
 
 def test_views_of_an_image_stand_side_by_side():
