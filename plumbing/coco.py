@@ -99,7 +99,7 @@ def check_mask(segmentation, height: int, width: int):
     if not isinstance(segmentation, list):
         raise ValueError("its segmentation is neither polygons nor runs")  # noqa: TRY004 (a file is wrong, not the code)
     for polygon in segmentation:
-        whole = isinstance(polygon, list) and all(is_number(x) and abs(x) <= LONGEST_SIDE for x in polygon)
+        whole = isinstance(polygon, list | np.ndarray) and all(is_number(x) and abs(x) <= LONGEST_SIDE for x in polygon)
         if not whole or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError("a polygon of its segmentation is not x, y of three or more corners")
 
@@ -267,13 +267,16 @@ def read_annotations(path: Path, folder: Path, masks: bool = False) -> CocoSplit
         area, crowd = row.get("area", box[2] * box[3]), row.get("iscrowd", 0)
         if not is_number(area) or area < 0 or crowd not in (0, 1):
             refuse(f"{what} has the area {area!r:.200} and iscrowd {crowd!r:.200}")
-        if masks and row.get("segmentation"):
+        segmentation = row.get("segmentation")
+        if masks and segmentation:
             image = images[row["image_id"]]
             try:
-                check_mask(row["segmentation"], image["height"], image["width"])
+                check_mask(segmentation, image["height"], image["width"])
             except ValueError as error:
                 refuse(f"{what}: {error}")
-        rows[row["image_id"]].append((box, places[row["category_id"]], area, crowd, row.get("segmentation")))
+            if isinstance(segmentation, list):  # a third of the memory, of which each worker comes to have its own
+                segmentation = [np.array(polygon, dtype=np.float64) for polygon in segmentation]
+        rows[row["image_id"]].append((box, places[row["category_id"]], area, crowd, segmentation))
     if not lists["annotations"] or not images:
         raise UserError(f"{path} holds {len(images)} images and {len(seen)} annotations: there is nothing to find")
     return CocoSplit(
