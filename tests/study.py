@@ -102,10 +102,14 @@ def passes_of(name: str, epochs: int) -> int:
 
 
 def epochs_of(name: str, asked, costs: dict) -> int:
-    """Epochs of a row: those of equal passes over the pictures, or of as many CPU seconds as MAE takes for them."""
-    if asked.equal == "passes":
+    """Epochs of a row: those of equal passes over the pictures, or of as many CPU seconds as MAE takes for them.
+
+    Costs a tenth apart or less count as the same: they are measured no better.
+    """
+    ratio = costs["mae"]["epoch"] / costs[name]["epoch"] if asked.equal == "seconds" else 0
+    if not ratio or abs(ratio - 1) <= 0.1:
         return passes_of(name, asked.epochs)
-    return max(1, round(asked.epochs * costs["mae"]["epoch"] / costs[name]["epoch"]))
+    return max(1, round(asked.epochs * ratio))
 
 
 def folder_of(name: str, seed: int, asked, costs: dict) -> Path:
