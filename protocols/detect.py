@@ -4,6 +4,7 @@ A decoder gives every picture the same number of boxes and classes, one of which
 is matched with one of them. What is found is judged by average precision (detection.py).
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -12,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common import Method, MobileFormer, gradient_if, sincos_positions
 from finola import MFDecoder
-from plumbing.boxes import BoxFolder, Targets
+from plumbing.boxes import BoxFolder, BoxImages, Targets, targets_of
 from plumbing.errors import UserError
 from plumbing.pictures import save_pictures
 from plumbing.processes import autocast, average, broadcast_buffers, note, on_every_rank, on_rank_zero, rank, world_size
@@ -108,6 +110,8 @@ def detection_loss(logits: Tensor, boxes: Tensor, targets: Targets) -> dict:
 class PlainDecoder(nn.Module):
     """DETR's decoder on the last map of any encoder (B, dim, h, w): queries look at each other and at the map."""
 
+    reads = 1  # maps, from the last
+
     def __init__(
         self, dim: int, classes: int, queries: int = 100, depth: int = 6, width: int = 256, dropout: float = 0
     ):
@@ -127,15 +131,18 @@ class PlainDecoder(nn.Module):
         memory = rearrange(x, "b c h w -> b (h w) c") + positions
         hidden = ~mask_like(mask, x).flatten(1)
         queries, outputs = self.queries.expand(len(x), -1, -1), []
-        for block in self.blocks:
-            queries = block(queries, memory, memory_key_padding_mask=hidden)
-            outputs.append(queries)
+        with contextlib.nullcontext() if x.is_cuda else sdpa_kernel(SDPBackend.MATH):  # see `common.attend`
+            for block in self.blocks:
+                queries = block(queries, memory, memory_key_padding_mask=hidden)
+                outputs.append(queries)
         outputs = self.norm(torch.stack(outputs))
         return self.classify(outputs), self.locate(outputs)
 
 
 class MobileFormerDecoder(MFDecoder):
     """FINOLA's decoder on the last two maps of a Mobile-Former. It knows no mask: maps are 0 outside of the picture."""
+
+    reads = 2
 
     def forward(self, maps: list, mask: Tensor) -> tuple[Tensor, Tensor]:
         fine, coarse = (x * mask_like(mask, x)[:, None] for x in maps[-2:])
@@ -205,8 +212,26 @@ class Detector(Method):
         rates = config.layer_decay, config.weight_decay, config.decay_on
         return make_optimizer(layer_groups(None if self.frozen else self.encoder, self.head, *rates), config)
 
+    @torch.no_grad()
+    def keep(self, data: BoxImages) -> "KeptPictures":
+        """Compute the maps of all whole pictures, and of their mirror images, once -> the data that look them up."""
+        parts, device = [], data.images.device.type
+        for images, _ in data.plain_batches(range(len(data)), self.config.image_size):
+            with autocast(self.config.amp, images.device):
+                kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else images.dtype
+                both = (maps_of(self.encoder, x)[-self.head.reads :] for x in (images, images.flip(-1)))
+                parts.append([torch.stack(pair).to(kind) for pair in zip(*both, strict=True)])
+        self.kept = [torch.cat(part, dim=1).flatten(0, 1) for part in zip(*parts, strict=True)]
+        return KeptPictures(**vars(data))
+
     def answers(self, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        """Padded images (B, 3, H, W) -> logits (L, B, Q, K + 1) and boxes (L, B, Q, 4), in shares of the picture."""
+        """Padded images (B, 3, H, W) -> logits (L, B, Q, K + 1) and boxes (L, B, Q, 4), in shares of the picture.
+
+        Or numbers of pictures (B,) whose maps are kept.
+        """
+        if images.ndim == 1:
+            maps = [x[images] for x in self.kept]
+            return self.head(maps, targets.mask(*maps[0].shape[2:]))
         mask = targets.mask(*images.shape[2:])
         images = torch.where(mask[:, None], images, self.encoder.mean)
         with gradient_if(not self.frozen):
@@ -273,6 +298,22 @@ class Detector(Method):
         return torch.stack(rows)
 
 
+class KeptPictures(BoxImages):
+    """Pictures whose maps a `Detector` keeps: a batch is their numbers (B,), N more where one is mirrored."""
+
+    def train_batches(self, plan, size, crop=(1.0, 1.0), flip=0.5, views=1):
+        generator, (height, width) = torch.Generator(self.images.device), self.images.shape[2:]
+        for seed, indices in plan:
+            indices = torch.as_tensor(indices).to(self.images.device)
+            draw = torch.rand(len(indices), device=indices.device, generator=generator.manual_seed(seed))
+            flipped = draw < flip
+            x0, y0, x1, y1 = self.corners[indices].div(self.corners.new_tensor([width, height] * 2)).unbind(dim=-1)
+            x0, x1 = (torch.where(flipped[:, None], *pair) for pair in ((1 - x1, x0), (1 - x0, x1)))
+            corners = torch.stack([x0, y0, x1, y1], dim=-1)
+            filled = torch.ones(len(indices), 2, device=indices.device)
+            yield indices + len(self) * flipped, targets_of(self.objects[indices], corners, filled)
+
+
 def draw_boxes(image: Tensor, corners: Tensor, colours: Tensor) -> Tensor:
     """A copy of a picture (3, H, W) with the rims of boxes, corners (n, 4) in pixels, in their colours (n, 3)."""
     image, (height, width) = image.clone(), image.shape[1:]
@@ -312,6 +353,8 @@ def run_detect(subject: Subject, config: Config) -> dict:
         start_from_probe(method.head, "detect", subject, dataclasses.replace(config, finetune=False))
     method.origin = digest(subject.encoder) + (digest(method.head) if config.finetune else "")
     method = method.to(subject.device)
+    if method.frozen and isinstance(train, BoxImages) and config.crop_min >= 1:
+        subject = dataclasses.replace(subject, train=method.eval().keep(train))
     some = range(min(8, len(test)))
     method.shown = next(iter(test.plain_batches(some, config.image_size)))[1]
     run = fit_in_folder("detect", method, subject, config)

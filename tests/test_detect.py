@@ -11,13 +11,14 @@ from PIL import Image
 
 import evaluate
 from common import MobileFormer
-from plumbing.boxes import Targets, scenes_with_boxes, targets_of
+from plumbing.boxes import BoxImages, Targets, scenes_with_boxes, targets_of
 from plumbing.encoders import save_encoder
 from plumbing.files import load_checkpoint
 from protocols import detect
 from protocols.dense import data_of
 from protocols.detect import (
     Detector,
+    KeptPictures,
     MobileFormerDecoder,
     PlainDecoder,
     detection_loss,
@@ -27,6 +28,8 @@ from protocols.detect import (
     note_missing,
     pairs_of,
 )
+from protocols.rows import Subject
+from protocols.segmentation import maps_of
 from protocols.settings import Config, settings_of
 
 
@@ -106,6 +109,64 @@ def test_a_step_makes_the_loss_of_the_same_pictures_smaller():
     assert losses[0] > losses[1] > losses[2]
     assert all(torch.equal(x, before[name]) for name, x in method.encoder.state_dict().items())
     assert not method.encoder.training and method.head.training
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("head", ["plain", "mf211"])
+def test_kept_maps_are_those_of_the_pictures(head, flip, monkeypatch):
+    """A frozen encoder that sees each picture and its mirror image once trains a decoder as one that sees them anew."""
+    monkeypatch.setitem(detect.DEPTHS, "mf211", (1, 0, 0))
+    data = scenes_with_boxes(6, 32)
+    torch.manual_seed(0)
+    encoder = vit(image_size=32, patch=8) if head == "plain" else MobileFormer("micro")
+    method = Detector(
+        encoder, data.classes, Config(image_size=32, head=head, queries=6, batch_size=3, amp="off")
+    ).eval()
+    kept, plan = method.keep(data), [(5, [4, 0, 2]), (6, [1, 3, 5])]
+    assert len(kept) == 6 and kept.classes == data.classes and kept.truth(2)["boxes"].equal(data.truth(2)["boxes"])
+    seen = []
+    monkeypatch.setattr(detect, "maps_of", lambda *x: seen.append(x) or maps_of(*x))
+    own = list(kept.train_batches(plan, 32, (1.0, 1.0), flip))
+    anew = list(data.train_batches(plan, 32, (1.0, 1.0), flip))
+    for (numbers, targets), (images, same), (_, indices) in zip(own, anew, plan, strict=True):
+        assert numbers.tolist() == [i + 6 * int(flip) for i in indices]
+        torch.testing.assert_close(tuple(targets), tuple(same))
+        method.zero_grad()
+        found = method(numbers, targets)
+        assert not seen
+        found["loss"].backward()
+        gradients = [x.grad.clone() for x in method.head.parameters() if x.grad is not None]
+        method.zero_grad()
+        other = method(images, same)
+        other["loss"].backward()
+        torch.testing.assert_close(found, other)
+        others = [x.grad for x in method.head.parameters() if x.grad is not None]
+        torch.testing.assert_close(gradients, others, rtol=1e-4, atol=1e-5)
+        assert len(seen) == 1 and not seen.clear()
+
+
+def test_mirrored_and_upright_pictures_are_drawn_anew_in_each_batch():
+    data = scenes_with_boxes(4, 32)
+    config = Config(image_size=32, head="plain", queries=3, batch_size=4)
+    kept = Detector(vit(image_size=32, patch=8), data.classes, config).eval().keep(data)
+    rows = [kept.train_batches([(seed, range(4))], 32) for seed in (1, 2, 1)]
+    first, second, again = (next(row)[0].tolist() for row in rows)
+    assert first == again != second and {i % 4 for i in first} == set(range(4)) and max(first) > 3
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"), [({}, KeptPictures), ({"crop_min": 0.9}, BoxImages), ({"finetune": True}, BoxImages)]
+)
+def test_maps_of_whole_pictures_alone_are_kept(given, kind, tmp_path, monkeypatch):
+    def stop(protocol, method, subject, config):
+        raise InterruptedError(type(subject.train).__name__)
+
+    monkeypatch.setattr(detect, "fit_in_folder", stop)
+    data = scenes_with_boxes(3, 32)
+    own = {"data": "scenes", "crop_min": 1.0, "image_size": 32, "head": "plain", "out": str(tmp_path)}
+    subject = Subject("trained", vit(image_size=32, patch=8), data, data, torch.device("cpu"))
+    with pytest.raises(InterruptedError, match=f"^{kind.__name__}$"):
+        detect.run_detect(subject, Config(**own | given))
 
 
 def test_the_plain_decoder_sees_the_picture_alone():
