@@ -56,6 +56,9 @@ class Row(NamedTuple):
     flags: str
     passes: float = 1
 
+    def epochs(self, passes: int) -> int:
+        return max(1, round(passes / self.passes))
+
 
 # Each method's recipe for CIFAR-10 on a laptop holds where no flag is given here: learning rates, betas, decays, what
 # is probed (the mean of the patches, of MLO-MAE the CLS token), bf16 where the processor has it.
@@ -64,8 +67,7 @@ VIT = "--model vit_micro --patch 4 --image-size 32"
 DECODER = VIT + " --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"  # MLO-MAE's recipe had 96 and 3 heads
 # MAGMA's term falls with the batch as 1 / B: its weight of 1 in the paper is for 256 images. B / 256 is as strong.
 # It acts from a sixth of the run on, for two thirds of it, as in the recipe of 30 epochs.
-TERM = "--lam {strength} --e-st {start} --e-dur {lasts}"
-TERM_64, TERM_128 = TERM.replace("{strength}", "0.25"), TERM.replace("{strength}", "0.5")
+TERM_64, TERM_128 = (f"--lam {lam} --e-st {{start}} --e-dur {{lasts}}" for lam in (64 / 256, 128 / 256))
 # An epoch of MLO-MAE is one pass of level II over 80 % of the pictures (the rest is level III's), and for each step of
 # it the recipe has five of level I, which pretrains: 5 x 0.8 passes.
 LEVELS = 4.0
@@ -96,11 +98,6 @@ FINETUNE = "--data cifar10 --recipe mae --epochs 10 --batch-size 32 --warmup-epo
 FINETUNE += " --mixup 0 --cutmix 0 --drop-path 0 --base-lr 16e-3"  # Mobile-Former has no drop path
 
 
-def passes_of(name: str, epochs: int) -> int:
-    """Epochs of a row that show it the pictures as often as so many epochs of MAE."""
-    return max(1, round(epochs / ROWS[name].passes))
-
-
 def epochs_of(name: str, asked, costs: dict) -> int:
     """Epochs of a row: those of equal passes over the pictures, or of as many CPU seconds as MAE takes for them.
 
@@ -108,15 +105,14 @@ def epochs_of(name: str, asked, costs: dict) -> int:
     """
     ratio = costs["mae"]["epoch"] / costs[name]["epoch"] if asked.equal == "seconds" else 0
     if not ratio or abs(ratio - 1) <= 0.1:
-        return passes_of(name, asked.epochs)
+        return ROWS[name].epochs(asked.epochs)
     return max(1, round(asked.epochs * ratio))
 
 
 def folder_of(name: str, seed: int, asked, costs: dict) -> Path:
     """The run folder. Both tables share a run where they ask for the same epochs."""
-    epochs = epochs_of(name, asked, costs)
-    longer = "" if epochs == passes_of(name, asked.epochs) else f"-{epochs}epochs"
-    return Path(asked.out) / f"{name}{longer}-seed{seed}"
+    epochs, usual = epochs_of(name, asked, costs), ROWS[name].epochs(asked.epochs)
+    return Path(asked.out) / f"{name}{f'-{epochs}epochs' * (epochs != usual)}-seed{seed}"
 
 
 def flags_of(name: str, epochs: int, asked) -> list:
@@ -228,8 +224,8 @@ def write(asked):
         for name in asked.rows if equal == "passes" else sorted(costs.keys() & {*asked.rows}, key=asked.rows.index):
             epochs, cost = epochs_of(name, asked, costs), costs.get(name, {}).get("epoch")
             runs = [run_of(folder_of(name, seed, asked, costs), epochs) for seed in asked.seeds]
-            entry = Entry(ROWS[name].title, UNTRAINED.get(name, ""), ROWS[name].passes, cost, epochs, runs)
-            entries[equal].append(entry)
+            row, untrained = ROWS[name], UNTRAINED.get(name, "")
+            entries[equal].append(Entry(row.title, untrained, row.passes, cost, epochs, runs))
     write_page(Path(asked.page), entries)
 
 
