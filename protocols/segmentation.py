@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Method, MobileFormer, ViT, gradient_if
+from common import MobileFormer, ViT, gradient_if
 from ebm_pretrain import Swin
 from plumbing.encoders import Encoder
 from plumbing.errors import UserError
@@ -20,10 +20,10 @@ from plumbing.pictures import save_pictures
 from plumbing.probes import unfit
 from plumbing.processes import autocast, note, on_rank_zero
 from protocols.frozen import without_value
-from protocols.heads import add_drop_path, layer_groups, make_optimizer, note_diverged
+from protocols.heads import layer_groups, make_optimizer, note_diverged
 from protocols.rows import Subject
 from protocols.settings import Config
-from protocols.training import digest, fit_in_folder, folder_of
+from protocols.training import OnEncoder, digest, fit_in_folder, folder_of
 
 IGNORED = 255
 RESULTS = ("miou", "pixel_accuracy")
@@ -227,16 +227,16 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="none").mean()
 
 
-class Segmenter(Method):
-    """An encoder, frozen or not, and a head on its maps, trained on labels of pixels by the loop of all methods."""
+class Segmenter(OnEncoder):
+    """An encoder and a head on its maps, trained on labels of pixels."""
 
     name = "segment"
     captions = ("image", "truth", "prediction")
 
     def __init__(self, encoder: nn.Module, classes: list, config: Config):
-        super().__init__()
-        self.encoder, self.classes, self.config, self.frozen = encoder, classes, config, not config.finetune
-        self.origin, self.truth = digest(encoder), None  # `truth`: labels of the pictures that are drawn
+        super().__init__(encoder, frozen=not config.finetune, config=config)
+        self.classes, self.origin = classes, digest(encoder)
+        self.truth = None  # labels of the pictures that are drawn
         size, mode = config.image_size, encoder.training
         with torch.no_grad():
             maps = maps_of(encoder.eval(), torch.zeros(1, 3, size, size, device=encoder.mean.device))
@@ -247,15 +247,6 @@ class Segmenter(Method):
             self.head = PyramidHead(shapes, len(classes), width, size, config.dropout)
         else:
             self.head = LinearMapHead(shapes, len(classes), config.batchnorm)
-        encoder.requires_grad_(not self.frozen)
-        if not self.frozen and config.drop_path:
-            add_drop_path(encoder, config.drop_path)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()  # its norms keep their statistics
-        return self
 
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
         rates = config.layer_decay, config.weight_decay, config.decay_on

@@ -63,19 +63,14 @@ def applies(protocol: str, subject: Subject, config: Config) -> bool:
     return not (protocol == "finetune" and config.scratch and subject.name == "trained")
 
 
-class Classifier(Method):
-    """An encoder, frozen or not, and a head, trained on labels by the loop that all methods share."""
+class OnEncoder(Method):
+    """An encoder, frozen or not, and a head that a subclass puts on it, trained by the loop that all methods share."""
 
-    captions = ("image", *["augmented"] * 4)
-
-    def __init__(self, protocol: str, encoder: nn.Module, head: nn.Module, classes: int, config: Config):
+    def __init__(self, encoder: nn.Module, frozen: bool, config: Config):
         super().__init__()
-        self.name, self.config, self.classes = protocol, config, classes
-        self.encoder, self.head, self.frozen = encoder, head, protocol != "finetune"
-        self.origin = digest(encoder) if self.frozen else digest(encoder) + digest(head)
-        self.features = pooled_features if isinstance(head, LinearHeads) else token_features
-        encoder.requires_grad_(not self.frozen)
-        if not self.frozen and config.drop_path:
+        self.encoder, self.frozen, self.config = encoder, frozen, config
+        encoder.requires_grad_(not frozen)
+        if not frozen and config.drop_path:
             add_drop_path(encoder, config.drop_path)
 
     def train(self, mode: bool = True):
@@ -83,6 +78,18 @@ class Classifier(Method):
         if self.frozen:
             self.encoder.eval()  # its norms keep their statistics
         return self
+
+
+class Classifier(OnEncoder):
+    """An encoder and a head, trained on labels of whole images."""
+
+    captions = ("image", *["augmented"] * 4)
+
+    def __init__(self, protocol: str, encoder: nn.Module, head: nn.Module, classes: int, config: Config):
+        super().__init__(encoder, frozen=protocol != "finetune", config=config)
+        self.name, self.head, self.classes = protocol, head, classes
+        self.origin = digest(encoder) if self.frozen else digest(encoder) + digest(head)
+        self.features = pooled_features if isinstance(head, LinearHeads) else token_features
 
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
         if self.frozen:
