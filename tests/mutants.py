@@ -2538,7 +2538,7 @@ plumbing/coco.py tests/test_dense_protocols.py::test_a_mask_that_cannot_be_drawn
 + all(is_number(x) for x in polygon)
 
 plumbing/coco.py tests/test_dense_protocols.py::test_a_mask_that_cannot_be_drawn_is_one_line_before_any_training
-- if masks and row.get("segmentation"):
+- if masks and segmentation:
 + if False:
 
 plumbing/coco.py tests/test_dense_protocols.py::test_what_is_no_segmentation_of_coco_is_refused
