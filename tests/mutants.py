@@ -2517,6 +2517,10 @@ plumbing/coco.py tests/test_coco.py::test_masks_and_classes_of_pixels
 - key=lambda n: (not objects.crowd[n], -masks[n].sum())
 + key=lambda n: (not objects.crowd[n], masks[n].sum())
 
+plumbing/coco.py tests/test_coco.py::test_masks_and_classes_of_pixels
+- key=lambda n: (not objects.crowd[n], -masks[n].sum())
++ key=lambda n: (not objects.crowd[n], -masks[n].sum(), -n)
+
 plumbing/coco.py tests/test_coco.py::test_a_polygon_has_the_pixels_that_pycocotools_gives_it
 - np.add.at(turns, (row, column - first), 1)
 + turns[row, column - first] += 1
