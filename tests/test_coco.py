@@ -147,7 +147,8 @@ def test_masks_and_classes_of_pixels(tmp_path):
     assert (data.class_map(2) == 2).sum() == 600
     data.objects[2].crowd[1] = False  # the smaller one of two objects is in front
     assert (data.class_map(2) == 1).sum() == 300
-    data.objects[2].segmentations[1], data.objects[2].boxes[1] = None, data.objects[2].boxes[0]  # of equal ones the later
+    data.objects[2].segmentations[1] = None
+    data.objects[2].boxes[1] = data.objects[2].boxes[0]  # the later of equal ones
     assert (data.class_map(2) == 1).sum() == 600 and not (data.class_map(2) == 2).any()
     with pytest.raises(ValueError, match="run lengths"):
         data.masks(0)
