@@ -1,10 +1,8 @@
-"""What every method shares: patches, vision transformer, Mobile-Former, masked autoencoder, and the training loop.
+"""What every method shares: patches, `ViT`, `MobileFormer`, `MaskedAutoencoder`, and the loop, `fit`.
 
 Axis letters of shape comments; a file with letters of its own names them:
     B batch   V views   C channels   H W height, width   N patches   M visible ones   D width of a token
     P values of a patch (p p C)   d width of a head, of a decoder, or of Mobile-Former's tokens
-
-Five sections, each to be read alone: patches, `ViT`, `MobileFormer`, `MaskedAutoencoder`, and the loop, `fit`.
 
 Images are float tensors in [0, 1] everywhere. The encoder normalises them itself, with the mean and standard deviation
 that it carries, so that nobody who lifts it out can forget to. What a run needs besides, data, flags, run folders and
@@ -107,15 +105,13 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     No fused kernel has one: neither that of CPUs nor those of GPUs. torch's own plain form has, but computes in float32
     what is in bf16, so this is the attention of energies on every device.
     """
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    scores = q.contiguous() * q.shape[-1] ** -0.5 @ k.contiguous().transpose(-2, -1)  # (B, heads, M, N)
+    short = scores.dtype == torch.bfloat16 and scores.shape[-1] < 32  # CPUs take such rows one number at a time
+    return scores.softmax(dim=-1, dtype=torch.float32 if short else None).to(v.dtype) @ v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v on (B, heads, N, d).
-
-    The fused kernel is the fastest on GPUs, and on CPUs in float32. In bf16 on CPUs it takes about six times as long as
-    the three plain steps (`python tests/bench.py attention` shows both).
-    """
+    """softmax(q k^T / sqrt(d)) v on (B, heads, N, d), by the fused kernel but in bf16 on CPUs, where that is slow."""
     if q.is_cuda or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)
     return attend_plainly(q, k, v)
@@ -137,7 +133,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attention=attend) -> Tensor:
         qkv = self.attn["qkv"](self.norm1(x))
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)  # each (B, heads, N, d)
+        q, k, v = rearrange(qkv, "b n (three h d) -> b h n three d", three=3, h=self.heads).unbind(3)  # (B, h, N, d)
         x = x + self.attn["proj"](rearrange(attention(q, k, v), "b h n d -> b n (h d)"))  # (B, N, D)
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))  # (B, N, D)
 
@@ -276,7 +272,8 @@ class DynamicReLU(nn.Module):
 
     def forward(self, x: Tensor, token: Tensor) -> Tensor:  # (B, C, H, W), (B, d)
         a, b = hard_sigmoid(self.slopes(F.relu(self.hidden(token))))[..., None, None].chunk(2, dim=1)  # (B, C, 1, 1)
-        return torch.maximum(2 * a * x, (2 * b - 1) * x)
+        a, b = 2 * a, 2 * b - 1
+        return torch.minimum(a, b) * x + (a - b).abs() * F.relu(x)  # a maximum of maps has a slow backward pass
 
 
 class Mobile(nn.Module):
@@ -291,8 +288,7 @@ class Mobile(nn.Module):
         self.down = kind == "down"
         self.skip = not self.down and inputs == outputs
         if self.down:
-            self.widen = conv(inputs, expanded, 3, stride=2, groups=inputs)
-            self.narrow = conv(expanded, outputs)
+            self.widen, self.narrow = conv(inputs, expanded, 3, stride=2, groups=inputs), conv(expanded, outputs)
             self.widen2, self.narrow2 = conv(outputs, 4 * outputs, 3, groups=outputs), conv(4 * outputs, outputs)
         else:
             self.widen, self.depthwise = conv(inputs, expanded), conv(expanded, expanded, 3, groups=expanded)
@@ -452,8 +448,9 @@ class Reconstruction(typing.NamedTuple):
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each patch with zero mean and unit (unbiased) variance, and that mean and standard deviation (B, N, 1)."""
-    mean, std = patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / std, mean, std
+    centred = patches - (mean := patches.mean(dim=-1, keepdim=True))
+    std = (centred.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1) + 1e-6).sqrt()  # `var` is slow
+    return centred / std, mean, std
 
 
 def reconstruction_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -500,8 +497,10 @@ class MaskedAutoencoder(nn.Module):
 
     def target(self, images: Tensor) -> Tensor:
         """The pixels to predict: images (B, 3, H, W) in [0, 1] -> (B, N, P)."""
-        patches = patchify(self.encoder.normalize(images), self.encoder.patch)
-        return normalize_patches(patches)[0] if self.norm_pixels else patches
+        return self.target_of(patchify(self.encoder.normalize(images), self.encoder.patch))
+
+    def target_of(self, patches: Tensor) -> Tensor:
+        return normalize_patches(patches)[0] if self.norm_pixels else patches  # (B, N, P)
 
     def decode(self, encoded: Tensor, visible: Tensor) -> Tensor:
         """CLS and visible tokens (B, 1 + M, D) with their patch index (B, M) -> predicted patches (B, N, P)."""
@@ -522,16 +521,17 @@ class MaskedAutoencoder(nn.Module):
 
         Raises ValueError where the rows of the mask do not hide the same number of patches.
         """
-        tokens = self.encoder.embed(images)  # (B, N, D)
-        batch, patches = tokens.shape[:2]
-        masked = round(self.mask_ratio * patches) if mask is None else int(mask[0].sum())
+        encoder, patches = self.encoder, patchify(self.encoder.normalize(images), self.encoder.patch)  # (B, N, P)
+        batch, count = patches.shape[:2]
+        masked = round(self.mask_ratio * count) if mask is None else int(mask[0].sum())
         if mask is None:
-            mask = random_mask(batch, patches, self.mask_ratio, device=images.device)
+            mask = random_mask(batch, count, self.mask_ratio, device=images.device)
         elif not (mask.sum(dim=1) == masked).all():
             raise ValueError("the rows of a mask must hide the same number of patches, these differ")
-        visible = visible_patches(mask, patches - masked)  # (B, M)
-        encoded, hidden = self.encoder.encode(take(tokens, visible), hidden=True)
-        return Reconstruction(self.decode(encoded, visible), self.target(images), mask, encoded, hidden)
+        visible = visible_patches(mask, count - masked)  # (B, M)
+        tokens = encoder.patch_embed["proj"](take(patches, visible)) + encoder.positions[visible]  # (B, M, D)
+        encoded, hidden = encoder.encode(tokens, hidden=True)
+        return Reconstruction(self.decode(encoded, visible), self.target_of(patches), mask, encoded, hidden)
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:

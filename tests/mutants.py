@@ -95,11 +95,11 @@ plumbing/decoding.py tests/test_decoding.py::test_what_lies_below_a_crop_is_not_
 + int(lowest) - 8
 
 plumbing/decoding.py tests/test_decoding.py::test_what_lies_below_a_crop_is_not_decoded_and_changes_no_bit
-- code in (0xC0, 0xC1)
-+ code in (0xC0, 0xC1, 0xC2)
+- if marker in (b"\xff\xc0", b"\xff\xc1") else frame
++ if marker in (b"\xff\xc0", b"\xff\xc2") else frame
 
 plumbing/decoding.py tests/test_decoding.py::test_a_jpeg_with_a_scan_for_each_colour_is_decoded_whole
-- if frame and data[at + 4] == data[frame + 9]:
+- if frame and marker == b"\xff\xda" and data[at + 4 : at + 5] == data[frame + 9 : frame + 10]:
 + if frame:
 
 plumbing/crops.py tests/test_crops.py::test_crop_box_of_one_file_is_that_of_crop_boxes_to_the_last_bit
@@ -552,20 +552,32 @@ common.py tests/test_common.py::test_random_mask_has_exact_counts_in_each_row
 + rank > noise.shape[1] - round(
 
 common.py tests/test_ebm_pretrain.py::test_a_swin_block_is_attention_between_the_cells_of_a_window
-- "b n (three h d) -> three b h n d"
-+ "b n (h three d) -> three b h n d"
+- "b n (three h d) -> b h n three d"
++ "b n (h three d) -> b h n three d"
 
 common.py tests/test_mobile_former.py::test_a_block_does_what_the_released_one_does
-- (2 * b - 1) * x
-+ 2 * b * x
+- 2 * a, 2 * b - 1
++ 2 * a, 2 * b
+
+common.py tests/test_mobile_former.py::test_dynamic_relu_and_its_gradient_are_those_of_a_maximum
+- (a - b).abs() * F.relu(x)
++ (a - b) * F.relu(x)
+
+common.py tests/test_common.py::test_short_rows_in_half_precision_have_a_softmax_in_float32
+- torch.float32 if short else None
++ None
+
+common.py tests/test_common.py::test_visible_tokens_and_their_gradients_are_those_of_the_whole_image
+- encoder.positions[visible]  # (B, M, D)
++ encoder.positions[: visible.shape[1]]  # (B, M, D)
 
 common.py tests/test_mobile_former.py::test_weights_start_as_in_the_released_network
 - module.kernel_size[0] ** 2 * module.out_channels
 + module.kernel_size[0] ** 2 * module.in_channels
 
 common.py tests/test_common.py::test_autoencoder_target_is_normalized_patch_by_patch
-- patches.var(dim=-1, keepdim=True)
-+ patches.var(dim=-1, keepdim=True, correction=0)
+- (patches.shape[-1] - 1)
++ patches.shape[-1]
 
 plumbing/processes.py tests/test_ebm_pretrain.py::test_two_processes_have_the_step_size_and_the_gradients_of_one
 -         x /= world_size()
@@ -2068,8 +2080,8 @@ common.py tests/test_golden.py::test_ours_equals_the_official_number
 + nn.LayerNorm(decoder_dim, eps=2e-6)
 
 common.py tests/test_golden.py::test_ours_equals_the_official_number
-- (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-+ patches.var(dim=-1, keepdim=True).sqrt() + 1e-6
+- (patches.shape[-1] - 1) + 1e-6).sqrt()
++ (patches.shape[-1] - 1)).sqrt() + 1e-6
 
 common.py tests/test_golden.py::test_float64_keeps_its_digits_forwards_and_backwards
 - torch.promote_types(prediction.dtype, torch.float32)

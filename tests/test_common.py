@@ -29,6 +29,7 @@ from common import (
     random_mask,
     reconstruction_loss,
     sincos_positions,
+    take,
     unpatchify,
 )
 from plumbing.errors import UserError
@@ -167,6 +168,17 @@ def test_attend_matches_the_fused_kernel(batch, heads, tokens, width, seed):
     torch.testing.assert_close(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
+def test_short_rows_in_half_precision_have_a_softmax_in_float32():
+    """Only there is it faster on CPUs; its gradient shows it, which is one of rounded weights otherwise."""
+    for tokens, precise in ((17, True), (32, False)):
+        q, k, v = torch.randn(3, 2, 3, tokens, 8, generator=generator(0)).bfloat16()
+        q = q.requires_grad_()
+        scores = q * 8**-0.5 @ k.transpose(-2, -1)
+        want = (scores.float() if precise else scores).softmax(dim=-1).bfloat16() @ v
+        (gradient,), (wanted,) = (torch.autograd.grad(x.float().sin().sum(), q) for x in (attend(q, k, v), want))
+        assert torch.equal(gradient, wanted), tokens
+
+
 def test_vit_rejects_sizes_that_do_not_divide():
     with pytest.raises(UserError, match="image size 10 x 10 is not a multiple of the patch size 4"):
         vit(image_size=10)
@@ -203,6 +215,19 @@ def test_autoencoder_puts_visible_tokens_back_in_their_places():
             token = model.mask_token[0, 0] if mask[b, n] else model.decoder_embed(next(tokens))
             want = model.decoder_head(model.decoder_norm(token + model.decoder_positions[n]))
             torch.testing.assert_close(out.prediction[b, n], want)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_visible_tokens_and_their_gradients_are_those_of_the_whole_image(learned):
+    """Only visible patches are embedded; He et al. 2022 embed all and then choose."""
+    model = MaskedAutoencoder(vit(learned_positions=learned), 8, 1, 2, mask_ratio=0.5).double()
+    images = rand(2, 3, 8, 8).double()
+    mask = torch.tensor([[True, False, True, False], [False, True, True, False]])
+    encoder, visible = model.encoder, torch.tensor([[1, 3], [0, 3]])
+    whole = encoder.encode(take(encoder.embed(images), visible))
+    outs, parameters = (model(images, mask).encoded, whole), [*encoder.parameters()]
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*[torch.autograd.grad(out.sin().sum(), parameters) for out in outs])
 
 
 def test_autoencoder_draws_masks_of_its_ratio():

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from make import rand, randn, seeds
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import MOBILE_FORMERS, LiteBottleneck, Method, MobileFormer, MobileFormerBlock, cross_attention
+from common import (
+    MOBILE_FORMERS,
+    DynamicReLU,
+    LiteBottleneck,
+    Method,
+    MobileFormer,
+    MobileFormerBlock,
+    cross_attention,
+    hard_sigmoid,
+)
 from plumbing.encoders import load_encoder, save_encoder
 from plumbing.errors import UserError
 from plumbing.probes import pooled_features
@@ -31,6 +40,17 @@ def shaken(module, seed=0):
             noise = randn(*value.shape, seed=seed + i)
             value.copy_(noise.abs() + 0.5 if name.endswith("running_var") else 0.5 * noise)
     return module
+
+
+def test_dynamic_relu_and_its_gradient_are_those_of_a_maximum():
+    """Mobile-Former (Chen et al. 2022): max(a x, b x), here as one sum; also where a = b, and where a < b."""
+    relu = shaken(DynamicReLU(8, 6))
+    relu.slopes.bias.data[:] = torch.tensor([1.0, -1, 2, 0, 3, -9, 1, 1, -2, 3, 0.5, 3])  # -9, 3: a = 0, b = 1
+    x, token = randn(2, 6, 3, 3).double().requires_grad_(), randn(2, 8).double().requires_grad_()
+    a, b = hard_sigmoid(relu.slopes(F.relu(relu.hidden(token))))[..., None, None].chunk(2, dim=1)
+    outs = relu(x, token), torch.maximum(2 * a * x, (2 * b - 1) * x)
+    torch.testing.assert_close(*outs)
+    torch.testing.assert_close(*[torch.autograd.grad(out.sin().sum(), [x, token]) for out in outs])
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
