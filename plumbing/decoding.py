@@ -57,12 +57,13 @@ TURNS = {  # EXIF orientation: what makes the picture upright
 # --- from a file to pixels -------------------------------------------------------------------------------------------
 
 
-def decode_image(path, size: int, crop=(0.08, 1.0), draws=(None,), max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_image(path, size: int, crop=(0.08, 1.0), draws=(None,), max_pixels: int = MAX_PIXELS, whole=False) -> Tensor:
     """Read one image file -> uint8 (V, 3, size, size): a random resized crop for each of `crop_draws`.
 
     For None it is the centre square.
     JPEG, PNG and WebP; grey, palette, CMYK, 16-bit and turned (EXIF) files come out as upright RGB. `crop` is a `Crop`,
-    or the least and largest share of the image. Bicubic, unless it says otherwise.
+    or the least and largest share of the image. Bicubic, unless it says otherwise. With `whole` rows below the
+    crops are decoded too.
     Raises what `open_picture` does.
     """
     *scale, interpolation, clamp = Crop(*crop)
@@ -80,10 +81,15 @@ def decode_image(path, size: int, crop=(0.08, 1.0), draws=(None,), max_pixels: i
         shrink = min(min(h, w) for _, _, h, w in boxes) / size
         if shrink >= 2:  # let the decoder of JPEG skip what the crops would throw away; others have no draft
             image.draft("RGB", (int(image.size[0] / shrink), int(image.size[1] / shrink)))
-        elif turn == 1:
+        elif turn == 1 and not whole:
             lowest = max(top + h + 2 * max(1, h / size) for top, _, h, _ in boxes)  # so far the bicubic kernel reaches
             cut_below(image, int(lowest) + 32)  # and the decoder's own, of colours, a few rows
-        upright = to_rgb(image)
+        try:
+            upright = to_rgb(image)
+        except OSError:  # damage that the decoder overlooks in a whole picture may stop it in a part
+            if whole:
+                raise
+            return decode_image(path, size, crop, draws, max_pixels, whole=True)
     if turn in TURNS:
         upright = upright.transpose(TURNS[turn])
     sx, sy = upright.width / width, upright.height / height  # less than 1 after draft
@@ -103,11 +109,11 @@ def cut_below(image: Image.Image, rows: int):
     if image.format != "JPEG" or rows >= image.height:
         return
     with image.fp.getbuffer() as data:
-        at, frame = 2, 0
-        while (code := data[at + 1]) != 0xDA:  # of the header, as `split_jpeg` leaves it
-            frame = at if code in (0xC0, 0xC1) else frame  # sequential
+        at, frame = 2, 0  # the header is as `split_jpeg` leaves it; a damaged one is none of ours
+        while (marker := bytes(data[at : at + 2]))[:1] == b"\xff" and marker != b"\xff\xda":
+            frame = at if marker in (b"\xff\xc0", b"\xff\xc1") else frame  # sequential
             at += 2 + int.from_bytes(data[at + 2 : at + 4])
-        if frame and data[at + 4] == data[frame + 9]:
+        if frame and marker == b"\xff\xda" and data[at + 4 : at + 5] == data[frame + 9 : frame + 10]:
             data[frame + 5 : frame + 7] = rows.to_bytes(2)
             image.tile = [image.tile[0]._replace(extents=(0, 0, image.width, rows))]
 

@@ -383,6 +383,13 @@ def test_what_lies_below_a_crop_is_not_decoded_and_changes_no_bit(tmp_path, monk
     assert image.tile[0].extents == (0, 0, 150, 200 if "progressive" in kind else 80)
 
 
+def test_a_picture_that_fails_only_in_part_is_decoded_whole(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(encoded(noise(), "JPEG"))
+    want = decode_image(tmp_path / "a.jpg", 30)
+    monkeypatch.setattr(plumbing.decoding, "cut_below", lambda image, _: image.fp.truncate(500))
+    assert torch.equal(decode_image(tmp_path / "a.jpg", 30), want)
+
+
 def test_a_jpeg_with_a_scan_for_each_colour_is_decoded_whole(tmp_path):
     (tmp_path / "a.jpg").write_bytes(encoded(noise(), "JPEG"))
     image = open_picture(tmp_path / "a.jpg")
