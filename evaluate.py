@@ -28,6 +28,8 @@ pictures     what there is to see                                           figu
 finola       FINOLA's curvature, differential equations and embeddings      finola_figures.py
 energy       chains of an energy, what they leave of the error              energy_figures.py
 hypergradient  gradients of MLO-MAE's masks beside that of its real cycle   hypergradient.py
+layers       which neighbours images keep from block to block               layers.py
+relatives    what tells MixedAE the relatives of a patch: pictures or codes  relatives.py
 features     features of every picture, in files                            features.py
 export       weights for timm                                               export.py
 
@@ -56,13 +58,9 @@ from plumbing.settings import flag_parser, given_flags
 from plumbing.tables import format_table
 from protocols.compare import check_comparison, compare
 from protocols.dense import data_of, fitted_to, run_any
-from protocols.energy_figures import draw_energy
+from protocols.drawing import BESIDE, DRAWING
 from protocols.export import export_encoder
-from protocols.features import write_features
-from protocols.figures import draw_pictures
-from protocols.finola_figures import draw_finola
 from protocols.heads import width_of
-from protocols.hypergradient import draw_hypergradient
 from protocols.rows import Subject
 from protocols.run_folders import check_finished, check_labels, check_tests, note_other_pictures, notes_on, record
 from protocols.settings import PROTOCOLS, RECIPES, Config, settings_of
@@ -70,8 +68,6 @@ from protocols.training import applies, folder_of, trains_on_images
 
 HELP = ("python evaluate.py RUN [RUN ...] [--protocol NAME ...] [--any-field value]",)
 HELP += (f"Protocols: {' '.join(PROTOCOLS)}. Recipes change defaults: RUN --protocol NAME --help shows what holds.",)
-DRAWING = {"pictures": draw_pictures, "finola": draw_finola, "energy": draw_energy, "features": write_features}
-DRAWING |= {"hypergradient": draw_hypergradient}
 
 
 def evaluate(argv: list):
@@ -213,15 +209,18 @@ def run_all(configs: dict, subjects: list, table: dict, run_folder: Path, known:
     for protocol, config in configs.items():
         started, results = time.perf_counter(), {}
         if protocol in DRAWING:
-            draw = functools.partial(DRAWING[protocol], run_folder, known, subjects[0], config)
+            several = protocol in BESIDE
+            looked_at = subjects if several else subjects[0]
+            draw = functools.partial(DRAWING[protocol], run_folder, known, looked_at, config)
             with plain_style():
                 written, found = on_rank_zero(draw)
             for path in written if rank() == 0 else ():
                 print(f"wrote {path}")
             if not found:
                 continue
-            results["trained"] = found
-            table["trained"] |= found
+            results = found if several else {"trained": found}
+            for name, values in results.items():
+                table[name] |= values
         for subject in subjects if protocol not in DRAWING else ():
             if applies(protocol, subject, config):
                 found = run_any(protocol, subject, config)

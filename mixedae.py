@@ -324,10 +324,11 @@ class MixedAE(Method):
             weights = scores.softmax(dim=-1)
         return weights @ v, accuracy, weights if look else None
 
-    def encode(self, tokens: Tensor, slots: Tensor, look: bool = False) -> tuple[Tensor, list]:
+    def encode(self, tokens: Tensor, slots: Tensor, look: bool = False, codes=None) -> tuple[Tensor, list]:
         """Run the encoder on tokens (B, M, D) of images in the slots (B, M) of their groups -> (B, 1 + M, D).
 
-        Also gives what `attention` found in each of `special_blocks`; the other blocks have plain attention.
+        Also gives what `attention` found in each of `special_blocks`; the other blocks have plain attention. `codes`
+        (B, M) are slots whose segment codes the tokens get, in place of those of their own.
         """
         config, vit, found = self.config, self.encoder, []
 
@@ -336,7 +337,8 @@ class MixedAE(Method):
             found.append(what)
             return out
 
-        segment = F.pad(self.segments[slots], (0, 0, 1, 0)).to(tokens.dtype)  # (B, 1 + M, D), 0 for the CLS token
+        segment = self.segments[slots if codes is None else codes].to(tokens.dtype)  # (B, M, D)
+        segment = F.pad(segment, (0, 0, 1, 0))  # (B, 1 + M, D), 0 for the CLS token
         x = torch.cat([vit.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         for i, block in enumerate(vit.blocks):
             if config.segment == "every" or (config.segment == "first" and i == 0):

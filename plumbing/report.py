@@ -17,7 +17,7 @@ from plumbing.pictures import plain_style
 from plumbing.run_files import data_name, measured, read_evaluations, read_log, read_settings, sound
 from plumbing.tables import table_rows
 
-FOLDERS = (".", "pictures", "finola", "energy", "hypergradient")  # of a run, where there may be pictures
+FOLDERS = (".", "pictures", "finola", "energy", "hypergradient", "layers")  # of a run, where there may be pictures
 UNSHOWN = ("curves.png", "compare.png")  # drawn anew; of other runs too
 MOST = 60  # pictures
 ROOM = 1_300_000  # bytes of all pictures together, before base64 makes four of three

@@ -17,13 +17,16 @@ COLUMNS = {  # what a result is called, and its digits; another one goes by its 
     "davies_bouldin": ("Davies-Bouldin", 2),
     "cosine_ratio": ("cosine ratio", 3),
     "cosine_gap": ("cosine gap", 3),
+    "neighbours_kept": ("neighbours kept", 3),
+    "rank_of_last": ("rank of last block", 1),
+    "homologous": ("homologous keys", 3),
     "miou": ("mean IoU", 1),
     "pixel_accuracy": ("pixel accuracy", 1),
 }
 ROWS = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
 ROWS |= {"started": "encoder at the start"}  # of a run with --start
 UNTITLED = ("same_class_cosine", "other_class_cosine", "restored_lower_", "clean_lower_")  # not shown
-UNTITLED += ("norm_of_", "iou_")
+UNTITLED += ("norm_of_", "iou_", "block_", "case_")
 
 
 def column_of(name: str) -> tuple[str, int]:

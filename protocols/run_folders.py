@@ -15,7 +15,7 @@ from protocols.settings import Config
 from protocols.training import trains_on_images
 
 TESTED = ("knn", "linear", "clusters", "tran1", "tran4", "finetune")  # protocols that --test-data is for
-UNLABELLED = ("pictures", "finola", "energy", "features", "export")  # protocols that ask for no labels
+UNLABELLED = ("pictures", "finola", "energy", "layers", "relatives", "features", "export")  # these ask for no labels
 
 
 def note_other_pictures(run_folder: Path, listing: bytes):

@@ -10,8 +10,8 @@ from plumbing.errors import UserError, unknown
 from plumbing.processes import note, world_size
 from plumbing.settings import TrainConfig, check_batch, check_least, check_positive, flag, in_proportion
 
-PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "hypergradient", "tran1", "tran4", "finetune")
-PROTOCOLS += ("segment", "detect", "features", "export")
+PROTOCOLS = ("knn", "linear", "clusters", "pictures", "finola", "energy", "hypergradient", "layers", "relatives")
+PROTOCOLS += ("tran1", "tran4", "finetune", "segment", "detect", "features", "export")
 DENSE_PROTOCOLS = ("segment", "detect")  # those whose answers lie in places of a picture: protocols/dense.py
 USUAL = ("knn", "linear")
 
@@ -30,7 +30,7 @@ class Config(TrainConfig):
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
     out: str = ""  # folder of what the protocols write, by default RUN; eval.jsonl is always in RUN
-    probe_images: int = 0  # knn, linear, clusters, finola, energy: most images of each split to take, 0 for all
+    probe_images: int = 0  # knn to relatives: most images of each split to take, 0 for all
     untrained: bool = False  # also evaluate the same architecture with random weights
     pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters, segment)
     scratch: bool = False  # finetune: start from random weights alone
@@ -38,7 +38,7 @@ class Config(TrainConfig):
     tokens: bool = False  # features: of every patch or place (N, T, D), instead of one vector an image
     map: Literal["pca", "tsne"] = "pca"  # pictures: features in principal components; tsne draws them by t-SNE as well
     perplexity: float = 40.0  # pictures, --map tsne: how many neighbours a point has, about
-    k: int = 10  # knn: number of neighbours
+    k: int = 10  # knn, layers: number of neighbours
     metric: Literal["euclidean", "cosine"] = "euclidean"  # knn: euclidean is MAGMA's
     vote: Literal["one", "distance"] = "one"  # knn: what a neighbour's vote weighs, 1 or 1 / distance (MAGMA's code)
     crop_clamp: bool = False  # crops: cut a box that does not fit, as MAE's linear probe does, instead of a new draw
@@ -201,7 +201,8 @@ RECIPES["detect"] = {
     | {"head": "plain", "queries": 10, "base_lr": 8e-3, "batch_size": 32, "epochs": 30, "epoch_steps": 100}
     | {"milestones": (), "warmup_epochs": 1, "crop_min": 1.0, "dropout": 0.0},
 }
-DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}  # of protocols without a recipe: what is not Config's
+# Of protocols without a recipe: what is not Config's. Half precision would shuffle neighbours.
+DEFAULTS = {"features": {"amp": "off", "batch_size": 32}, "layers": {"amp": "off"}}
 OWN_RECIPE = {  # of a method's own paper; others take MAE's, the field's common ground
     "linear": {"magma": "magma", "finola": "finola"},
     "finetune": {"finola": "finola", "ebm_pretrain": "ebm", "mixedae": "mixedae"},
