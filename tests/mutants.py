@@ -26,6 +26,90 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120  # seconds, for a mutant may make a test wait for ever; more where the machine is slow (`main`)
 
 MUTANTS = r"""
+protocols/layers.py tests/test_layers.py::test_each_block_has_its_neighbours_and_its_rank
+- image_features(block.float())
++ block.float().mean(dim=1)
+
+protocols/layers.py tests/test_layers.py::test_each_block_has_its_neighbours_and_its_rank
+- "last": shared(near[i], near[-1])
++ "last": shared(near[i], near[i + 1])
+
+protocols/layers.py tests/test_layers.py::test_each_block_has_its_neighbours_and_its_rank
+- "rank_centred": effective_rank(centred)
++ "rank_centred": effective_rank(layer)
+
+protocols/layers.py tests/test_layers.py::test_neighbours_are_the_nearest_others
+- distances[torch.arange(len(rows)), rows] = math.inf
++ distances[0, rows[0]] = math.inf
+
+protocols/layers.py tests/test_layers.py::test_neighbours_are_the_nearest_others
+-     z = z - z.mean(dim=0)
++     z = z - 0
+
+protocols/layers.py tests/test_layers.py::test_what_is_shared_is_in_both_lists_in_any_order
+- (a[:, :, None] == b[:, None]).any(dim=2)
++ (a == b)
+
+protocols/layers.py tests/test_layers.py::test_features_that_are_not_finite_have_no_neighbours
+- if not all(bool(layer.isfinite().all()) for layer in layers):
++ if not layers:
+
+protocols/layers.py tests/test_layers.py::test_what_layers_cannot_be_about
+- if config.k >= len(chosen):
++ if config.k > len(chosen):
+
+protocols/layers.py tests/test_layers.py::test_a_run_is_shown_beside_its_untrained_encoder
+- if subject.encoder is not None]
++ ]
+
+protocols/settings.py tests/test_layers.py::test_a_run_is_shown_beside_its_untrained_encoder
+- "layers": {"amp": "off"}
++ "layers": {}
+
+plumbing/report.py tests/test_layers.py::test_a_run_is_shown_beside_its_untrained_encoder
+- "hypergradient", "layers")
++ "hypergradient")
+
+protocols/run_folders.py tests/test_layers.py::test_no_labels_are_needed
+- "energy", "layers", "relatives", "features"
++ "energy", "features"
+
+protocols/relatives.py tests/test_relatives.py::test_no_tokens_have_a_lower_loss_than_the_floor
+- math.exp(-(1 + 1 / (k - 1)) / temperature)
++ math.exp(-1 / temperature)
+
+mixedae.py tests/test_relatives.py::test_codes_of_others_change_what_is_encoded_and_nothing_else
+- self.segments[slots if codes is None else codes]
++ self.segments[slots]
+
+protocols/relatives.py tests/test_relatives.py::test_codes_that_drown_the_pictures_give_the_answer_alone
+- look(bare, mixture, owners, owners)
++ look(method, mixture, owners, owners)
+
+protocols/relatives.py tests/test_relatives.py::test_each_case_is_what_it_says
+- tokens[:, 0]  # (G, N, D) each
++ tokens[:, 1]  # (G, N, D) each
+
+protocols/relatives.py tests/test_relatives.py::test_each_case_is_what_it_says
+- look(method, mixture, drawn, owners)
++ look(method, mixture, owners, owners)
+
+protocols/relatives.py tests/test_relatives.py::test_each_case_is_what_it_says
+- sums[case] + groups * torch
++ sums[case] + torch
+
+protocols/relatives.py tests/test_relatives.py::test_each_case_is_what_it_says
+- plain_batches(chosen[order],
++ plain_batches(chosen,
+
+protocols/relatives.py tests/test_relatives.py::test_each_case_is_what_it_says
+-     torch.manual_seed(config.seed)
++     pass
+
+protocols/relatives.py tests/test_relatives.py::test_rows_stand_beside_each_other
+- method.encoder.load_state_dict(subject.encoder.state_dict())
++ pass
+
 tests/study.py tests/test_study.py::test_rows_are_settings_of_their_methods_alike_where_they_can_be
 - for lam in (64 / 256, 128 / 256))
 + for lam in (1.0, 1.0))
@@ -241,8 +325,8 @@ mixedae.py tests/test_mixedae.py::test_oracle_attention_equals_separate_encodes_
 + (1, 0, 0, 0), value=True)
 
 mixedae.py tests/test_mixedae.py::test_segments_are_added_to_the_patches_at_the_input_of_blocks
-- F.pad(self.segments[slots], (0, 0, 1, 0))
-+ F.pad(self.segments[slots], (0, 0, 0, 1))
+- F.pad(segment, (0, 0, 1, 0))
++ F.pad(segment, (0, 0, 0, 1))
 
 mixedae.py tests/test_mixedae.py::test_contrast_off_global_attention_and_no_segments_is_naive_mixing
 - mask = ~own_patches(assignment, k)
@@ -1348,8 +1432,8 @@ protocols/features.py tests/test_features.py::test_all_pictures_are_taken_and_la
 + if len(data.classes) > 0 and
 
 protocols/settings.py tests/test_features.py::test_precision_is_float32_unless_it_is_asked_for
-- DEFAULTS = {"features": {"amp": "off", "batch_size": 32}}
-+ DEFAULTS = {"features": {"amp": "bf16", "batch_size": 32}}
+- DEFAULTS = {"features": {"amp": "off",
++ DEFAULTS = {"features": {"amp": "bf16",
 
 plumbing/settings.py tests/test_features.py::test_the_settings_of_features_do_not_keep_an_older_run_from_going_on
 - FREE_FIELDS |= {"tokens", "test_data"}

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from make import MapEncoder, randn, shapes, subject_of, vit
+from make import MapEncoder, randn, shapes, subject_of, unlabelled, vit
 
 import evaluate
 from plumbing.encoders import save_encoder
 from plumbing.errors import UserError
 from plumbing.probes import effective_rank
 from protocols.layers import blocks_of, draw_layers, neighbours, shared
+from protocols.run_folders import check_labels
 from protocols.settings import Config
 
 
@@ -29,7 +30,7 @@ def in_common(a, b, k):
 
 
 def test_neighbours_are_the_nearest_others():
-    z = 1e6 + randn(11, 3)  # a large mean takes no digit
+    z = 1e9 + randn(11, 3)  # a large mean takes no digit
     expected = nearest(z, 4)
     for chunk in (0, 3):
         assert [set(row) for row in neighbours(z, 4, chunk).tolist()] == expected
@@ -78,6 +79,10 @@ def test_what_layers_cannot_be_about(tmp_path):
     with pytest.raises(UserError, match="--k 48 neighbours of 48 test images"):
         blocks_of(subject_of(vit()), Config(image_size=8, k=48))
     assert not list(tmp_path.iterdir())
+
+
+def test_no_labels_are_needed():
+    check_labels(["layers", "relatives"], unlabelled(4))
 
 
 def test_a_run_is_shown_beside_its_untrained_encoder(tmp_path, monkeypatch, capsys):

@@ -66,8 +66,11 @@ def test_each_case_is_what_it_says(monkeypatch):
     subject = Subject("trained", method.encoder, data, data, torch.device("cpu"))
     order = torch.randperm(7, generator=torch.Generator().manual_seed(3))
     pictures = data.images[order] / 255
-    batches = [(pictures[:4], None), (pictures[4:], None), (pictures[:1], None)]
-    monkeypatch.setattr(type(data), "plain_batches", lambda _, chosen, size: batches)
+
+    def batches(data, chosen, size):
+        return [(data.images[part] / 255, None) for part in (chosen[:4], chosen[4:], chosen[:1])]
+
+    monkeypatch.setattr(type(data), "plain_batches", batches)
     bare = tiny_mixedae(segment="off", temperature=0.5).eval()
     bare.load_state_dict(method.state_dict())
     expected = {case: [] for case in CASES}
