@@ -1,6 +1,7 @@
 """Which way MLO-MAE's masking network should go: the gradients that are taken for it, beside that of the real cycle.
 
-The real cycle makes steps of AdamW. Here they are written out, and autograd goes back through all of it.
+The real cycle makes steps of AdamW. Here they are written out, and autograd goes back through all of it. What a step
+along each of them is worth is in `mask_steps.py`.
 """
 
 import copy
@@ -23,6 +24,7 @@ from plumbing.files import load_checkpoint
 from plumbing.processes import by_itself
 from plumbing.run_files import data_name
 from protocols.figures import Album
+from protocols.mask_steps import look_at_steps, steps_chart
 from protocols.rows import Subject, method_for
 from protocols.settings import Config
 
@@ -41,7 +43,7 @@ OF_THE_LOOP += ("interpolation", "epoch_steps", "seed")
 
 
 def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: Config) -> tuple[list, dict]:
-    """Cosines of the gradients of some cycles, and a chart in a folder `hypergradient`; paths and figures."""
+    """Cosines of the gradients of some cycles, what steps along them do, and charts in a folder `hypergradient`."""
     data = dataclasses.replace(subject, test=subject.train)  # the images of the training
     method = method_for("hypergradient", "mlo_mae", data, run_folder, known, config)
     if method.config.objective != "mlo":
@@ -53,7 +55,8 @@ def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: 
     method.held_out, method.trained_on = split_labelled(subject.train, method.config)
     optimizer = optimizer_of(method, run_folder)
     with by_itself():
-        found = [gradients_of(method, optimizer, *batch) for batch in cycles_of(method, subject.train, config)]
+        batches = list(cycles_of(method, subject.train, config))
+        found = [gradients_of(method, optimizer, *batch) for batch in batches]
     cosines, norms = cosines_and_norms(found)
     album = Album(Path(config.out) / "hypergradient", f"gradients of the masks on {data_name(config.data)}")
     album.chart("cosines", chart_of(cosines, album.title))
@@ -63,15 +66,20 @@ def draw_hypergradient(run_folder: Path, known: dict, subject: Subject, config: 
     for i, name in enumerate(names):
         row = "".join(f"{value:>11.3f}" for value in cosines.mean(dim=0)[i].tolist())
         print(f"{name:<20}{row}{float(norms[:, i].mean()):>11.2g}   {format_row(cosines[:, i, last])}")
-    lr_encoder, _, lr_head, *_ = rates_of(method.config, optimizer)
+    rates = rates_of(method.config, optimizer)
+    lr_encoder, _, lr_head, *_ = rates
     share = sum(head_by_encoder(one["exact"], one["no_factors"], lr_encoder, lr_head) for one in found) / len(found)
     print(f"learning rates of encoder and head {lr_encoder:.3g} and {lr_head:.3g}")
     print(
         f"the head's term is {lr_head * share:.3f} times as long as the encoder's, without learning rates {share:.3f}"
     )
+    with by_itself():
+        changes, directions, steps = look_at_steps(method, optimizer, rates, batches, found, subject, config)
+    album.chart("steps", steps_chart(changes, directions, f"{album.title}: steps along them"))
     means = cosines.mean(dim=0)[:, last].tolist()
     figures = {f"cosine_of_{name}": value for name, value in zip(names, means, strict=True) if name in FORMS}
-    return album.written, figures | {f"norm_of_{n}": float(v) for n, v in zip(names, norms.mean(dim=0), strict=True)}
+    figures |= {f"norm_of_{n}": float(v) for n, v in zip(names, norms.mean(dim=0), strict=True)}
+    return album.written, figures | steps
 
 
 def optimizer_of(method: MultiLevelMAE, run_folder: Path):
@@ -79,7 +87,7 @@ def optimizer_of(method: MultiLevelMAE, run_folder: Path):
     optimizer, state = method.optimizer(method.config), load_checkpoint(run_folder / "last.pt").get("optimizer")
     try:
         optimizer.load_state_dict(state)
-        learned = [*method.autoencoder.parameters(), *method.head.parameters()]
+        learned = [*method.autoencoder.parameters(), *method.head.parameters(), *method.masking.parameters()]
         fits = all(optimizer.state[p]["exp_avg_sq"].shape == p.shape for p in learned)
     except (AttributeError, KeyError, TypeError, ValueError):
         fits = False
