@@ -10,7 +10,6 @@ from common import Stepper
 from protocols.hypergradient import gradients_of, rates_of
 from protocols.mask_steps import (
     READINGS,
-    SHORT,
     CycleAgain,
     changes_of,
     directions_of,
