@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from make import seeds, write_folders, write_tinyimagenet
 from PIL import Image
@@ -233,7 +233,10 @@ def test_every_opening_of_a_picture_names_the_formats():
     """In the tests too. Every other door of Pillow and matplotlib is closed."""
     found = 0
     for path in sorted(ROOT.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        text = path.read_text()
+        if not re.search(r"imread|getexif|exif_transpose|Image\s*\.\s*open", text):
+            continue  # parsing all takes seconds
+        for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
@@ -597,6 +600,7 @@ def damaged(content, draw):
     return bytes(content)
 
 
+@settings(max_examples=12)  # of eighteen files each
 @given(seeds)
 def test_a_damaged_file_decodes_or_is_refused_in_one_line(tmp_path_factory, seed):
     """And the check agrees with decoding: what it lets through does not stop a run."""

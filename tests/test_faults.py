@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,14 @@ def whole(tmp_path_factory):
     return find
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed in its second epoch: to be copied, not written into."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    assert run("magma", out, fault="kill", at=6)[0] == [-9]
+    return out
+
+
 # --- kills and signals -----------------------------------------------------------------------------------------------
 
 
@@ -107,10 +116,12 @@ def test_the_flags_cover_every_method():
     ("method", "ranks"), [*((method, 1) for method in FLAGS), ("finola", 2), ("ebm_pretrain", 2), ("mlo_mae", 2)]
 )
 def test_a_killed_run_resumes_to_the_same_weights(method, ranks, whole, tmp_path):
-    """SIGKILL after a step, and in the middle of writing a file; four kills in one run, two of two processes."""
+    """SIGKILL after a step, and in the middle of writing a file; four kills in a run of MAGMA, fewer in the others'."""
     steps = 3 if method == "mlo_mae" else 5
     kills = [("kill", 1), ("half", 1), ("kill", steps + 1), ("half", 2)]
-    for i, (fault, at) in enumerate(kills if ranks == 1 else kills[1:3]):
+    if method != "magma":  # what is written differs, how it is written does not
+        kills = kills[1:3] if ranks == 1 else kills[2:3]
+    for i, (fault, at) in enumerate(kills):
         codes, texts = run(method, tmp_path / "run", *["--resume"] * (i > 0), fault=fault, at=at, ranks=ranks)
         assert codes[0] == -9, texts
     codes, texts = run(method, tmp_path / "run", "--resume", ranks=ranks)
@@ -207,9 +218,8 @@ def test_a_run_folder_has_one_writer(tmp_path):
         (lambda state: state["identity"].update(batch_size=16), "was trained otherwise (batch_size 16 -> 8)"),
     ],
 )
-def test_a_foreign_or_older_checkpoint_is_refused_and_not_touched(change, message, tmp_path):
-    out = tmp_path / "run"
-    assert run("magma", out, fault="kill", at=6)[0] == [-9]
+def test_a_foreign_or_older_checkpoint_is_refused_and_not_touched(change, message, killed, tmp_path):
+    out = shutil.copytree(killed, tmp_path / "run")
     state = load_checkpoint(out / "last.pt")
     change(state)
     torch.save(state, out / "last.pt")

@@ -391,23 +391,19 @@ def test_a_folder_with_anything_in_it_is_not_written_to(left, tmp_path):
     ("part", "value"),
     [("step", -3), ("step", "x"), ("step", None), ("step", 2.0), ("step", True), ("identity", []), ("identity", None)],
 )
-def test_a_checkpoint_without_step_or_identity_is_refused(part, value, tmp_path):
-    fit_magma(tmp_path / "run", "--probe-every", "0")
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
-    torch.save(state | {part: value}, tmp_path / "run" / "last.pt")
+def test_a_checkpoint_without_step_or_identity_is_refused(part, value, changed_run):
+    torch.save(load_checkpoint(changed_run / "kept.pt") | {part: value}, changed_run / "last.pt")
     with pytest.raises(UserError, match=r"last\.pt is not a checkpoint of a run"):
-        fit_magma(tmp_path / "run", "--probe-every", "0", "--resume")
+        fit_magma(changed_run, "--probe-every", "0", "--resume")
 
 
 ODD = st.sampled_from([None, -1, 10**9, "x", [], {}, [1], {"loss": "x"}, {"loss": None}, {3: 4}, float("nan"), True])
 
 
-def test_a_checkpoint_of_more_steps_than_the_run_has_is_refused(tmp_path):
-    fit_magma(tmp_path / "run", "--probe-every", "0")
-    state = load_checkpoint(tmp_path / "run" / "last.pt")
-    torch.save(state | {"step": 10**9}, tmp_path / "run" / "last.pt")
+def test_a_checkpoint_of_more_steps_than_the_run_has_is_refused(changed_run):
+    torch.save(load_checkpoint(changed_run / "kept.pt") | {"step": 10**9}, changed_run / "last.pt")
     with pytest.raises(UserError, match=r"last\.pt is at step 1000000000 of 20; choose another folder by --out"):
-        fit_magma(tmp_path / "run", "--probe-every", "0", "--resume")
+        fit_magma(changed_run, "--probe-every", "0", "--resume")
 
 
 @settings(max_examples=15)
