@@ -627,6 +627,74 @@ protocols/hypergradient.py tests/test_hypergradient.py::test_what_level_three_se
 - "epoch_steps", "seed")
 + "epoch_steps",)
 
+protocols/mask_steps.py tests/test_mask_steps.py::test_a_short_step_does_what_the_derivative_says
+- (cycle.losses(short, last=True) - last) / SHORT
++ (cycle.losses(short)[:1] - last) / SHORT
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_a_short_step_does_what_the_derivative_says
+- zip(self.masking.items(), parts, strict=True)}, -1)
++ zip(self.masking.items(), parts, strict=True)}, 1)
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_a_short_step_does_what_the_derivative_says
+- direction.double() / direction.double().norm()
++ direction.double()
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_a_short_step_does_what_the_derivative_says
+- "before": found[i - 1]["exact"]
++ "before": found[i]["exact"]
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_a_short_step_does_what_the_derivative_says
+- mix_seed(seed, i, 7)
++ mix_seed(seed, 7)
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_the_cycle_that_is_done_again_is_that_of_the_training
+- method.train_head(*self.training, Stepper
++ method.train_head(*self.validation, Stepper
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_the_cycle_that_is_done_again_is_that_of_the_training
+- group["lr"] = rate
++ group["lr"] = rate / 2
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_a_far_step_is_as_long_as_one_of_the_training
+- first, second = (1 - beta ** float(state["step"]) for beta in group["betas"])
++ first, second = 1, 1
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_the_table_and_the_chart
+- (spread / count).sqrt()
++ spread.sqrt()
+
+protocols/mask_steps.py tests/test_mask_steps.py::test_the_table_and_the_chart
+- (changes < 0).double()
++ (changes > 0).double()
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_energies_go_down_by_step_and_by_line
+- (energy[:, 1:] < energy[:, :-1])
++ (energy[:, 1:] < energy[:, :1])
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_energies_go_down_by_step_and_by_line
+- float((steps < 0).all(dim=1).float().mean())
++ float((steps < 0).float().mean())
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_what_the_protocol_measures
+- method.energy(corrupted + share * lost)
++ method.energy(clean - share * lost)
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_what_the_protocol_measures
+- method.energy(corrupted + lost.roll(1, 0))
++ method.energy(clean + lost.roll(1, 0))
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_what_the_protocol_measures
+- cosine(chain[1] - corrupted, lost)
++ cosine(chain[-1] - corrupted, lost)
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_the_table_is_about_the_steps_of_the_training
+- {percent(downhill[:steps])} % of the images
++ {percent(downhill)} % of the images
+
+protocols/energy_figures.py tests/test_energy_figures.py::test_a_chain_is_at_least_as_long_as_that_of_the_training
+- max(CHAIN, method.config.steps)
++ CHAIN
+
 mlo_mae.py tests/test_mlo_mae.py::test_both_orders_of_differentiation_agree
 - (x * direction[name]).sum() for name, x
 + x.sum() for name, x
