@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common import ViT
-from magma import image_features
+from magma import image_features, manifold_loss
 from plumbing.curves import panels
 from plumbing.errors import UserError
 from plumbing.probes import effective_rank, features_of, labelled, moderate, smallest
@@ -23,7 +23,8 @@ from protocols.rows import Subject
 from protocols.settings import Config
 
 SHOWN = {"next": "shared with the next block", "last": "shared with the last block", "rank": "effective rank"}
-COLUMNS = SHOWN | {"rank_centred": "rank, centred", "spread": "spread"}  # of a block: what is printed
+COLUMNS = SHOWN | {"rank_centred": "rank, centred", "spread": "spread", "counted": "counted"}  # of a block: printed
+GRAPH = 256  # images of a graph: the batch of MAGMA's largest experiments
 
 
 def draw_layers(run_folder: Path, known: dict, subjects: list, config: Config) -> tuple[list, dict]:
@@ -54,7 +55,8 @@ def blocks_of(subject: Subject, config: Config) -> list:
     """A dict a block with the keys of COLUMNS, over the test images; nan where there is nothing to tell.
 
     `next` and `last` are shares in [0, 1] of the nearest neighbours that two blocks have in common; `rank` is that of
-    the vectors as they are, `rank_centred` without their mean; `spread` is their root mean square distance to it.
+    the vectors as they are, `rank_centred` without their mean; `spread` is their root mean square distance to it;
+    `counted` is what the function of that name tells of the block and the one before.
     """
     encoder, chosen = subject.encoder, labelled(subject.test, config.probe_images)
     if config.k >= len(chosen):
@@ -78,7 +80,8 @@ def blocks_of(subject: Subject, config: Config) -> list:
         row = {"next": shared(near[i], near[i + 1]) if after else math.nan}
         row |= {"last": shared(near[i], near[-1]) if after else math.nan}
         row |= {"rank": effective_rank(layer), "rank_centred": effective_rank(centred)}
-        rows.append(row | {"spread": float(centred.norm() / len(centred) ** 0.5)})
+        row |= {"spread": float(centred.norm() / len(centred) ** 0.5)}
+        rows.append(row | {"counted": counted(layer, layers[i - 1]) if i else math.nan})
     return rows
 
 
@@ -98,6 +101,22 @@ def neighbours(features: Tensor, k: int, chunk: int = 0) -> Tensor:
 def shared(a: Tensor, b: Tensor) -> float:
     """The share in [0, 1] of neighbours that are in both lists: (N, k), (N, k)."""
     return float((a[:, :, None] == b[:, None]).any(dim=2).double().mean())
+
+
+def counted(later: Tensor, earlier: Tensor) -> float:
+    """The share of a block's variance that MAGMA's term counts, by graphs of the block before: (N, D), (N, D').
+
+    Small where images differ that are no neighbours, and those alone; 1 where the graph tells nothing, so that the term
+    is the variance itself.
+    """
+    order = torch.randperm(len(later), generator=torch.Generator().manual_seed(0)).to(later.device)
+    graphs, shares = [part for part in order.split(GRAPH) if len(part) >= min(GRAPH, len(order))], []
+    for part in graphs:
+        y = later[part].double()
+        y = y - y.mean(dim=0)
+        term = manifold_loss(y, earlier[part].double()) * len(part) ** 2
+        shares.append(float(term / y.square().sum()))
+    return sum(shares) / len(shares)
 
 
 def chart_of(blocks: dict, title: str):

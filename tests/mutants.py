@@ -26,6 +26,20 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120  # seconds, for a mutant may make a test wait for ever; more where the machine is slow (`main`)
 
 MUTANTS = r"""
+protocols/layers.py tests/test_layers.py::test_the_term_counts_what_differs_between_neighbours_alone
+-         y = y - y.mean(dim=0)
+-         term
++         y = y - 0
++         term
+
+protocols/layers.py tests/test_layers.py::test_the_term_counts_what_differs_between_neighbours_alone
+- if len(part) >= min(GRAPH, len(order))]
++ if len(part) >= GRAPH]
+
+protocols/layers.py tests/test_layers.py::test_each_block_has_its_neighbours_and_its_rank
+- counted(layer, layers[i - 1])
++ counted(layers[i - 1], layer)
+
 protocols/layers.py tests/test_layers.py::test_each_block_has_its_neighbours_and_its_rank
 - image_features(block.float())
 + block.float().mean(dim=1)

@@ -8,10 +8,12 @@ import torch
 from make import MapEncoder, randn, shapes, subject_of, unlabelled, vit
 
 import evaluate
+from magma import affinity, printed_laplacian
 from plumbing.encoders import save_encoder
 from plumbing.errors import UserError
 from plumbing.probes import effective_rank
-from protocols.layers import blocks_of, draw_layers, neighbours, shared
+from protocols import layers
+from protocols.layers import blocks_of, counted, draw_layers, neighbours, shared
 from protocols.run_folders import check_labels
 from protocols.settings import Config
 
@@ -40,6 +42,25 @@ def test_what_is_shared_is_in_both_lists_in_any_order():
     assert shared(torch.tensor([[1, 2], [0, 2]]), torch.tensor([[2, 3], [2, 0]])) == 3 / 4
 
 
+def test_the_term_counts_what_differs_between_neighbours_alone(monkeypatch):
+    """Of what tells two far clusters apart a quarter (Eq. 4 is wide), and all of what the graph knows nothing of."""
+    monkeypatch.setattr(layers, "GRAPH", 20)
+    cluster = torch.arange(50) % 2
+    earlier = 100.0 * cluster[:, None] + randn(50, 3)
+    assert counted(cluster[:, None] + 7.0, earlier) < 0.3
+    assert counted(randn(50, 4, seed=1) + 7, earlier) == pytest.approx(1, abs=0.2)
+    monkeypatch.setattr(layers, "GRAPH", 64)
+    y = randn(50, 4, seed=1)
+    y = y - y.mean(dim=0)
+    s = printed_laplacian(affinity(earlier))
+    expected = sum(
+        float((y[i] - s[i, j] * y[j]) @ y[i]) if i == j else -float(s[i, j] * y[i] @ y[j])
+        for i in range(50)
+        for j in range(50)
+    )
+    assert counted(y + 7, earlier) == pytest.approx(expected / float(y.square().sum()))
+
+
 def test_each_block_has_its_neighbours_and_its_rank():
     """From the mean of the patches of each block's output, the CLS token left out, without any mask."""
     subject, config = subject_of(vit(depth=3, heads=1).double()), Config(image_size=8, k=4, amp="off", probe_images=20)
@@ -53,16 +74,17 @@ def test_each_block_has_its_neighbours_and_its_rank():
     rows = blocks_of(subject, config)
     with torch.no_grad():
         hidden = subject.encoder.encode(subject.encoder.embed(images), hidden=True)[1]
-    layers = [block[:, 1:].mean(dim=1).float() for block in hidden]
-    near = [nearest(layer, 4) for layer in layers]
+    vectors = [block[:, 1:].mean(dim=1).float() for block in hidden]
+    near = [nearest(layer, 4) for layer in vectors]
     assert [row["next"] for row in rows[:2]] == pytest.approx([in_common(near[i], near[i + 1], 4) for i in (0, 1)])
     assert [row["last"] for row in rows[:2]] == pytest.approx([in_common(near[i], near[2], 4) for i in (0, 1)])
     assert rows[0]["next"] != rows[0]["last"] and math.isnan(rows[2]["next"]) and math.isnan(rows[2]["last"])
-    for row, layer in zip(rows, layers, strict=True):
+    for row, layer in zip(rows, vectors, strict=True):
         centred = layer.double() - layer.double().mean(dim=0)
         assert row["rank"] == pytest.approx(effective_rank(layer))
         assert row["rank_centred"] == pytest.approx(effective_rank(centred))
         assert row["spread"] == pytest.approx(float(centred.square().sum(dim=1).mean().sqrt()))
+    assert math.isnan(rows[0]["counted"]) and rows[2]["counted"] == pytest.approx(counted(vectors[2], vectors[1]))
 
 
 def test_features_that_are_not_finite_have_no_neighbours(capsys):
