@@ -1,6 +1,7 @@
 """Does level III's loss fall where MLO-MAE's masking network T takes a step? Cycles are done again with T moved."""
 
 import copy
+import functools
 import math
 
 import torch
@@ -14,14 +15,17 @@ from plumbing.probes import labelled
 from protocols.rows import Subject
 from protocols.settings import Config
 
-SHORT = 1e-5  # length of a step in which hardly ever a patch enters or leaves a mask; T's weights are about 8 long
+SHORT = (
+    1e-7  # length of a step so short that no patch enters or leaves a mask: at 1e-5 it happens once in some 20 times
+)
+FAR = 10  # a far one, in steps of the training: the longer it is, the less it depends on which patches it exchanges
 OTHERS = 128  # pictures that no level has seen
 READINGS = {  # what a change of the loss is measured after, and on
     "last": "T moved for the last step of level I alone, a short way",
     "cycle": "for all of its steps, a short way",
     "others": "the same, on other pictures",
-    "long": "for all of its steps, as far as in training",
-    "long_others": "the same, on other pictures",
+    "far": "for all of its steps, a far way",
+    "far_others": "the same, on other pictures",
 }
 
 
@@ -43,7 +47,11 @@ class CycleAgain:
         *self.unlabelled, self.training, self.validation = zip(images, labels, strict=True)
         self.others, self.masking = (others[0].to(dtype), others[1]), method.weights("masking.")
         self.start = method, optimizer
-        self.before_last = self.level_one(self.start, self.unlabelled[:-1], 0.0)
+
+    @functools.cached_property
+    def before_last(self) -> tuple:
+        """The method and its optimiser before the last step of level I."""
+        return self.level_one(self.start, self.unlabelled[:-1], 0.0)
 
     def level_one(self, start: tuple, batches: list, step: Tensor | float) -> tuple:
         """Copies of a method and its optimiser after steps of level I, with T at its weights minus `step` (W,)."""
@@ -122,9 +130,9 @@ def changes_of(cycle: CycleAgain, rough: CycleAgain, directions: dict, far: floa
 
 def look_at_steps(method, optimizer, rates: list, batches: list, found: list, subject: Subject, config: Config):
     """Print what steps of T do in cycles with gradients `found` -> changes (cycles, D, READINGS), names, figures."""
-    chosen = labelled(subject.test, OTHERS)
+    chosen, far = labelled(subject.test, OTHERS), FAR * length_of_step(method, optimizer, rates)
     others = next(iter(subject.test.plain_batches(chosen, method.config.image_size)))
-    far, taken = length_of_step(method, optimizer, rates), []
+    taken = []
     for i, batch in enumerate(batches):
         cycle, rough = (CycleAgain(method, optimizer, rates, batch, others, d) for d in (torch.float64, torch.float32))
         directions = directions_of(found, i, config.seed)
@@ -133,7 +141,8 @@ def look_at_steps(method, optimizer, rates: list, batches: list, found: list, su
     changes, flips, names = torch.stack(changes), torch.stack(flips), list(directions)
     mean, error, lowered = summary(changes)
     print(f"change of level III's loss by a step of the masking network, by its length, in {len(changes)} cycles:")
-    print(f"mean ± standard error, share of the cycles with a lower loss; a short step is {SHORT}, a far one {far:.3g}")
+    print("mean ± standard error, share of the cycles with a lower loss")
+    print(f"a short way is {SHORT}, a far one {far:.3g}: as long as {FAR} steps of the training")
     for reading, meaning in READINGS.items():
         print(f"  {reading:<12} {meaning}")
     print(" " * 14 + "".join(f"{reading:>26}" for reading in READINGS))
