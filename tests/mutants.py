@@ -673,6 +673,10 @@ protocols/mask_steps.py tests/test_mask_steps.py::test_a_far_step_is_as_long_as_
 - first, second = (1 - beta ** float(state["step"]) for beta in group["betas"])
 + first, second = 1, 1
 
+protocols/mask_steps.py tests/test_hypergradient.py::test_a_run_is_looked_into
+- directions_of(found, i, config.seed)
++ directions_of(found, 0, config.seed)
+
 protocols/mask_steps.py tests/test_mask_steps.py::test_the_table_and_the_chart
 - (spread / count).sqrt()
 + spread.sqrt()

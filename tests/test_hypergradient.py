@@ -9,7 +9,7 @@ import make
 import pytest
 import reference
 import torch
-from make import rand, randn, tiny_levels
+from make import narrow_networks, rand, randn, tiny_levels
 from PIL import Image
 
 import evaluate
@@ -135,7 +135,8 @@ def run(tmp_path_factory):
             assert train.main(["mlo_mae", *base, *flags, "--out", str(folder / name)]) == 0
         return str(folder / name)
 
-    return trained
+    with narrow_networks():
+        yield trained
 
 
 def test_a_run_is_looked_into(run, capsys):
@@ -148,11 +149,16 @@ def test_a_run_is_looked_into(run, capsys):
         and "cosine of no factors" in shown
         and "norm_of" not in shown
     )
-    assert "cosines.png" in shown
+    assert "cosines.png" in shown and "steps.png" in shown
+    assert "change of level III's loss" in shown and "step_last" not in shown
     with open(f"{argv[0]}/eval.jsonl") as file:
         found = json.loads(file.readlines()[-1])["results"]["trained"]
     assert found["cosine_of_adamw"] == pytest.approx(1, abs=1e-4)
     assert found["norm_of_adamw"] == pytest.approx(found["norm_of_last_step"], rel=1e-3)
+    # A step against a gradient lowers the loss by its length, as long as it is short.
+    assert found["step_last_adamw"] == pytest.approx(-found["norm_of_adamw"], rel=1e-2)
+    assert found["step_cycle_all_steps"] == pytest.approx(-found["norm_of_all_steps"], rel=1e-2)
+    assert found["step_half"] == pytest.approx(0.5, abs=1e-2) and found["step_last_adamw_lowered"] == 1
 
 
 def test_what_level_three_sees_is_what_it_saw_in_training(run, monkeypatch):
