@@ -192,6 +192,7 @@ class Detector(Method):
         config = fitting(encoder, config)
         self.encoder, self.classes, self.config, self.frozen = encoder, classes, config, not config.finetune
         self.shown = None  # Targets of the pictures that are drawn
+        self.kept = []  # maps, see `keep`
         size = config.image_size
         size -= 0 if encoder.image_sides else size % 32
         with torch.no_grad():
@@ -213,8 +214,8 @@ class Detector(Method):
         return make_optimizer(layer_groups(None if self.frozen else self.encoder, self.head, *rates), config)
 
     @torch.no_grad()
-    def keep(self, data: BoxImages) -> "KeptPictures":
-        """Compute the maps of all whole pictures, and of their mirror images, once -> the data that look them up."""
+    def keep(self, data: BoxImages):
+        """Compute the maps of all whole pictures, and of their mirror images, once; `answers` looks them up."""
         parts, device = [], data.images.device.type
         for images, _ in data.plain_batches(range(len(data)), self.config.image_size):
             with autocast(self.config.amp, images.device):
@@ -222,7 +223,6 @@ class Detector(Method):
                 both = (maps_of(self.encoder, x)[-self.head.reads :] for x in (images, images.flip(-1)))
                 parts.append([torch.stack(pair).to(kind) for pair in zip(*both, strict=True)])
         self.kept = [torch.cat(part, dim=1).flatten(0, 1) for part in zip(*parts, strict=True)]
-        return KeptPictures(**vars(data))
 
     def answers(self, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """Padded images (B, 3, H, W) -> logits (L, B, Q, K + 1) and boxes (L, B, Q, 4), in shares of the picture.
@@ -298,12 +298,17 @@ class Detector(Method):
         return torch.stack(rows)
 
 
+@dataclasses.dataclass
 class KeptPictures(BoxImages):
-    """Pictures whose maps a `Detector` keeps: a batch is their numbers (B,), N more where one is mirrored."""
+    """Pictures whose maps a detector keeps: a batch is their numbers (B,), N more where one is mirrored."""
+
+    detector: Detector | None = None
 
     def train_batches(self, plan, size, crop=(1.0, 1.0), flip=0.5, views=1):
         generator, (height, width) = torch.Generator(self.images.device), self.images.shape[2:]
         for seed, indices in plan:
+            if not self.detector.kept:  # a run that is at its end needs none
+                self.detector.keep(self)
             indices = torch.as_tensor(indices).to(self.images.device)
             draw = torch.rand(len(indices), device=indices.device, generator=generator.manual_seed(seed))
             flipped = draw < flip
@@ -354,7 +359,7 @@ def run_detect(subject: Subject, config: Config) -> dict:
     method.origin = digest(subject.encoder) + (digest(method.head) if config.finetune else "")
     method = method.to(subject.device)
     if method.frozen and isinstance(train, BoxImages) and config.crop_min >= 1:
-        subject = dataclasses.replace(subject, train=method.eval().keep(train))
+        subject = dataclasses.replace(subject, train=KeptPictures(**vars(train), detector=method))
     some = range(min(8, len(test)))
     method.shown = next(iter(test.plain_batches(some, config.image_size)))[1]
     run = fit_in_folder("detect", method, subject, config)

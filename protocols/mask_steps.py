@@ -15,9 +15,8 @@ from plumbing.probes import labelled
 from protocols.rows import Subject
 from protocols.settings import Config
 
-SHORT = (
-    1e-7  # length of a step so short that no patch enters or leaves a mask: at 1e-5 it happens once in some 20 times
-)
+# The length of a step so short that no patch enters or leaves a mask: at 1e-5 it happens once in some 20 times.
+SHORT = 1e-7
 FAR = 10  # a far one, in steps of the training: the longer it is, the less it depends on which patches it exchanges
 OTHERS = 128  # pictures that no level has seen
 READINGS = {  # what a change of the loss is measured after, and on
@@ -102,12 +101,13 @@ def length_of_step(method: MultiLevelMAE, optimizer, rates: list) -> float:
 
 def directions_of(found: list, i: int, seed: int) -> dict:
     """The directions of cycle i {name: (W,)}, T goes against them: its gradients, `exact` of the cycle before (of the
-    first, the last one), and a random one forwards and backwards.
+    first, the last one; none where it is alone), and a random one forwards and backwards.
     """
     gradients = {name: value for name, value in found[i].items() if name != "last_step"}  # that is `adamw`
     generator = torch.Generator().manual_seed(mix_seed(seed, i, 7))
     drawn = torch.randn(len(gradients["exact"]), generator=generator, dtype=torch.float64)
-    return gradients | {"before": found[i - 1]["exact"], "random": drawn, "minus_random": -drawn}
+    before = {"before": found[i - 1]["exact"]} if len(found) > 1 else {}
+    return gradients | before | {"random": drawn, "minus_random": -drawn}
 
 
 def changes_of(cycle: CycleAgain, rough: CycleAgain, directions: dict, far: float) -> tuple[Tensor, Tensor, float]:

@@ -289,7 +289,9 @@ def settings_of(protocol: str, given: dict, method: str, dim: int, images: int) 
         for text in config.notes():
             note(f"{protocol}: {text}")
     if config.batchnorm and config.batch_size < 2 * parts:
-        raise UserError(f"--batchnorm needs two images in each part of a batch, {config.batch_size} are too few")
+        raise UserError(
+            f"--batchnorm needs two images in each part of a batch, {config.batch_size} are too few; try --no-batchnorm"
+        )
     return config
 
 

@@ -92,6 +92,7 @@ ROWS = {  # from cheap to dear
     "energy-sr": Row("energy, super-resolution", "ebm_pretrain", f"{VIT} --task super_resolution"),  # its best task
 }
 UNTRAINED = {"mae": "untrained", "finola-e": "untrained, FINOLA's"}  # whose encoders before training have a row too
+EPOCHS = 60  # of MAE
 # The fine-tuning of docs/results.md, on a tenth of the labels: its rate of 2e-3 (4e-3 for a batch of 128), but
 # batches of 32, since there are few pictures, and 10 epochs, a minute. One recipe for all, MAE's.
 FINETUNE = "--data cifar10 --recipe mae --epochs 10 --batch-size 32 --warmup-epochs 2 --crop-min 0.4 --randaugment 0"
@@ -161,7 +162,8 @@ def read_costs(asked) -> dict:
     path = Path(asked.out) / "costs.json"
     found = json.loads(path.read_text())["rows"] if path.exists() else {}
     if asked.equal == "seconds" and (lacking := [name for name in ("mae", *asked.rows) if name not in found]):
-        raise UserError(f"{path} does not tell what {lacking[0]} costs; first: python tests/study.py costs")
+        how = "remove it, and measure all rows" if path.exists() else "first"
+        raise UserError(f"{path} does not tell what {lacking[0]} costs; {how}: python tests/study.py costs --root DIR")
     return found
 
 
@@ -226,7 +228,7 @@ def write(asked):
             runs = [run_of(folder_of(name, seed, asked, costs), epochs) for seed in asked.seeds]
             row, untrained = ROWS[name], UNTRAINED.get(name, "")
             entries[equal].append(Entry(row.title, untrained, row.passes, cost, epochs, runs))
-    write_page(Path(asked.page), entries)
+    write_page(Path(asked.page), entries, "" if asked.epochs == EPOCHS else f" --epochs {asked.epochs}")
 
 
 def study(argv: list):
@@ -236,12 +238,16 @@ def study(argv: list):
     parser.add_argument("--out", default="runs/study", help="folder of the runs")
     parser.add_argument("--root", default="data", help="folder that holds CIFAR-10")
     parser.add_argument("--equal", choices=("passes", "seconds"), default="passes", help="what all rows have alike")
-    parser.add_argument("--epochs", type=int, default=60, help="MAE's")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="MAE's, the same for table and write")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=7, help="costs: how often five steps of each row are measured")
     parser.add_argument("--page", default=str(ROOT / "docs/results.md"), help="write: where the markers are")
     asked, asked.rest = parser.parse_known_args(argv)
+    if asked.command == "write" and asked.rest:
+        raise UserError(f"{asked.rest[0]} is no flag of write; leave it out")
+    if any(word.split("=")[0] == "--max-steps" for word in asked.rest):
+        raise UserError("--max-steps would end runs that then count as unfinished; give --epochs")
     {"costs": measure, "table": make, "write": write}[asked.command](asked)
 
 

@@ -91,7 +91,7 @@ def table_of(entries: list[Entry]) -> tuple[list, dict]:
             run.log = [x | {"passes": y, "seconds": z} for x, (y, z) in zip(run.log, counts, strict=True)]
         groups |= {entry.title: done} if done else {}
     after += [f"| pixels | {told([x['linear']])} | {told([x['knn']])} | - | - | - | - | - |" for x in pixels]
-    missing = ", ".join(entry.title for entry in entries if not any(state for state, _ in entry.runs))
+    missing = "; ".join(entry.title for entry in entries if not any(state for state, _ in entry.runs))
     return [*lines, *after, *[f"\nNo finished run yet: {missing}."] * bool(missing)], groups
 
 
@@ -115,8 +115,10 @@ def chart_of(tables: dict, titles: list):
     return figure
 
 
-def write_page(page: Path, entries: dict):
+def write_page(page: Path, entries: dict, flags: str = ""):
     """Put the tables of {"passes" or "seconds": entries} between a page's markers, and study.png beside it.
+
+    `flags` of the commands are told with them.
 
     Raises UserError where the page has no such place, or no run is finished.
     """
@@ -125,14 +127,14 @@ def write_page(page: Path, entries: dict):
         raise UserError(f"{page} needs a line {BEGIN} and below it a line {END}, once each")
     for equal, several in entries.items():
         lines, tables[equal] = table_of(several)
-        command = f"python tests/study.py table --root DIR{' --equal seconds' * (equal == 'seconds')}"
+        command = f"python tests/study.py table --root DIR{' --equal seconds' * (equal == 'seconds')}{flags}"
         text += [f"Equal {equal}, `{command}`:", "", *lines, ""] if tables[equal] else []
     runs = [run for groups in tables.values() for group in groups.values() for run in group]
     if not runs:
-        raise UserError("no run is finished yet; first: python tests/study.py table")
+        raise UserError(f"no run is finished yet; first: python tests/study.py table --root DIR{flags}")
     torches = " and ".join(sorted({run.header.get("versions", {}).get("torch", "?") for run in runs}))
     where = f"{machine()}, one thread a run, torch {torches}, {datetime.date.today()}"
-    text += [f"*{where}; `python tests/study.py write`.*", ""]
+    text += [f"*{where}; `python tests/study.py write{flags}`.*", ""]
     with plain_style():
         chart = chart_of(tables, [entry.title for entry in entries["passes"]])
         write_atomically(page.with_name("study.png"), lambda file: chart.savefig(file, format="png", dpi=70))

@@ -122,11 +122,13 @@ def test_kept_maps_are_those_of_the_pictures(head, flip, monkeypatch):
     method = Detector(
         encoder, data.classes, Config(image_size=32, head=head, queries=6, batch_size=3, amp="off")
     ).eval()
-    kept, plan = method.keep(data), [(5, [4, 0, 2]), (6, [1, 3, 5])]
+    kept, plan = KeptPictures(**vars(data), detector=method), [(5, [4, 0, 2]), (6, [1, 3, 5])]
     assert len(kept) == 6 and kept.classes == data.classes and kept.truth(2)["boxes"].equal(data.truth(2)["boxes"])
     seen = []
     monkeypatch.setattr(detect, "maps_of", lambda *x: seen.append(x) or maps_of(*x))
+    assert not list(kept.train_batches([], 32)) and not seen  # a run at its end
     own = list(kept.train_batches(plan, 32, (1.0, 1.0), flip))
+    assert len(seen) == 2 and not seen.clear()  # upright and mirrored, once
     anew = list(data.train_batches(plan, 32, (1.0, 1.0), flip))
     for (numbers, targets), (images, same), (_, indices) in zip(own, anew, plan, strict=True):
         assert numbers.tolist() == [i + 6 * int(flip) for i in indices]
@@ -148,7 +150,7 @@ def test_kept_maps_are_those_of_the_pictures(head, flip, monkeypatch):
 def test_mirrored_and_upright_pictures_are_drawn_anew_in_each_batch():
     data = scenes_with_boxes(4, 32)
     config = Config(image_size=32, head="plain", queries=3, batch_size=4)
-    kept = Detector(vit(image_size=32, patch=8), data.classes, config).eval().keep(data)
+    kept = KeptPictures(**vars(data), detector=Detector(vit(image_size=32, patch=8), data.classes, config).eval())
     rows = [kept.train_batches([(seed, range(4))], 32) for seed in (1, 2, 1)]
     first, second, again = (next(row)[0].tolist() for row in rows)
     assert first == again != second and {i % 4 for i in first} == set(range(4)) and max(first) > 3

@@ -202,7 +202,8 @@ def test_the_page_has_means_deviations_and_what_is_missing(tmp_path):
     assert "| U-MAE | 55.0 | 12.0 | - | 7.0 | 2 | 12 | 1 of 2 |\n" in passes
     assert "| M-MAE (MAGMA) | - | - | - | - | 2 | - | 0 of 2, 1 diverged |\n" in passes
     assert "| untrained | 20.0 ± 0.0 | 10.0 ± 0.0 | 25.0 ± 0.0 | 5.0 ± 0.0 | 0 | 0 | 2 of 2 |\n" in passes
-    assert "| pixels | 31.0 | 21.0 | - | - | - | - | - |\n\nNo finished run yet: MU-MAE, MixedAE" in passes
+    assert "| pixels | 31.0 | 21.0 | - | - | - | - | - |\n\nNo finished run yet: MU-MAE; MixedAE" in passes
+    assert "table --root DIR --epochs 2`:" in passes
     assert "| MAE | 55.0 ± 7.1 |" in seconds and "No finished run yet: U-MAE." in seconds
     assert "torch 2.x" in seconds
     before = (tmp_path / "page.md").read_text()
@@ -238,3 +239,11 @@ def test_a_page_without_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run is finished"):
         study.study(["write", "--out", str(tmp_path), "--page", str(tmp_path / "page.md")])
     assert (tmp_path / "page.md").read_text() == PAGE
+
+
+@pytest.mark.parametrize(
+    ("words", "why"), [("write --flipp 3", "no flag of write"), ("table --max-steps=3", "give --epochs")]
+)
+def test_flags_that_would_do_nothing_or_harm_are_refused(words, why):
+    with pytest.raises(UserError, match=why):
+        study.study(words.split())
