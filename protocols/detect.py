@@ -25,7 +25,7 @@ from protocols.detection import average_precision, generalized_iou, match, to_co
 from protocols.frozen import without_value
 from protocols.heads import add_drop_path, layer_groups, make_optimizer, note_diverged
 from protocols.rows import Subject
-from protocols.segmentation import class_colours, maps_of
+from protocols.segmentation import check_classes, class_colours, maps_of
 from protocols.settings import Config
 from protocols.training import digest, fit_in_folder, folder_of, start_from_probe
 
@@ -340,9 +340,8 @@ def run_detect(subject: Subject, config: Config) -> dict:
     """
     if config.crop_pad:
         raise UserError(f"--crop-pad {config.crop_pad} is for images without boxes; give --crop-pad 0")
+    check_classes(subject)
     train, test = subject.train, subject.test
-    if test.classes != train.classes:
-        raise UserError(f"{len(train.classes)} classes train, others, {len(test.classes)}, are tested on; mend one")
     if not all(parameter.isfinite().all() for parameter in subject.encoder.parameters()):
         return without_value(subject, RESULTS, "its weights are not finite")
     if subject.encoder.image_sides and isinstance(train, BoxFolder):

@@ -53,6 +53,7 @@ def test_a_short_step_does_what_the_derivative_says(looked):
     assert half == pytest.approx(0.5, abs=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     torch.testing.assert_close(directions["before"], found[1]["exact"])
+    assert "before" not in directions_of(found[:1], 0, seed=0)  # a cycle alone has none before it
     assert torch.equal(directions["random"], -directions["minus_random"])
     assert torch.equal(directions["random"], directions_of(found, 0, seed=0)["random"])
     assert not torch.equal(directions["random"], directions_of(found, 1, seed=0)["random"])
