@@ -3143,6 +3143,10 @@ plumbing/dense.py tests/test_boxes.py::test_a_turned_picture_is_upright_where_it
 - image = upright if upright.size == (width, height) else image
 + image = image
 
+protocols/detect.py tests/test_detect.py::test_other_classes_to_test_on_are_refused
+-     check_classes(subject)
++     pass
+
 protocols/detect.py tests/test_detect.py::test_kept_maps_are_those_of_the_pictures
 - for x in (images, images.flip(-1)))
 + for x in (images, images))

@@ -1,5 +1,6 @@
 """DETR's loss against a slow version, decoders that see the picture alone, and the whole protocol on COCO's layout."""
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ import evaluate
 from common import MobileFormer
 from plumbing.boxes import BoxImages, Targets, scenes_with_boxes, targets_of
 from plumbing.encoders import save_encoder
+from plumbing.errors import UserError
 from plumbing.files import load_checkpoint
 from protocols import detect
 from protocols.dense import data_of
@@ -169,6 +171,14 @@ def test_maps_of_whole_pictures_alone_are_kept(given, kind, tmp_path, monkeypatc
     subject = Subject("trained", vit(image_size=32, patch=8), data, data, torch.device("cpu"))
     with pytest.raises(InterruptedError, match=f"^{kind.__name__}$"):
         detect.run_detect(subject, Config(**own | given))
+
+
+def test_other_classes_to_test_on_are_refused():
+    data = scenes_with_boxes(3, 32)
+    other = dataclasses.replace(data, classes=data.classes[::-1])
+    subject = Subject("trained", vit(image_size=32, patch=8), data, other, torch.device("cpu"))
+    with pytest.raises(UserError, match="10 classes train, others, 10, are tested on; mend one"):
+        detect.run_detect(subject, Config(data="scenes", image_size=32, head="plain"))
 
 
 def test_the_plain_decoder_sees_the_picture_alone():
