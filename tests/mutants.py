@@ -193,8 +193,24 @@ tests/study_page.py tests/test_study.py::test_the_page_has_means_deviations_and_
 + before[before.index(END) :]
 
 tests/study_page.py tests/test_study.py::test_the_chart_counts_passes_and_cpu_seconds
-- (line["epoch"] * entry.passes,
-+ (line["epoch"],
+- "passes": line["epoch"] * entry.passes,
++ "passes": line["epoch"],
+
+tests/study_page.py tests/test_study.py::test_the_chart_counts_passes_and_cpu_seconds
+-         log.append(line | {"passes"
++         log.append(line); line.update({"passes"
+
+tests/study_page.py tests/test_study.py::test_a_cell_tells_of_the_values_that_there_are
+- and not math.isnan(value)]
++ ]
+
+tests/study.py tests/test_study.py::test_a_tenth_of_the_labels_is_every_tenth_of_each_class
+- if not wanted.exists():
++ if not wanted.parent.exists():
+
+tests/study.py tests/test_study.py::test_a_tenth_of_the_labels_is_every_tenth_of_each_class
+- made.unlink(missing_ok=True)
++ pass
 
 plumbing/decoding.py tests/test_decoding.py::test_what_lies_below_a_crop_is_not_decoded_and_changes_no_bit
 - int(lowest) + 32
@@ -259,6 +275,10 @@ magma.py tests/test_magma.py::test_inverse_loss_keeps_the_digits_of_a_small_dist
 magma.py tests/test_magma.py::test_image_features_leave_the_cls_token_out
 - tokens[:, 1:].mean(dim=1)
 + tokens.mean(dim=1)
+
+magma.py tests/test_magma.py::test_a_shuffled_graph_gives_each_image_the_neighbours_of_another
+- chosen = [x[order] for x in chosen[:-1]] + chosen[-1:]
++ chosen = [x[order] for x in chosen]
 
 magma.py tests/test_magma.py::test_vicreg_loss_matches_naive_loop
 - (square.sum() - square.diagonal().sum())
@@ -2346,7 +2366,7 @@ finola.py tests/test_finola_figures.py::test_what_the_analysis_measures
 + (self.size // 2,) * 2
 
 protocols/finola_figures.py tests/test_finola_figures.py::test_what_cannot_be_measured_is_said
-- "Eq. 2 and 4" if "laplacian" in residuals else "Eq. 2"
+- "Eq. 2, 4 and 5" if "laplacian" in residuals else "Eq. 2"
 + "Eq. 2 and 4"
 
 protocols/energy_figures.py tests/test_energy_figures.py::test_the_sheets_show_the_chain_of_each_task_step_by_step

@@ -19,7 +19,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -190,7 +189,8 @@ def make(asked):
             for subject in ("trained", *["untrained"] * (name in UNTRAINED)):
                 state, run = run_of(folder, epochs)
                 if state == "finished" and tuned(run, subject) is None:
-                    words = [folder, "--protocol", "finetune", *FINETUNE.split(), "--root", tenth_of(asked)]
+                    tenth = tenth_of(asked, out / "claims" / folder.name)
+                    words = [folder, "--protocol", "finetune", *FINETUNE.split(), "--root", tenth]
                     words += ["--seed", seed, "--resume", *["--scratch"] * (subject == "untrained")]
                     with recorded("evaluate.py", *words) as argv, contextlib.suppress(NonFiniteLoss):
                         evaluate.evaluate(argv)
@@ -203,18 +203,22 @@ def recorded(*words):
         yield sys.argv[1:]
 
 
-def tenth_of(asked) -> Path:
-    """A folder in CIFAR-10's layout with every tenth picture of each class, the same for all, and all test pictures."""
+def tenth_of(asked, claim: Path) -> Path:
+    """A folder in CIFAR-10's layout with every tenth picture of each class, the same for all, and all test pictures.
+
+    Each file is written in `claim`, a folder that no other command writes, then moved to its place. So it is whole, or
+    not there and made anew: after a kill, or by several commands at once.
+    """
     place, home = Path(asked.out) / "tenth", find_home("cifar10", Path(asked.root))
-    if not place.exists():
-        made = Path(tempfile.mkdtemp(dir=asked.out))
-        (made / home.name).mkdir()
-        for file in home.glob("*_batch*.bin"):
+    (place / home.name).mkdir(parents=True, exist_ok=True)
+    for file in home.glob("*_batch*.bin"):
+        made, wanted = claim / file.name, place / home.name / file.name
+        if not wanted.exists():
             rows = np.fromfile(file, dtype=np.uint8).reshape(-1, 3073)  # a label and a picture each
             tenth = np.concatenate([rows[rows[:, 0] == label][::10] for label in range(10)])
-            (rows if file.name == "test_batch.bin" else tenth).tofile(made / home.name / file.name)
-        with contextlib.suppress(OSError):  # another command was faster
-            made.rename(place)
+            (rows if file.name == "test_batch.bin" else tenth).tofile(made)
+            made.replace(wanted)
+        made.unlink(missing_ok=True)  # what a kill has left, if another command made the file since
     return place
 
 

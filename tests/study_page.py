@@ -1,6 +1,6 @@
 """The page of the fair table (study.py): tables and a chart, from what run folders have on record."""
 
-import contextlib
+import dataclasses
 import datetime
 import math
 import os
@@ -39,11 +39,14 @@ class Entry(NamedTuple):
 
 def run_of(folder: Path, epochs: int) -> tuple[str, Recorded | None]:
     """Whether a run is "finished", has "diverged", or neither: ""; and what it has on record."""
-    with contextlib.suppress(UserError):
+    try:
         run = read_run(folder)
-        ended = run.log[-1]["epoch"] == epochs and "linear" in run.log[-1]
-        return "diverged" if (folder / "diverged.txt").exists() else "finished" * ended, run
-    return "", None
+    except UserError:
+        return "", None
+    if (folder / "diverged.txt").exists():
+        return "diverged", run
+    ended = run.log[-1]["epoch"] == epochs and "linear" in run.log[-1]
+    return "finished" if ended else "", run
 
 
 def tuned(run: Recorded, subject: str):
@@ -61,9 +64,11 @@ def machine() -> str:
 
 
 def told(values: list) -> str:
-    """Mean ± deviation of a sample, of the values that there are."""
+    """Mean ± deviation of a sample, of the values that there are; one alone as it is, and a dash for none."""
     values = [value for value in values if isinstance(value, int | float) and not math.isnan(value)]
-    return cell((statistics.fmean(values), statistics.stdev(values)) if len(values) > 1 else [*values, None][0], 1)
+    if len(values) > 1:
+        return cell((statistics.fmean(values), statistics.stdev(values)), 1)
+    return cell(values[0] if values else None, 1)
 
 
 def line_of(title: str, runs: list, subject: str, *ends) -> str:
@@ -71,6 +76,15 @@ def line_of(title: str, runs: list, subject: str, *ends) -> str:
     logged = [run.log[-1 if subject == "trained" else 0] for run in runs]
     linear, knn, rank = (told([line.get(x) for line in logged]) for x in ("linear", "knn", "effective_rank"))
     return f"| {' | '.join([title, linear, knn, told([tuned(run, subject) for run in runs]), rank, *ends])} |"
+
+
+def with_counts(run: Recorded, entry: Entry) -> Recorded:
+    """The run, but its log counts passes and CPU seconds: the clock's would tell what else the machine did."""
+    log = []
+    for line in run.log:
+        seconds = line["epoch"] * entry.cost if entry.cost else None
+        log.append(line | {"passes": line["epoch"] * entry.passes, "seconds": seconds})
+    return dataclasses.replace(run, log=log)
 
 
 def table_of(entries: list[Entry]) -> tuple[list, dict]:
@@ -86,10 +100,8 @@ def table_of(entries: list[Entry]) -> tuple[list, dict]:
         if done and entry.untrained:
             after.append(line_of(entry.untrained, done, "untrained", "0", "0", seeds))
             pixels = pixels or [run.log[0]["pixels"] for run in done[:1]]
-        for run in done:  # the clock's seconds would tell what else the machine did
-            counts = [(line["epoch"] * entry.passes, entry.cost and line["epoch"] * entry.cost) for line in run.log]
-            run.log = [x | {"passes": y, "seconds": z} for x, (y, z) in zip(run.log, counts, strict=True)]
-        groups |= {entry.title: done} if done else {}
+        if done:
+            groups[entry.title] = [with_counts(run, entry) for run in done]
     after += [f"| pixels | {told([x['linear']])} | {told([x['knn']])} | - | - | - | - | - |" for x in pixels]
     missing = "; ".join(entry.title for entry in entries if not any(state for state, _ in entry.runs))
     return [*lines, *after, *[f"\nNo finished run yet: {missing}."] * bool(missing)], groups

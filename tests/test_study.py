@@ -1,9 +1,12 @@
 """The fair table: its rows, its runs, its page."""
 
+import copy
 import importlib
 import json
+import math
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,7 +85,7 @@ def pictures(tmp_path):
     return tmp_path / "data"
 
 
-def refuse(argv):
+def refuse(*argv):
     raise AssertionError("nothing is left to do")
 
 
@@ -156,15 +159,34 @@ def test_cheap_rows_come_first_and_seeds_one_after_the_other(tmp_path, monkeypat
     assert made == [str(tmp_path / name) for name in names]
 
 
-def test_a_tenth_of_the_labels_is_every_tenth_of_each_class(tmp_path):
+def test_a_tenth_of_the_labels_is_every_tenth_of_each_class(tmp_path, monkeypatch):
+    """It is made once. A kill in the midst of it leaves nothing that stays."""
     records = write_cifar(tmp_path / "data", "cifar10", counts=(200, 90), test=5)
-    for _ in range(2):  # it is made once
-        place = study.tenth_of(asked(out=tmp_path, root=str(tmp_path / "data"))) / "cifar-10-batches-bin"
+    wanted, claim, move = asked(out=tmp_path, root=str(tmp_path / "data")), tmp_path / "claim", Path.replace
+    claim.mkdir()
+
+    def killed_at_the_last(path, target):
+        if path.name == "test_batch.bin":
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", killed_at_the_last)
+        study.tenth_of(wanted, claim)
+    assert not (tmp_path / "tenth" / "cifar-10-batches-bin" / "test_batch.bin").exists()
+    for file in ("data_batch_1.bin", "test_batch.bin"):
+        (claim / file).write_bytes(b"half of it")
+    place = study.tenth_of(wanted, claim) / "cifar-10-batches-bin"
+    assert not list(claim.iterdir())
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "fromfile", refuse)
+        assert study.tenth_of(wanted, claim) == place.parent
     for file, rows in records.items():
         found = np.fromfile(place / file, dtype=np.uint8).reshape(-1, 3073)
         wanted = [row for label in range(10) for row in rows[rows[:, 0] == label][::10]]
         assert np.array_equal(found, rows if file == "test_batch.bin" else np.array(wanted))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "tenth"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["claim", "data", "tenth"]
+    assert not list(claim.iterdir())
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -215,7 +237,9 @@ def test_the_chart_counts_passes_and_cpu_seconds(tmp_path):
     for seed in (0, 1):
         record(tmp_path / f"x-seed{seed}", 50.0 + 10 * seed)
     runs = [study.run_of(tmp_path / f"x-seed{seed}", 2) for seed in (0, 1)]
+    before = copy.deepcopy(runs)
     tables = {"passes": study_page.table_of([study_page.Entry("MLO-MAE", "", 4.0, 3.0, 2, runs)])[1]}
+    assert runs == before
     over_passes, over_seconds = study_page.chart_of(tables, ["MAE", "MLO-MAE"]).axes
     for one, across in ((over_passes, [0, 4, 8]), (over_seconds, [0, 3, 6])):
         (line,) = one.get_lines()
@@ -223,6 +247,15 @@ def test_the_chart_counts_passes_and_cpu_seconds(tmp_path):
         assert line.get_color() == "C1"
         heights = one.collections[0].get_paths()[0].vertices[:, 1]
         assert heights.max() == pytest.approx(55 + 50**0.5)  # the deviation of 50 and 60
+
+
+def test_a_cell_tells_of_the_values_that_there_are():
+    assert [study_page.told(x) for x in ([], [None, math.nan], [2.0, None], [1.0, 2.0, math.nan])] == [
+        "-",
+        "-",
+        "2.0",
+        "1.5 ± 0.7",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "no place", study_page.END + study_page.BEGIN, PAGE + PAGE])
