@@ -233,6 +233,7 @@ class Config(TrainConfig):
     diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
     log_layers: bool = False  # log the term between each block and the next, too (Fig. 3); the training is the same
     detach_reference: bool = False  # stop the gradient through the weights w
+    shuffle_graph: bool = False  # a control: each image has the neighbours of another one, drawn in each step
     gather: bool = False  # one graph, one uniformity and one SSL loss over the images of all processes
     gather_graph: bool = True  # with --gather; without, each process has a graph of its own, as in the code
     temperature: float = 0.2  # of SimCLR
@@ -248,6 +249,8 @@ class Config(TrainConfig):
         super().check()
         if not self.gather and not self.gather_graph:
             raise UserError("--no-gather-graph says what --gather leaves out; give both or neither")
+        if self.shuffle_graph and (self.gather or self.layer_pairs == "all"):
+            raise UserError("--shuffle-graph is for one layer of one process; leave out --gather and --layer-pairs")
         check_least(self, lam=0, uniformity=0, inverse=0, e_st=0, e_dur=0, colour=0, projector_dim=1)
         check_positive(self, "kernel_factor", "temperature")
         if not 0 <= self.blur <= 1:
@@ -343,6 +346,9 @@ class Magma(Method):
     def over_layers(self, function, hidden: list, *settings) -> Tensor:
         """Eq. 2's sum over layers of K: function(regularized, reference); `hidden` is the output of every block."""
         chosen = self.graph_features([hidden[layer] for layer in self.config.layers])
+        if self.config.shuffle_graph:
+            order = torch.randperm(len(chosen[0]), device=chosen[0].device)
+            chosen = [x[order] for x in chosen[:-1]] + chosen[-1:]
         if self.config.layer_pairs == "all":
             pairs = itertools.permutations(chosen, 2)
             return sum(function(regularized, reference, *settings) for reference, regularized in pairs)

@@ -2824,16 +2824,36 @@ protocols/settings.py tests/test_dense_protocols.py::test_flags_that_have_no_eff
 + if x in given):
 
 protocols/settings.py tests/test_dense_protocols.py::test_flags_that_have_no_effect_are_told_in_a_line
-- idle = {} if config.finetune else
-+ idle =
+- and not config.finetune:
++ :
 
 protocols/settings.py tests/test_dense_protocols.py::test_flags_that_have_no_effect_are_told_in_a_line
 - ("batchnorm",) if config.head == "pyramid" else ("dropout", "aux_weight")
 + ("batchnorm", "dropout", "aux_weight")
 
 protocols/settings.py tests/test_dense_protocols.py::test_flags_that_have_no_effect_are_told_in_a_line
-- if protocol not in DENSE_PROTOCOLS:
-+ if protocol not in RECIPES:
+- if protocol in DENSE_PROTOCOLS and not
++ if protocol in RECIPES and not
+
+protocols/settings.py tests/test_dense_protocols.py::test_flags_that_have_no_effect_are_told_in_a_line
+- "relatives": ("pool", "k", "metric", "vote")
++ "relatives": ("pool", "metric", "vote")
+
+protocols/dense.py tests/test_dense_protocols.py::test_flags_of_detection_that_an_encoder_leaves_idle_are_told
+- if config.head != "plain":
++ if True:
+
+protocols/dense.py tests/test_dense_protocols.py::test_flags_of_detection_that_an_encoder_leaves_idle_are_told
+- encoder.image_sides and config.data != "scenes"
++ config.data != "scenes"
+
+protocols/dense.py tests/test_dense_protocols.py::test_flags_of_detection_that_an_encoder_leaves_idle_are_told
+- encoder.image_sides and config.data != "scenes"
++ encoder.image_sides
+
+protocols/dense.py tests/test_dense_protocols.py::test_flags_of_detection_that_an_encoder_leaves_idle_are_told
+- config, idle = fitting(encoder, config), {}
++ config, idle = fitting(encoder, config), {}; return config
 
 protocols/compare.py tests/test_compare.py::test_a_protocol_that_trains_is_refused_before_the_first_run_where_one_has_it
 - rows["untrained"] = given.get("untrained") or given.get("scratch")

@@ -484,6 +484,14 @@ def test_layers_and_their_pairs_are_the_sum_over_k_of_eq_2():
     torch.testing.assert_close(both, magma.manifold_loss(z[2], z[1]) + magma.manifold_loss(z[1], z[2]))
 
 
+def test_a_shuffled_graph_gives_each_image_the_neighbours_of_another():
+    """A control of Eq. 2: the graph of the images in another order, the same for all reference layers."""
+    z = features_of_blocks(tiny_magma())
+    order = torch.randperm(6)  # what the method draws next
+    expected = (magma.manifold_loss(z[3], z[0][order]) + magma.manifold_loss(z[3], z[2][order])) / 2
+    torch.testing.assert_close(run(tiny_magma(layers=(0, 2, 3), shuffle_graph=True))["manifold"], expected)
+
+
 def test_the_term_between_all_blocks_is_logged_without_a_gradient():
     """Fig. 3: each block with the one before it, by the settings of the regulariser's kernel."""
     kernel = {"kernel_factor": 0.5, "laplacian": "unnormalized"}
@@ -737,6 +745,8 @@ def test_recipes_are_tables_4_and_5():
         ({"layers": (-1, 5)}, "give two or more different blocks from -6 to 5"),
         ({"layers": (0, 6)}, "give two or more different blocks from -6 to 5"),
         ({"lam": -1.0}, "--lam -1.0 makes no sense; give 0 or more"),
+        ({"shuffle_graph": True, "layer_pairs": "all"}, "--shuffle-graph is for one layer of one process"),
+        ({"shuffle_graph": True, "gather": True}, "--shuffle-graph is for one layer of one process"),
         ({"gather_graph": False}, "--no-gather-graph says what --gather leaves out"),
         ({"temperature": 0.0}, "--temperature 0.0 makes no sense; give more than 0"),
         ({"kernel_factor": math.inf}, "--kernel-factor inf makes no sense"),
