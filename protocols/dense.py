@@ -7,10 +7,12 @@ from plumbing.boxes import load_boxes
 from plumbing.dense import load_dense
 from plumbing.encoders import load_encoder
 from plumbing.errors import UserError
+from plumbing.processes import note
+from plumbing.settings import flag
 from protocols.detect import fitting, run_detect
 from protocols.rows import Subject
 from protocols.segmentation import run_segment
-from protocols.settings import DENSE_PROTOCOLS, Config
+from protocols.settings import DENSE_PROTOCOLS, RECIPES, Config
 from protocols.training import run_protocol
 
 
@@ -45,8 +47,18 @@ def data_of(protocols: list, given: dict, usual: Callable, path=None) -> tuple[C
 
 
 def fitted_to(encoder, protocol: str, config: Config) -> Config:
-    """The settings as a protocol will take them for an encoder, so that these are recorded."""
-    return fitting(encoder, config) if protocol == "detect" else config
+    """The settings as a protocol will take them for an encoder, so that these are recorded; tells of idle ones."""
+    if protocol != "detect":
+        return config
+    config, idle = fitting(encoder, config), {}
+    if config.head != "plain":
+        idle["dropout"] = f"with --head {config.head}"
+    if encoder.image_sides and config.data != "scenes":
+        idle["crop_min"] = "with an encoder of pictures of one size, which are taken whole"
+    for field, why in idle.items():
+        if getattr(config, field) != RECIPES["detect"][config.recipe][field]:
+            note(f"{flag(field)}: of no effect {why}")
+    return config
 
 
 def run_any(protocol: str, subject: Subject, config: Config) -> dict:

@@ -42,6 +42,7 @@ def draw_layers(run_folder: Path, known: dict, subjects: list, config: Config) -
         for i, row in enumerate(rows, 1):
             cells = [f"{row[key]:>{len(title) + 3}.3f}" for key, title in COLUMNS.items()]
             print(f"{i:<5}" + "".join(cells).replace("nan", "  -"))
+    note("counted: the share of a block's variance that MAGMA's term counts, by the graph of the block before")
     return album.written, {name: figures_of(rows) for name, rows in blocks.items()}
 
 

@@ -111,9 +111,12 @@ def directions_of(found: list, i: int, seed: int) -> dict:
 
 
 def changes_of(cycle: CycleAgain, rough: CycleAgain, directions: dict, far: float) -> tuple[Tensor, Tensor, float]:
-    """What steps against some directions do to level III's loss, divided by their length: (D, READINGS); which share of
-    the masked patches they exchange, short and far: (D, 2); and half a short step's change by `all_steps`, by a whole
-    one's: 0.5 where first order holds. `rough` is the cycle in float32, for steps as long as `far`.
+    """What steps of T against D directions do: changes (D, READINGS), flips (D, 2), half.
+
+    A change is that of level III's loss, divided by the length of the step. Flips are the shares in [0, 1] of the
+    masked patches that a short step exchanges, and a far one. Half is what half a short step against `all_steps`
+    changes, divided by what a whole one does: 0.5 where first order holds. Steps as long as `far` are taken in `rough`,
+    the cycle in float32.
     """
     last, base, rough_base = cycle.losses(last=True), cycle.losses(), rough.losses()
     masks, rows, flips = cycle.masks(), [], []

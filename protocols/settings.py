@@ -216,6 +216,8 @@ HEADS |= {"detect": ("mf522", "mf211", "plain")}
 UNUSED = ("scratch", "pool", "tokens", "map", "perplexity", "k", "metric", "vote", "cache", "base_lrs", "probe_images")
 UNUSED += ("positions", "smoothing", "mixup", "cutmix", "randaugment", "erase")
 UNUSED = {"segment": (*UNUSED, "queries"), "detect": (*UNUSED, "batchnorm", "aux_weight")}
+# What has none there, but may have with another protocol of the same command: a flag of these is told.
+IDLE = {"layers": ("pool", "metric", "vote"), "relatives": ("pool", "k", "metric", "vote")}
 
 
 def check_used(protocol: str, given: dict):
@@ -229,10 +231,10 @@ def check_used(protocol: str, given: dict):
 
 
 def note_idle(protocol: str, given: dict, config: Config):
-    """Tell of given flags of segment and detect that cannot take effect beside the other settings."""
-    if protocol not in DENSE_PROTOCOLS:
-        return
-    idle = {} if config.finetune else {"without --finetune": ("layer_decay", "drop_path")}
+    """Tell of given flags that cannot take effect with a protocol, or beside its other settings."""
+    idle = {f"with --protocol {protocol}": IDLE.get(protocol, ())}
+    if protocol in DENSE_PROTOCOLS and not config.finetune:
+        idle["without --finetune"] = ("layer_decay", "drop_path")
     if protocol == "segment":
         idle[f"with --head {config.head}"] = ("batchnorm",) if config.head == "pyramid" else ("dropout", "aux_weight")
     for why, fields in idle.items():

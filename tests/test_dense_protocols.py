@@ -12,10 +12,12 @@ from make import log_of, same_weights, vit, write_coco
 from PIL import Image
 
 import evaluate
+from common import MobileFormer
 from plumbing.dense import load_dense
 from plumbing.encoders import save_encoder
 from plumbing.errors import Stopped, UserError
 from plumbing.files import load_checkpoint
+from protocols.dense import fitted_to
 from protocols.detect import Detector
 from protocols.segmentation import Segmenter
 from protocols.settings import settings_of
@@ -203,8 +205,34 @@ def test_detection_goes_on_to_the_weights_of_one_that_was_not_stopped(tmp_path):
         ("segment", {"dropout": 0.1, "aux_weight": 1.0}, "--dropout --aux-weight: of no effect with --head linear"),
         ("detect", {"dropout": 0.1}, ""),
         ("finetune", {"layer_decay": 0.5, "data": "x"}, ""),
+        (
+            "layers",
+            {"metric": "cosine", "vote": "distance", "pool": "cls", "k": 5},
+            "--pool --metric --vote: of no effect with --protocol layers",
+        ),
+        ("relatives", {"k": 5}, "--k: of no effect with --protocol relatives"),
+        ("relatives", {"k": 10}, ""),
+        ("knn", {"metric": "cosine", "vote": "distance", "pool": "cls", "k": 5}, ""),
     ],
 )
 def test_flags_that_have_no_effect_are_told_in_a_line(protocol, given, told, capsys):
     settings_of(protocol, {"image_size": 16, "data": "scenes"} | given, "magma", 16, 5000)
     assert capsys.readouterr().out == (f"note: {told}\n" if told else "")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "given", "told"),
+    [
+        (MobileFormer("micro"), {"head": "mf211", "dropout": 0.3}, "--dropout: of no effect with --head mf211"),
+        (MobileFormer("micro"), {"crop_min": 0.3}, ""),
+        (MobileFormer("micro"), {"head": "plain", "dropout": 0.3}, ""),
+        (vit(), {"head": "plain", "crop_min": 0.3}, "--crop-min: of no effect with an encoder of pictures of one size"),
+        (vit(), {"head": "mf211", "dropout": 0.3}, "--head mf211 reads two maps"),  # and takes plain
+        (vit(), {"data": "scenes", "crop_min": 0.3}, ""),
+    ],
+)
+def test_flags_of_detection_that_an_encoder_leaves_idle_are_told(encoder, given, told, capsys):
+    config = settings_of("detect", {"image_size": 16, "data": "coco"} | given, "magma", 16, 5000)
+    fitted_to(encoder, "detect", config)
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {told}") and said.count("\n") == 1 if told else not said

@@ -123,6 +123,7 @@ def test_a_run_is_shown_beside_its_untrained_encoder(tmp_path, monkeypatch, caps
     assert trained != untrained and trained["neighbours_kept"] == trained["block_1_next"]
     assert trained["rank_of_last"] == trained["block_2_rank"]
     assert "untrained encoder: 3 nearest neighbours" in shown and f"{untrained['block_1_last']:.3f}" in shown
+    assert shown.count("note: counted: the share of a block's variance that MAGMA's term counts") == 1
     assert "neighbours kept" in shown and "block_1" not in shown and "nan" not in shown
     report = (tmp_path / "report.html").read_text()
     assert (tmp_path / "layers" / "layers.png").exists() and "layers/layers.png" in report
