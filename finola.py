@@ -12,6 +12,7 @@ Eq. 1, 3   norm + linear, phi and psi      channel_norm, norm_linear
 Fig. 3     parallel form, both orders      Finola.forward
 Fig. 4     block-wise prediction           Finola.blockwise, block_sources
 Eq. 2, 4   differential equations          pde_residuals, laplacian_residual
+Eq. 5      what Eq. 4 takes for granted    orders_residual
 Eq. 9      Gaussian curvature (Fig. 5)     gaussian_curvature, peak_curvature
 App. E     embedding space                 mirror, interpolate, gaussian_samples, principal_reconstructions
 App. B     pooling, upsamplers (Table 10)  AttentionPool, ConvUpsampler, PatchUpsampler
@@ -185,7 +186,23 @@ def laplacian_residual(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
     ratio = torch.linalg.solve(b.double(), a.double(), left=False)  # A B^-1
     z_xx = z[:, :, 1:-1].diff(n=2, dim=3).movedim(1, -1)  # (B, H - 2, W - 2, C)
     z_yy = F.linear(z[:, :, :, 1:-1].diff(n=2, dim=2).movedim(1, -1), ratio @ ratio)
-    length = [x.flatten(1).norm(dim=1) for x in (z_xx - z_yy, z_xx, z_yy)]
+    return apart(z_xx, z_yy)
+
+
+def orders_residual(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """How far a map is from the step * of Eq. 5, z_xy = z_yx: |A d_y z_n - B d_x z_n| over the sum of both lengths.
+
+    In [0, 1], in float64. Where both orders of steps agree, it goes to 0 with their length. Maps (B, C, H, W) that A
+    and B (C, C) unroll to the right and downwards, two or more cells a side -> (B,).
+    """
+    z_n = channel_norm(z.double(), dim=1).movedim(1, -1)  # (B, H, W, C)
+    z_xy, z_yx = z_n[:, :, :-1].diff(dim=1), z_n[:, :-1].diff(dim=2)  # (B, H - 1, W - 1, C), one step down, one right
+    return apart(F.linear(z_xy, a.double()), F.linear(z_yx, b.double()))
+
+
+def apart(one: Tensor, other: Tensor) -> Tensor:
+    """|x - y| / (|x| + |y|) of two (B, ...), in [0, 1]: 0.71 for unrelated ones of one length -> (B,)."""
+    length = [x.flatten(1).norm(dim=1) for x in (one - other, one, other)]
     return length[0] / (length[1] + length[2]).clamp_min(1e-300)
 
 

@@ -11,6 +11,7 @@ COLUMNS = {  # what a result is called, and its digits; another one goes by its 
     "dz/dx": ("dz/dx", 3),
     "dz/dy": ("dz/dy", 3),
     "laplacian": ("laplacian", 3),
+    "orders": ("orders", 3),
     "curvature": ("curvature", 3),
     "encoder_curvature": ("encoder curvature", 3),
     "encoder_seam": ("encoder seam", 1),

@@ -12,6 +12,7 @@ from finola import (
     interpolate,
     laplacian_residual,
     mirror,
+    orders_residual,
     pde_residuals,
     peak_curvature,
     principal_reconstructions,
@@ -45,11 +46,11 @@ def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config)
         print("note: masked_b has no vector q, so no embeddings and no residuals")
     if method.config.norm != "channel":
         print("note: residuals are those of Eq. 2, which has the channel norm, so there are none")
-    residuals = {name: found[name].sort().values for name in ("dz/dx", "dz/dy", "laplacian") if name in found}
+    residuals = {name: found[name].sort().values for name in ("dz/dx", "dz/dy", "laplacian", "orders") if name in found}
     if residuals:
         lines = {f"{name}: median {values.median():.2f}": values for name, values in residuals.items()}
         labels = {"xlabel": "test images, sorted", "ylabel": "relative residual"}
-        equations = "Eq. 2 and 4" if "laplacian" in residuals else "Eq. 2"
+        equations = "Eq. 2, 4 and 5" if "laplacian" in residuals else "Eq. 2"
         album.chart("residuals", ranked(f"{album.title}: residuals of {equations}", lines, **labels))
     if residuals and "laplacian" not in residuals:
         print("note: A and B unroll fewer than three cells a side, so Eq. 4 is not measured; a finer map has more")
@@ -73,9 +74,9 @@ def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config
     """What the analysis of FINOLA needs of all test images: {name: tensor}, one row an image.
 
     PSNR of the reconstruction and of the mean training image, both outside the visible block in masked variants, where
-    it lies in the middle; the residuals of Eq. 2, and of Eq. 4 in the quadrant right of and below q where it has three
-    cells a side; each image's peak curvatures, sorted, at most 256, of this map and of the encoder's map of the whole
-    image, and the shares of channels that bend most at a seam (`seams`); the vectors q.
+    it lies in the middle; the residuals of Eq. 2, and of Eq. 4 and 5 in the quadrant right of and below q where it has
+    three cells a side; each image's peak curvatures, sorted, at most 256, of this map and of the encoder's map of the
+    whole image, and the shares of channels that bend most at a seam (`seams`); the vectors q.
     """
     found = {}
 
@@ -99,7 +100,9 @@ def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config
             part["dz/dx"], part["dz/dy"] = pde_residuals(z, method.finola, method.start)
             if min(method.size - row, method.size - column) >= 3:  # the quadrant that A and B unroll
                 right, down = method.finola.right, method.finola.down
-                part["laplacian"] = laplacian_residual(z[:, :, row:, column:], right, down)
+                quadrant = z[:, :, row:, column:]
+                part["laplacian"] = laplacian_residual(quadrant, right, down)
+                part["orders"] = orders_residual(quadrant, right, down)
         if method.size >= 3:
             with autocast(config.amp, subject.device):
                 bent = (z, method.encoder(images).float())

@@ -454,6 +454,18 @@ finola.py tests/test_finola.py::test_pde_residuals_match_the_step_by_step_versio
 - line[:, : place + 1].flip(1)
 + line[:, :place].flip(1)
 
+finola.py tests/test_finola.py::test_orders_residual_is_the_step_of_eq_5_that_needs_clairauts_theorem
+- apart(F.linear(z_xy, a.double()), F.linear(z_yx, b.double()))
++ apart(F.linear(z_xy, b.double()), F.linear(z_yx, a.double()))
+
+finola.py tests/test_finola.py::test_eq_4_holds_where_its_proof_does
+- z_n[:, :, :-1].diff(dim=1), z_n[:, :-1].diff(dim=2)
++ z_n[:, :-1].diff(dim=2), z_n[:, :, :-1].diff(dim=1)
+
+protocols/finola_figures.py tests/test_finola_figures.py::test_what_the_analysis_measures
+- orders_residual(quadrant, right, down)
++ orders_residual(quadrant, down, right)
+
 finola.py tests/test_finola.py::test_gaussian_curvature_matches_eq_9_and_turns_with_the_surface
 - z_xx * z_yy - z_xy.square()
 + z_xx * z_yy + z_xy.square()

@@ -238,13 +238,15 @@ def test_eq_4_holds_where_its_proof_does(dim, seed):
     over that: q has deviation 1, so that the longest steps, 0.25, turn it by less than 0.4.
     """
     a, b = commuting(dim, seed)
-    q, residuals = randn(1, dim, seed=seed), []
+    q, residuals, orders = randn(1, dim, seed=seed), [], []
     q = q / q.std(correction=0)
     for steps in (1, 2, 4, 8):
         module = random_finola(dim)
         module.right.data, module.down.data = a / steps / 4, b / steps / 4
         z = module(q, 2 * steps + 1, (0, 0))
         residuals.append(float(finola.laplacian_residual(z, a, b)))
+        orders.append(float(finola.orders_residual(z, a, b)))
+    assert all(later < 0.75 * former + 1e-9 for former, later in itertools.pairwise(orders))
     assert residuals[-1] < 0.25 * residuals[0] + 1e-9
     assert all(later < 0.75 * former + 1e-9 for former, later in itertools.pairwise(residuals))
 
@@ -252,13 +254,15 @@ def test_eq_4_holds_where_its_proof_does(dim, seed):
 @torch.no_grad()
 def test_eq_4_does_not_hold_for_any_matrices():
     """Eq. 4 for random matrices: the orders disagree, Clairaut's theorem does not apply, small steps do not help."""
-    values = []
+    values, orders = [], []
     for steps in (1, 4, 16):
         module = random_finola(6, seed=1)
         a, b = module.right.data.clone(), module.down.data.clone()
         module.right.data, module.down.data = a / steps / 4, b / steps / 4
-        values.append(float(finola.laplacian_residual(module(randn(1, 6), 2 * steps + 1, (0, 0)), a, b)))
-    assert min(values) > 0.5
+        z = module(randn(1, 6), 2 * steps + 1, (0, 0))
+        values.append(float(finola.laplacian_residual(z, a, b)))
+        orders.append(float(finola.orders_residual(z, a, b)))
+    assert min(values) > 0.5 and min(orders) > 0.5
 
 
 def test_laplacian_residual_is_eq_4():
@@ -273,6 +277,17 @@ def test_laplacian_residual_is_eq_4():
             sums += torch.stack([((z_xx - z_yy) ** 2).sum(), (z_xx**2).sum(), (z_yy**2).sum()])
         expected = sums[0].sqrt() / (sums[1].sqrt() + sums[2].sqrt())
         torch.testing.assert_close(finola.laplacian_residual(z, a, b)[image], expected)
+
+
+def test_orders_residual_is_the_step_of_eq_5_that_needs_clairauts_theorem():
+    """z_xy = A (z_n one step down - z_n) beside z_yx = B (z_n one step to the right - z_n), cell by cell."""
+    z, a, b = randn(2, 3, 4, 5), randn(3, 3, seed=1), randn(3, 3, seed=2)
+    for image, found in zip(z, finola.orders_residual(z, a, b), strict=True):
+        sums, z_n = torch.zeros(3, dtype=torch.float64), lambda y, x, cells=image: finola.channel_norm(cells[:, y, x])
+        for y, x in itertools.product(range(3), range(4)):
+            z_xy, z_yx = a @ (z_n(y + 1, x) - z_n(y, x)), b @ (z_n(y, x + 1) - z_n(y, x))
+            sums += torch.stack([((z_xy - z_yx) ** 2).sum(), (z_xy**2).sum(), (z_yx**2).sum()])
+        torch.testing.assert_close(found, sums[0].sqrt() / (sums[1].sqrt() + sums[2].sqrt()))
 
 
 @given(st.integers(3, 6), st.integers(3, 6), seeds)

@@ -19,6 +19,7 @@ from protocols.finola_figures import draw_embeddings, draw_finola, look_into_fin
 from protocols.rows import Subject
 from protocols.settings import Config
 
+RESIDUALS = ("dz/dx", "dz/dy", "laplacian", "orders")
 BENT = ("curvature", "encoder curvature", "seam", "encoder seam")
 
 
@@ -36,7 +37,7 @@ def look(method, count=6):
 @pytest.mark.parametrize("variant", ["finola", "masked_e", "masked_b"])
 @torch.no_grad()
 def test_what_the_analysis_measures(variant):
-    """PSNR, the residuals of Eq. 2 and 4, and Fig. 5's peak curvatures by Eq. 9."""
+    """PSNR, the residuals of Eq. 2, 4 and 5, and Fig. 5's peak curvatures by Eq. 9."""
     method = tiny_finola(variant=variant, image_size=96)
     found, train_images, images, _, _ = look(method)
     corner = None if variant == "finola" else torch.ones(6, 2, dtype=torch.long)
@@ -73,6 +74,8 @@ def test_what_the_analysis_measures(variant):
     quadrant = z[:, :, start:, start:]
     expected = finola.laplacian_residual(quadrant, method.finola.right, method.finola.down)
     torch.testing.assert_close(found["laplacian"], expected)
+    expected = finola.orders_residual(quadrant, method.finola.right, method.finola.down)
+    torch.testing.assert_close(found["orders"], expected)
 
 
 def test_residuals_are_those_of_the_channel_norm():
@@ -147,7 +150,7 @@ def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path):
     names += ["encoder_curvature", "encoder_surfaces"]
     assert written == [tmp_path / "finola" / f"{name}.png" for name in names]
     expected = {"psnr": found["psnr"].mean(), "psnr_of_mean": found["psnr of mean"].mean()}
-    expected |= {name: found[name].median() for name in ("dz/dx", "dz/dy", "laplacian")}
+    expected |= {name: found[name].median() for name in RESIDUALS}
     expected["curvature"] = found["curvature"].amax(dim=1).median()
     expected["encoder_curvature"] = found["encoder curvature"].amax(dim=1).median()
     expected |= {name.replace(" ", "_"): 100 * found[name].mean() for name in ("seam", "encoder seam")}
@@ -161,7 +164,7 @@ def drawn(request, tmp_path_factory):
     """
     method, sheets, charts = tiny_finola(variant=request.param, image_size=96), {}, {}
     found, _, images, subject, config = look(method)
-    for name in ("dz/dx", "dz/dy", "laplacian"):  # far apart, and not in order
+    for name in RESIDUALS:  # far apart, and not in order
         found[name] = found[name] * torch.tensor([1.0, 5, 2, 40, 3, 4])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(finola_figures, "method_for", lambda *_: method)
@@ -227,7 +230,7 @@ def test_the_surfaces_are_the_channels_that_bend_most_each_in_its_own_range(draw
 
 
 def test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature(drawn):
-    """Eq. 2, 4 and Fig. 5: image by image and channel by channel, in order, with the median beside the name."""
+    """Eq. 2, 4, 5 and Fig. 5: image by image and channel by channel, in order, with the median beside the name."""
     found, labels = drawn.found, {}
 
     def lines(name):
@@ -236,7 +239,7 @@ def test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature(drawn):
         return {line.get_label(): line.get_ydata() for line in axes.get_lines()}
 
     shown = lines("residuals")
-    names = ["dz/dx", "dz/dy", "laplacian"]
+    names = list(RESIDUALS)
     assert list(shown) == [f"{name}: median {sorted(found[name].tolist())[2]:.2f}" for name in names]
     for name, values in zip(names, shown.values(), strict=True):
         assert list(values) == pytest.approx(sorted(found[name].tolist()))
@@ -253,7 +256,7 @@ def test_the_charts_show_sorted_residuals_and_quartiles_of_the_curvature(drawn):
             assert list(shown[name]) == pytest.approx(values.tolist(), rel=1e-4)
     axes = ("channels, sorted", "peak curvature")
     assert labels == {
-        "residuals": ("test images, sorted", "relative residual", "residuals of Eq. 2 and 4"),
+        "residuals": ("test images, sorted", "relative residual", "residuals of Eq. 2, 4 and 5"),
         "curvature": (*axes, "curvature of the map that the upsampler is given"),
         "encoder_curvature": (*axes, "curvature of the encoder's map of the whole image"),
     }
@@ -282,7 +285,7 @@ def test_what_cannot_be_measured_is_said(fields, notes, tmp_path, monkeypatch, c
     assert capsys.readouterr().out.splitlines() == [f"note: {note}" for note in notes]
     assert set(figures) == {name.replace(" ", "_") for name in found} - {"q"}
     assert ("residuals" in charts) == ("dz/dx" in found) and ("curvature" in charts) == ("curvature" in found)
-    assert charts.get("residuals", "Eq. 2").endswith("Eq. 2 and 4" if not notes else "Eq. 2")  # Eq. 4 takes three cells
+    assert charts.get("residuals", "Eq. 2").endswith("Eq. 2, 4 and 5" if not notes else "Eq. 2")  # Eq. 4 takes three
 
 
 # --- whole runs ------------------------------------------------------------------------------------------------------
@@ -318,7 +321,7 @@ def test_a_run_is_trained_and_looked_into(variant, folders, tmp_path, capsys):
     lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     found = next(line["results"]["trained"] for line in lines if line["protocol"] == "finola")
     names = {"psnr", "psnr_of_mean", *(name.replace(" ", "_") for name in BENT)}
-    assert set(found) - {"dz/dx", "dz/dy", "laplacian"} == names
+    assert set(found) - set(RESIDUALS) == names
     assert ("untrained" in lines[0]["results"]) == (variant == "finola")
     shown = capsys.readouterr().out
     assert "PSNR" in shown
