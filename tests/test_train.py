@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import magma
 import train
 from common import METHODS
 from plumbing.asked import ELSEWHERE
+from plumbing.files import load_checkpoint
 from plumbing.settings import read_flags
 
 README = Path(train.__file__).with_name("README.md")
@@ -234,7 +236,8 @@ def test_train_reads_class_folders_of_the_users_own(tmp_path, capsys):
     write_folders(tmp_path / "mine", train=4, size=(40, 40), ending="jpg")
     flags = "--model vit_micro --image-size 32 --epochs 1 --batch-size 8 --workers 1 --decoder-depth 1"
     flags = ["magma", "--data", tmp_path / "mine", *flags.split(), "--out"]
-    code, output = run_main(*flags, tmp_path / "run", capsys=capsys)
+    with narrow_networks():
+        code, output = run_main(*flags, tmp_path / "run", capsys=capsys)
     assert code == 0, output.err
     bad = next((tmp_path / "mine" / "train" / "bee").iterdir())
     bad.write_bytes(bad.read_bytes()[:300])
@@ -254,16 +257,43 @@ def test_train_ends_with_code_1_when_the_loss_is_not_finite(tmp_path, capsys, mo
     assert "no checkpoint was written" in output.err
 
 
-def test_torchrun_trains_on_two_processes(tmp_path):
-    flags = [*SMALL.split(), "--probe-every", "1", "--probe-images", "100"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
-    command += ["magma", *flags, "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained encoder") == 2  # one table: trained and untrained
-    assert "2 process(es)" in done.stdout
-    assert "Warning:" not in done.stderr
+# train.py as it stands; and then, in the same processes, a run in which one of them dies.
+TWICE = """
+import runpy, sys
+argv, few, tests, hits = {0}
+sys.path.insert(0, tests)
+import processes, train
+sys.argv = [train.__file__, *argv]
+try:
+    runpy.run_path(train.__file__, run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+sys.exit(processes.train_with_fault(few, hits, "die", 2, 1))
+"""
+
+
+def test_torchrun_trains_on_two_processes_and_ends_within_a_minute_of_a_dead_one(tmp_path):
+    argv = ["magma", *SMALL.split(), "--probe-every", "1", "--probe-images", "100", "--out", str(tmp_path / "run")]
+    few = ["magma", *FEW, "--batch-size", "20", "--epochs", "2", "--save-every", "1", "--out", str(tmp_path / "dead")]
+    hits, script, said = tmp_path / "hits", tmp_path / "script.py", [tmp_path / "stdout", tmp_path / "stderr"]
+    hits.mkdir()
+    script.write_text(TWICE.format((argv, few, str(Path(__file__).parent), str(hits))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    with open(said[0], "w") as out, open(said[1], "w") as err:
+        started = subprocess.Popen(command, stdout=out, stderr=err, cwd=tmp_path)
+        try:
+            while started.poll() is None and not (hits / "1 die").exists():
+                time.sleep(0.1)
+            code = started.wait(60)
+        finally:
+            started.kill()
+    shown, errors = (path.read_text() for path in said)
+    assert code == 1 and (hits / "1 die").exists(), errors
+    assert shown.count("trained encoder") == 2  # one table: trained and untrained
+    assert "2 process(es)" in shown
+    assert "Warning:" not in errors
     assert np.isfinite(log_of(tmp_path / "run")[-1]["loss"])
+    assert load_checkpoint(tmp_path / "dead" / "last.pt")["step"] == 2
 
 
 # --- a start that was refused ----------------------------------------------------------------------------------------
@@ -289,7 +319,8 @@ def test_a_start_that_was_refused_leaves_nothing_that_blocks_the_next(
     assert code == 2
     assert output.err.startswith(f"error: {message}") and output.err.count("\n") == 1
     assert not out.exists()
-    code, output = run_main(*flags, *right.split(), capsys=capsys)
+    with narrow_networks({"dim": 24, "depth": 6, "heads": 3}):
+        code, output = run_main(*flags, *right.split(), capsys=capsys)
     assert code == 0, output.err
     assert (out / "encoder.pt").exists()
     assert len(loaded) >= 2
