@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from unittest import mock
 
@@ -18,9 +19,11 @@ import finola
 import magma
 import mixedae
 import mlo_mae
+import plumbing.runs
 from plumbing.datasets import ARCHIVES, CIFAR
 from plumbing.encoders import Encoder
 from plumbing.images import MemoryImages
+from plumbing.pictures import save_pictures
 from plumbing.settings import read_flags
 from plumbing.shapes import SHAPES, render_shapes
 from protocols.rows import Subject
@@ -166,10 +169,13 @@ NARROW_ROWS = [("stem", 0, 8), ("lite", 16, 8), ("down", 16, 8), ("down", 24, 16
 
 @contextlib.contextmanager
 def narrow_networks(size=NARROW):
-    """While this is on, the smallest encoders that a command can name are smaller still."""
-    former = {"token_dim": 16, "head": 32, "rows": NARROW_ROWS}
-    vits, formers = common.VIT_SIZES, common.MOBILE_FORMERS
-    with mock.patch.dict(vits, vit_micro=size), mock.patch.dict(formers, micro=former):
+    """While this is on, the smallest encoders that a command can name are smaller still, and pictures.png is not
+    enlarged.
+    """
+    former, save = {"token_dim": 16, "head": 32, "rows": NARROW_ROWS}, functools.partial(save_pictures, side=8)
+    vits = mock.patch.dict(common.VIT_SIZES, vit_micro=size)
+    formers = mock.patch.dict(common.MOBILE_FORMERS, micro=former)
+    with vits, formers, mock.patch.object(plumbing.runs, "save_pictures", save):
         yield
 
 

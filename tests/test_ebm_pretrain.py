@@ -312,7 +312,7 @@ def test_the_training_gradient_matches_a_difference_quotient(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["off", "fp16"])  # bf16: the next test
 def test_every_backbone_trains_and_every_weight_gets_a_gradient(kind, amp):
     if (kind, amp) == ("convnext", "fp16"):
         return  # autocast leaves its norms, of small variance, in fp16 on CPUs, where their cubes overflow; not on GPUs
@@ -338,8 +338,10 @@ def test_bf16_has_nearly_the_gradient_of_float32(kind):
     for amp in (False, True):
         method = tiny_energy(backbone(kind), task="super_resolution", steps=1)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            loss = method(images_of(8))["loss"]
-        loss.backward()
+            out = method(images_of(4))
+        assert all(value.dtype == torch.float32 for value in out.values())
+        out["loss"].backward()
+        assert all((p.grad is not None) == p.requires_grad for p in method.parameters())
         gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
     assert F.cosine_similarity(*gradients, dim=0) > 0.98
 
@@ -809,7 +811,7 @@ def fit(method, steps, images=None, rate=3e-3):
     return losses
 
 
-@pytest.mark.parametrize("task", ["random_large", "super_resolution", "mixed"])
+@pytest.mark.parametrize("task", ["random_large", "super_resolution"])
 def test_an_energy_trained_on_one_image_restores_it(task):
     """Eq. 4 is met: two steps from what each corruption leaves lead back to the only image that there is."""
     method = tiny_energy(vit(image_size=16, dim=48, depth=1, mean=ENERGY_DATA.mean, std=ENERGY_DATA.std), task=task)
@@ -822,8 +824,7 @@ def test_an_energy_trained_on_one_image_restores_it(task):
     with torch.no_grad():
         restored = method.restored(corrupted)
     errors = [float(F.mse_loss(x, clean)) for x in (corrupted, *restored)]
-    share = {"mixed": 0.45, "super_resolution": 0.3}.get(task, 0.2)
-    assert errors[-1] < share * errors[0], errors
+    assert errors[-1] < {"super_resolution": 0.3, "random_large": 0.2}[task] * errors[0], errors
 
 
 def test_the_step_size_is_set_by_the_first_batch_and_learned_from_then_on():

@@ -75,7 +75,7 @@ def test_fit_writes_a_run_folder(tmp_path):
     images = shapes().images[:3].float() / 255
     torch.testing.assert_close(load_encoder(out / "encoder.pt")(images), method.encoder.eval()(images))
     with Image.open(out / "pictures.png", formats=["PNG"]) as picture:
-        assert picture.size == (3 * (128 + 4) + 4, 20 + 8 * (128 + 4) + 4)  # captions above, and white between
+        assert picture.size == (3 * (8 + 4) + 4, 20 + 8 * (8 + 4) + 4)  # captions above, and white between
 
 
 def test_an_existing_run_is_never_overwritten(tmp_path):
