@@ -233,7 +233,7 @@ class Config(TrainConfig):
     diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
     log_layers: bool = False  # log the term between each block and the next, too (Fig. 3); the training is the same
     detach_reference: bool = False  # stop the gradient through the weights w
-    shuffle_graph: bool = False  # a control: each image has the neighbours of another one, drawn in each step
+    shuffle_graph: bool = False  # a control: each image has the neighbours of one drawn at random
     gather: bool = False  # one graph, one uniformity and one SSL loss over the images of all processes
     gather_graph: bool = True  # with --gather; without, each process has a graph of its own, as in the code
     temperature: float = 0.2  # of SimCLR
@@ -250,7 +250,7 @@ class Config(TrainConfig):
         if not self.gather and not self.gather_graph:
             raise UserError("--no-gather-graph says what --gather leaves out; give both or neither")
         if self.shuffle_graph and (self.gather or self.layer_pairs == "all"):
-            raise UserError("--shuffle-graph is for one layer of one process; leave out --gather and --layer-pairs")
+            raise UserError("--shuffle-graph does not go with --gather or --layer-pairs all; leave out one")
         check_least(self, lam=0, uniformity=0, inverse=0, e_st=0, e_dur=0, colour=0, projector_dim=1)
         check_positive(self, "kernel_factor", "temperature")
         if not 0 <= self.blur <= 1:

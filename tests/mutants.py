@@ -276,7 +276,7 @@ magma.py tests/test_magma.py::test_image_features_leave_the_cls_token_out
 - tokens[:, 1:].mean(dim=1)
 + tokens.mean(dim=1)
 
-magma.py tests/test_magma.py::test_a_shuffled_graph_gives_each_image_the_neighbours_of_another
+magma.py tests/test_magma.py::test_a_shuffled_graph_is_that_of_the_images_in_another_order
 - chosen = [x[order] for x in chosen[:-1]] + chosen[-1:]
 + chosen = [x[order] for x in chosen]
 

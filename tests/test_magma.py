@@ -484,7 +484,7 @@ def test_layers_and_their_pairs_are_the_sum_over_k_of_eq_2():
     torch.testing.assert_close(both, magma.manifold_loss(z[2], z[1]) + magma.manifold_loss(z[1], z[2]))
 
 
-def test_a_shuffled_graph_gives_each_image_the_neighbours_of_another():
+def test_a_shuffled_graph_is_that_of_the_images_in_another_order():
     """A control of Eq. 2: the graph of the images in another order, the same for all reference layers."""
     z = features_of_blocks(tiny_magma())
     order = torch.randperm(6)  # what the method draws next
@@ -745,8 +745,8 @@ def test_recipes_are_tables_4_and_5():
         ({"layers": (-1, 5)}, "give two or more different blocks from -6 to 5"),
         ({"layers": (0, 6)}, "give two or more different blocks from -6 to 5"),
         ({"lam": -1.0}, "--lam -1.0 makes no sense; give 0 or more"),
-        ({"shuffle_graph": True, "layer_pairs": "all"}, "--shuffle-graph is for one layer of one process"),
-        ({"shuffle_graph": True, "gather": True}, "--shuffle-graph is for one layer of one process"),
+        ({"shuffle_graph": True, "layer_pairs": "all"}, "--shuffle-graph does not go with --gather or --layer-pairs"),
+        ({"shuffle_graph": True, "gather": True}, "--shuffle-graph does not go with --gather or --layer-pairs"),
         ({"gather_graph": False}, "--no-gather-graph says what --gather leaves out"),
         ({"temperature": 0.0}, "--temperature 0.0 makes no sense; give more than 0"),
         ({"kernel_factor": math.inf}, "--kernel-factor inf makes no sense"),

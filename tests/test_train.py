@@ -1,5 +1,6 @@
 """train.py's command line: what it prints, what it refuses, and what a refused start leaves behind."""
 
+import contextlib
 import importlib
 import json
 import re
@@ -286,9 +287,14 @@ def test_torchrun_trains_on_two_processes_and_ends_within_a_minute_of_a_dead_one
             for _ in range(3000):
                 if started.poll() is None and not (hits / "1 die").exists():
                     time.sleep(0.1)
-            code = started.wait(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started.wait(60)
+            code = started.poll()  # None where it is still there
         finally:
             started.terminate()  # torchrun then ends its processes
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                started.wait(30)
+            started.kill()
     shown, errors = (path.read_text() for path in said)
     assert code == 1 and (hits / "1 die").exists(), errors
     assert shown.count("trained encoder") == 2  # one table: trained and untrained
