@@ -1405,7 +1405,7 @@ plumbing/checking.py tests/test_decoding.py::test_max_pixels_of_a_data_set_holds
 - f"{digest}-{max_pixels}.json"
 + f"{digest}.json"
 
-train.py tests/test_train.py::test_torchrun_trains_on_two_processes_and_ends_within_a_minute_of_a_dead_one
+train.py tests/test_train.py::test_torchrun_trains_on_two_processes
 - if rank() == 0:
 + if True:
 

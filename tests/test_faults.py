@@ -6,6 +6,8 @@ import io
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import typing
 from pathlib import Path
@@ -247,6 +249,20 @@ def test_a_process_that_dies_ends_the_other(victim, tmp_path):
     assert (codes[victim], codes[1 - victim]) == (9, 1)
     assert "another process is gone (" in texts[1 - victim]
     assert texts[1 - victim].count("\n") == 1
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
+
+
+def test_torchrun_ends_within_a_minute_of_a_dead_process(tmp_path):
+    script = tmp_path / "script.py"
+    tests = str(Path(__file__).parent)
+    hits = tmp_path / "hits"
+    hits.mkdir()
+    call = f"processes.train_with_fault({flags_of('magma', tmp_path / 'run')!r}, {str(hits)!r}, 'die', 6, 1)"
+    script.write_text(f"import sys\nsys.path.insert(0, {tests!r})\nimport processes\nsys.exit({call})\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert (hits / "1 die").exists()
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
 
 

@@ -1,12 +1,10 @@
 """train.py's command line: what it prints, what it refuses, and what a refused start leaves behind."""
 
-import contextlib
 import importlib
 import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ import magma
 import train
 from common import METHODS
 from plumbing.asked import ELSEWHERE
-from plumbing.files import load_checkpoint
 from plumbing.settings import read_flags
 
 README = Path(train.__file__).with_name("README.md")
@@ -258,50 +255,16 @@ def test_train_ends_with_code_1_when_the_loss_is_not_finite(tmp_path, capsys, mo
     assert "no checkpoint was written" in output.err
 
 
-# train.py as it stands; and then, in the same processes, a run in which one of them dies.
-TWICE = """
-import os, runpy, sys
-argv, few, tests, hits = {0}
-sys.path.insert(0, tests)
-import processes, train
-sys.argv = [train.__file__, *argv]
-try:
-    runpy.run_path(train.__file__, run_name="__main__")
-except SystemExit as end:
-    if end.code:
-        os._exit(end.code)  # at once: in order it would wait for the other process
-sys.exit(processes.train_with_fault(few, hits, "die", 2, 1))
-"""
-
-
-def test_torchrun_trains_on_two_processes_and_ends_within_a_minute_of_a_dead_one(tmp_path):
-    argv = ["magma", *SMALL.split(), "--probe-every", "1", "--probe-images", "100", "--out", str(tmp_path / "run")]
-    few = ["magma", *FEW, "--batch-size", "20", "--epochs", "2", "--save-every", "1", "--out", str(tmp_path / "dead")]
-    hits, script, said = tmp_path / "hits", tmp_path / "script.py", [tmp_path / "stdout", tmp_path / "stderr"]
-    hits.mkdir()
-    script.write_text(TWICE.format((argv, few, str(Path(__file__).parent), str(hits))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    with open(said[0], "w") as out, open(said[1], "w") as err:
-        started = subprocess.Popen(command, stdout=out, stderr=err, cwd=tmp_path)
-        try:
-            for _ in range(3000):
-                if started.poll() is None and not (hits / "1 die").exists():
-                    time.sleep(0.1)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                started.wait(60)
-            code = started.poll()  # None where it is still there
-        finally:
-            started.terminate()  # torchrun then ends its processes
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                started.wait(30)
-            started.kill()
-    shown, errors = (path.read_text() for path in said)
-    assert code == 1 and (hits / "1 die").exists(), errors
-    assert shown.count("trained encoder") == 2  # one table: trained and untrained
-    assert "2 process(es)" in shown
-    assert "Warning:" not in errors
+def test_torchrun_trains_on_two_processes(tmp_path):
+    flags = [*SMALL.split(), "--probe-every", "1", "--probe-images", "100"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
+    command += ["magma", *flags, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained encoder") == 2  # one table: trained and untrained
+    assert "2 process(es)" in done.stdout
+    assert "Warning:" not in done.stderr
     assert np.isfinite(log_of(tmp_path / "run")[-1]["loss"])
-    assert load_checkpoint(tmp_path / "dead" / "last.pt")["step"] == 2
 
 
 # --- a start that was refused ----------------------------------------------------------------------------------------
