@@ -123,7 +123,8 @@ def chart_of(tables: dict, titles: list):
             one.fill_between(across, middle - spread, middle + spread, alpha=0.15, linewidth=0, **look)
         one.set(title=f"equal {equal}", xlabel={"passes": "passes over the pictures", "seconds": "CPU seconds"}[x])
     figure.set_figheight(figure.get_figheight() + 1.2)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    lines = {line.get_label(): line for one in axes for line in one.get_lines()}  # a panel may lack some
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4)
     return figure
 
 

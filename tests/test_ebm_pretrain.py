@@ -811,7 +811,7 @@ def fit(method, steps, images=None, rate=3e-3):
     return losses
 
 
-@pytest.mark.parametrize("task", ["random_large", "super_resolution"])
+@pytest.mark.parametrize("task", ["random_large", "super_resolution", "mixed"])
 def test_an_energy_trained_on_one_image_restores_it(task):
     """Eq. 4 is met: two steps from what each corruption leaves lead back to the only image that there is."""
     method = tiny_energy(vit(image_size=16, dim=48, depth=1, mean=ENERGY_DATA.mean, std=ENERGY_DATA.std), task=task)
@@ -824,7 +824,7 @@ def test_an_energy_trained_on_one_image_restores_it(task):
     with torch.no_grad():
         restored = method.restored(corrupted)
     errors = [float(F.mse_loss(x, clean)) for x in (corrupted, *restored)]
-    assert errors[-1] < {"super_resolution": 0.3, "random_large": 0.2}[task] * errors[0], errors
+    assert errors[-1] < {"mixed": 0.45, "super_resolution": 0.3, "random_large": 0.2}[task] * errors[0], errors
 
 
 def test_the_step_size_is_set_by_the_first_batch_and_learned_from_then_on():

@@ -249,6 +249,15 @@ def test_the_chart_counts_passes_and_cpu_seconds(tmp_path):
         assert heights.max() == pytest.approx(55 + 50**0.5)  # the deviation of 50 and 60
 
 
+def test_the_legend_names_every_line_of_every_panel(tmp_path):
+    record(tmp_path / "x-seed0", 50.0)
+    runs, tables = [study.run_of(tmp_path / "x-seed0", 2)], {}
+    for equal, titles in (("passes", ["MAE"]), ("seconds", ["MAE", "MLO-MAE"])):
+        tables[equal] = study_page.table_of([study_page.Entry(x, "", 1.0, 3.0, 2, runs) for x in titles])[1]
+    (legend,) = study_page.chart_of(tables, ["MAE", "MLO-MAE"]).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["MAE", "MLO-MAE"]
+
+
 def test_a_cell_tells_of_the_values_that_there_are():
     assert [study_page.told(x) for x in ([], [None, math.nan], [2.0, None], [1.0, 2.0, math.nan])] == [
         "-",
