@@ -4,8 +4,8 @@
 # Antialiasing widens a kernel where pictures shrink, so it ought to change nothing where they grow; in bilinear mode it
 # does not. In bicubic mode the flag also swaps the kernel: Keys' cubic with a = -0.75 without it, with a = -0.5 with it,
 # as in Pillow, and weights past the border go to the rest rather than to a repeated edge. The documentation speaks of
-# agreement with Pillow "for downsampling". So position embeddings that a vision transformer enlarges for bigger pictures differ between
-# a code base that passes antialias=True (timm does by default) and one that does not (MAE's release), by some per cent.
+# agreement with Pillow "for downsampling". So position embeddings that a vision transformer enlarges for bigger pictures
+# differ between code that passes antialias=True (timm, by default) and code that does not (MAE's release).
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
