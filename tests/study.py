@@ -87,7 +87,7 @@ ROWS = {  # from cheap to dear
     "vicreg": Row("VICReg", "magma", f"{VIT} --ssl vicreg --lam 0"),
     "m-vicreg": Row("M-VICReg", "magma", f"{VIT} --ssl vicreg {TERM_128}"),
     "finola": Row("FINOLA", "finola", "--width micro --image-size 64"),
-    "energy": Row("energy, mixed tasks", "ebm_pretrain", VIT),
+    "energy": Row("energy, mixed tasks", "ebm_pretrain", f"{VIT} --task mixed"),
     "energy-sr": Row("energy, super-resolution", "ebm_pretrain", f"{VIT} --task super_resolution"),  # its best task
 }
 UNTRAINED = {"mae": "untrained", "finola-e": "untrained, FINOLA's"}  # whose encoders before training have a row too
