@@ -3,10 +3,13 @@
 Wang, Wang, Liu and Qiu, "Energy-Inspired Self-Supervised Pretraining for Vision Models" (ICLR 2023; equations and
 tables are numbered as in the text of the ICML workshop 2022). No code was released.
 
-Put a linear head with one output on any vision model and call the output an energy. Corrupt an image: mask it, blur it,
-add noise, take its colour. Follow the gradient of the energy *with respect to the pixels* downhill for a step or two,
-and ask that the original comes out. The forward pass is the encoder and the backward pass is the decoder, so nothing
-has to be added to the model, and nothing thrown away after training but the head.
+Put a linear head with one output on any vision model and call the output an energy. Corrupt an image: mask it, make it
+coarse, add noise, take its colour. Follow the gradient of the energy *with respect to the pixels* downhill for a step
+or two, and ask that the original comes out. The forward pass is the encoder and the backward pass is the decoder, so
+nothing has to be added to the model, and nothing thrown away after training but the head.
+
+The loss (Eq. 4) reads the gradient of the energy alone, never its value. That whole images end up lower than corrupted
+ones is what the paper expects of it; docs/ebm_pretrain.md ("Is it an energy?") measures it.
 
 Equation                                                        function
 App. A.3         masks                                          gridded_mask, random_patches
@@ -14,6 +17,8 @@ App. A.2         super-resolution, denoising                    super_resolution
 Sec. 3.1, 3.2    colorization; one of four for each image       grayscale, mixed
 Eq. 3, 4, Alg. 1 gradient steps, stop-gradient between them     descent, restore
 Eq. 4            error of every step                            restoration_loss
+App. A.1         learned step size                              first_step_size, EnergyPretraining.set_alpha
+Listing 1        a step of the training                         EnergyPretraining.forward, EnergyPretraining.update
 Eq. 2            corrupted images as negatives (N = 0, Fig. A)  contrast_loss
 Eq. 1 to 3       samples from noise, Fig. 1, left               likelihood_loss, langevin (--objective sampling)
 Fig. 1, right    chains from corrupted images                   sample
@@ -28,7 +33,8 @@ Look at it: python evaluate.py runs/ebm_pretrain-shapes --protocol energy
 
 Choices that change a number (docs/ebm_pretrain.md has all of them):
 * The energy acts on images of zero mean and unit variance a channel, and so do masks (blank is 0) and noise.
-* log alpha is learned, and starts such that the first step on the first batch has a root mean square of 0.3.
+* log alpha is learned, and starts such that the first step on the first batch moves pixels by 0.3 standard
+  deviations, root mean square.
 * The loss is SmoothL1 as in Listing 1, averaged over the steps and all pixels; `--criterion mse` is that of Eq. 4.
 * N = 0 has no loss in the paper. Ours is softplus(E(x) - E(corrupted)).
 * Sizes of random patches are shares of the area, U(0.03, 0.075) for large ones: those printed would blank every image.
@@ -52,7 +58,7 @@ from common import VIT_SIZES, Block, Method, MobileFormer, ViT, ViTSize, attend_
 from plumbing.encoders import Encoder
 from plumbing.errors import UserError
 from plumbing.probes import features_of, labelled, pooled_features, probe
-from plumbing.processes import autocast, average, world_size
+from plumbing.processes import autocast, average
 from plumbing.settings import TrainConfig, check_least, check_positive
 from plumbing.start import start_from
 
@@ -70,7 +76,8 @@ def gridded_mask(images: Tensor, patch: int, ratio: float, generator=None) -> Te
     rows, columns = -(-height // patch), -(-width // patch)
     cells = rows * columns
     draw = torch.rand(len(images), cells, generator=generator, device=images.device)
-    blank = draw.argsort(dim=1).argsort(dim=1) >= cells - round(ratio * cells)  # (B, cells), exact counts in each row
+    rank = draw.argsort(dim=1).argsort(dim=1)  # (B, cells), 0 for the smallest draw of an image
+    blank = rank >= cells - round(ratio * cells)  # as many in each row
     blank = blank.unflatten(1, (1, rows, columns))
     blank = blank.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[..., :height, :width]  # (B, 1, H, W)
     return images.masked_fill(blank, 0)  # the mean colour
@@ -82,7 +89,7 @@ def random_patches(images: Tensor, count: int, low: float, high: float, generato
     Height over width is log-uniform in `aspect`; no side is longer than the image. A pixel is blank if its centre is.
     """
     draw = torch.rand(4, len(images), count, generator=generator, device=images.device)  # each (B, count)
-    area, ratio = low + (high - low) * draw[0], aspect[0] * (aspect[1] / aspect[0]) ** draw[1]
+    area, aspects = low + (high - low) * draw[0], aspect[0] * (aspect[1] / aspect[0]) ** draw[1]  # (B, count)
 
     def covered(share, place, side):  # which pixels of an axis each rectangle covers: (B, count, side)
         share = share.clamp_max(1)
@@ -91,10 +98,10 @@ def random_patches(images: Tensor, count: int, low: float, high: float, generato
         return (centre >= start[..., None]) & (centre < (start + share * side)[..., None])
 
     # A product of two thin matrices counts the rectangles over each pixel, without a map for each rectangle.
-    shape = images.shape[-2] / images.shape[-1]  # of the image: areas and aspects are in pixels
-    rows = covered((area * ratio / shape).sqrt(), draw[2], images.shape[-2]).float()
-    columns = covered((area / ratio * shape).sqrt(), draw[3], images.shape[-1]).float()
-    blank = torch.einsum("bkh,bkw->bhw", rows, columns) > 0.5
+    tall = images.shape[-2] / images.shape[-1]  # of the image: areas and aspects are in pixels, shares are of a side
+    rows = covered((area * aspects / tall).sqrt(), draw[2], images.shape[-2]).float()  # (B, count, H)
+    columns = covered((area / aspects * tall).sqrt(), draw[3], images.shape[-1]).float()  # (B, count, W)
+    blank = torch.einsum("bkh,bkw->bhw", rows, columns) > 0.5  # (B, H, W)
     return images.masked_fill(blank[:, None], 0)
 
 
@@ -147,17 +154,18 @@ def mixed(corrupted: list, generator=None) -> Tensor:
 def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
     """alpha dE/dx at x (B, C, H, W), what a step downhill subtracts (Eq. 3); itself differentiable.
 
-    `energy` maps images to (B,) or (B, 1). torch.compile cannot differentiate twice; a central difference of two
-    gradients instead of the second derivative takes longer and is inexact (`python tests/bench.py energy`).
+    `energy` maps images to (B,) or (B, 1), each image by itself: so the gradient of the sum holds that of each image.
     Raises RuntimeError, here or in the backward pass, where a kernel inside `energy` has no second derivative.
     """
-    recording, x = torch.is_grad_enabled(), x.detach().requires_grad_()
+    recording = torch.is_grad_enabled()  # in training: then this step is recorded, too, for loss.backward()
+    x = x.detach().requires_grad_()
     # torch's fused attention has no second derivative: where `energy` asks for attention, it gets the plain one.
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         # alpha E is differentiated rather than E: the same number, but what travels back is of the size of a step. In
         # fp16 the gradient of E itself, 1e-4 and less, would lose its digits, or be zero.
         total = step_size * energy(x).sum()
-    # The forward pass has settled the types. Autocast would cast to fp16 what is in float32 because it is large.
+    # Gradients keep the types of the forward pass. Autocast would cast those of the float32 head, which alpha makes
+    # large, to fp16, where they can overflow.
     with torch.autocast(x.device.type, enabled=False):
         return torch.autograd.grad(total, x, create_graph=recording)[0]
 
@@ -165,8 +173,9 @@ def descent(energy, x: Tensor, step_size: Tensor | float = 1.0) -> Tensor:
 def restore(energy, images: Tensor, steps: int, step_size: Tensor | float) -> list:
     """x^n = x^(n-1) - alpha dE/dx(x^(n-1)) from x^0 = `images` (Eq. 3, 4): the list of x^1 to x^N, each (B, C, H, W).
 
-    Each step starts from detached pixels, so the error of step n teaches step n alone. Gradients reach the weights of
-    `energy` and `step_size` through `descent`, as a second derivative.
+    Each step starts from detached pixels, as in Algorithm 1 and Listing 1 (Eq. 4 as printed detaches within dE/dx
+    alone), so the error of step n teaches step n alone. Gradients reach `step_size`, and as a second derivative the
+    weights of `energy`.
     """
     x, chain = images, []
     for _ in range(steps):
@@ -178,8 +187,9 @@ def restore(energy, images: Tensor, steps: int, step_size: Tensor | float) -> li
 def restoration_loss(restored: list, images: Tensor, criterion="smooth_l1", weight: Tensor | None = None) -> Tensor:
     """Mean error of all steps, pixels and images (Eq. 4): N times (B, C, H, W) against (B, C, H, W) -> scalar.
 
-    `criterion` is smooth_l1 (beta 1, Listing 1) or mse (Eq. 4). `weight` (B, C, H, W) or (B, 1, H, W) says which pixels
-    count: then it is the mean over images of the mean over these.
+    `criterion` is smooth_l1 (beta 1, Listing 1, which adds the steps up) or mse (Eq. 4, whose j = 0 is constant).
+    `weight` (B, C, H, W) or (B, 1, H, W), of ours, says which pixels count: then it is the mean over images of the mean
+    over these.
     """
     function = {"smooth_l1": F.smooth_l1_loss, "mse": F.mse_loss}[criterion]
     if weight is None:
@@ -200,7 +210,8 @@ def contrast_loss(clean: Tensor, corrupted: Tensor) -> Tensor:
 def likelihood_loss(clean: Tensor, sampled: Tensor) -> Tensor:
     """Mean E(x+) - mean E(x-), whose gradient by the weights is Eq. 2: energies (B,), (B',) -> scalar.
 
-    That of the negative log-likelihood (Eq. 1), if x- are samples of exp(-E) / Z. The loss itself has no lower bound.
+    This is also the gradient of the negative log-likelihood (Eq. 1), if x- are samples of exp(-E) / Z. The loss itself
+    has no lower bound.
     """
     return clean.mean() - sampled.mean()
 
@@ -209,8 +220,8 @@ def likelihood_loss(clean: Tensor, sampled: Tensor) -> Tensor:
 def langevin(energy, x: Tensor, steps: int, step_size: Tensor | float, temperature: float = 0.0, generator=None):
     """Eq. 3, `steps` times x - alpha dE/dx, without gradients: (B, C, H, W) -> the same.
 
-    As printed it has no noise, and ends in a minimum of the energy. Langevin's adds sqrt(2 alpha temperature) eps: with
-    small steps the chain forgets its start, and ends with the law exp(-E / temperature) / Z.
+    As printed it has no noise: small steps go towards a minimum, if there is one. Langevin's adds sqrt(2 alpha
+    temperature) eps: after many small steps the law is exp(-E / temperature) / Z.
     """
     for _ in range(steps):
         x = x - descent(energy, x, step_size)
@@ -239,9 +250,10 @@ def sample(energy, images: Tensor, steps: int, step_size: Tensor | float) -> tup
 
 
 class Energy(nn.Module):
-    """E(x) = h(psi(x)): a backbone's mean feature, and a linear head without bias (section 2.2).
+    """E(x) = h(psi(x)) (section 2.2): psi is a backbone's mean feature, a choice, h linear, without bias (Listing 1).
 
-    x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,) float32. `encoder` is any
+    x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,), in the type of the head
+    under autocast, too. `encoder` is any
     module that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); `images` tell how wide they are.
     Raises UserError for an encoder with batch norm, where the energy of an image would depend on the others of its
     batch, and for one whose output has another shape.
@@ -258,18 +270,19 @@ class Energy(nn.Module):
             features = pooled_features(encoder, images)
         if features.ndim != 2:
             kind, shape = type(encoder).__name__, " x ".join(map(str, features.shape))
-            raise UserError(f"{kind} returns {shape}; an energy needs features (B, D) or (B, D, H, W)")
+            raise UserError(f"{kind} returns {shape}; an energy needs features (B, D) or (B, D, H, W): wrap it")
         self.encoder, self.head = encoder, nn.Linear(features.shape[1], 1, bias=False)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> (B, D)."""
-        if type(self.encoder) is ViT:
+        if type(self.encoder) is ViT:  # by hand: torch's plain attention computes in float32 what is in bf16
             return self.encoder.pooled(self.encoder.encode(self.encoder.embed(images), attend_plainly))
         return pooled_features(self.encoder, images)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Back to [0, 1]: an encoder normalises by itself, after --start by what its weights are used to.
         features = self.features(x * self.std + self.mean)  # (B, D)
         with torch.autocast(x.device.type, enabled=False):
             return self.head(features.to(self.head.weight.dtype)).squeeze(1)  # (B,)
@@ -281,7 +294,7 @@ class Energy(nn.Module):
 
 MIXTURE = ("gridded", "super_resolution", "noise", "grayscale")  # the tasks of `mixed`
 TASKS = ("gridded", "random_small", "random_large", "super_resolution", "noise", "grayscale", "mixed")
-TableB = Literal["convnext_micro", "convnext_tiny", "swin_micro", "swin_tiny"]
+OtherBackbones = Literal["convnext_micro", "convnext_tiny", "swin_micro", "swin_tiny"]
 MobileFormers = Literal["mobile_former_micro", "mobile_former_720", "mobile_former_1440", "mobile_former_2880"]
 
 
@@ -291,18 +304,18 @@ class Config(TrainConfig):
 
     crop_min: float = 0.2  # smallest share of the image that a random resized crop keeps
     base_lr: float = 1e-4  # learning rate for a batch of 256
-    model: Literal[ViTSize, TableB, MobileFormers] = "vit_small"  # the backbone
+    model: Literal[ViTSize, OtherBackbones, MobileFormers] = "vit_small"  # the backbone
     patch: int = 16  # side of a patch of a vit, in pixels
-    objective: Literal["energy", "sampling", "autoencoder", "mae"] = "energy"  # or Eq. 2; or baselines: Tables 2, 1
+    objective: Literal["energy", "sampling", "autoencoder", "mae"] = "energy"  # sampling: Eq. 2; baselines: Tables 2, 1
     task: Literal[TASKS] = "gridded"  # how images are corrupted
-    grid: int = 16  # gridded: side of the squares, in pixels; 16, 24 and 32 in Table 1
-    mask_ratio: float = 0.7  # gridded, mae: share of the squares or patches that are blank (Table 1)
-    scale: int = 16  # super_resolution: how many times the image shrinks; 14, 16, 24 and 32 in Table 2
+    grid: int = 16  # gridded, mixed: side of the squares, in pixels; 16, 24 and 32 in Table 1
+    mask_ratio: float = 0.7  # gridded, mixed, mae: share of the squares or patches that are blank (Table 1)
+    scale: int = 16  # super_resolution, mixed: how many times the image shrinks; 14, 16, 24, 32 in Table 2
     steps: int = 2  # N: gradient steps on each image; 0 takes corrupted images as negatives (Fig. A)
-    temperature: float = 0.0  # sampling: of the chain's noise; 0 is Eq. 3 as printed, 1 the law of Eq. 1
+    temperature: float = 0.0  # sampling: of the chain's noise, sqrt(2 alpha temperature) a step; 0: Eq. 3
     criterion: Literal["smooth_l1", "mse"] = "smooth_l1"  # error of the restored pixels: Listing 1, or Eq. 4
     scored: Literal["all", "changed"] = "all"  # pixels that count in the loss: all, or those that were corrupted
-    first_step: float = 0.3  # root mean square of the very first step; it sets alpha
+    first_step: float = 0.3  # the very first step, in standard deviations of a pixel (root mean square)
     alpha_lr: float = 1.0  # learning rate of log alpha, relative to that of the weights
     decoder_dim: int = 512  # autoencoder, mae: width of the decoder
     decoder_depth: int = 8  # autoencoder, mae: blocks of the decoder
@@ -321,18 +334,18 @@ class Config(TrainConfig):
             raise UserError(f"--mask-ratio {self.mask_ratio} blanks nothing or all; give more than 0, less than 1")
         if self.compile and self.is_energy:
             raise UserError(
-                "--compile does not work here: torch.compile does not differentiate compiled code twice; with the "
-                "first derivative inside it gains a tenth (docs/speed.md); leave it out"
+                "--compile does not work here: torch.compile does not differentiate compiled code twice "
+                "(docs/speed.md); leave it out"
             )
         squares = math.ceil(self.image_size / self.grid) ** 2
         if self.task in ("gridded", "mixed") and not 0 < round(self.mask_ratio * squares) < squares:
             given = f"--grid {self.grid} makes {squares} square(s)"
-            raise UserError(f"{given}, of which --mask-ratio {self.mask_ratio} blanks none or all")
+            raise UserError(f"{given}, of which --mask-ratio {self.mask_ratio} blanks none or all; change one")
 
 
 LAPTOP = {"model": "vit_micro", "image_size": 32, "patch": 4, "grid": 4, "scale": 4, "batch_size": 64}
 LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3, "warmup_epochs": 1}
-LAPTOP |= {"base_lr": 16e-3, "crop_min": 0.5, "task": "super_resolution"}  # it teaches more there than a mixture
+LAPTOP |= {"base_lr": 16e-3, "crop_min": 0.5, "task": "super_resolution"}  # more than `mixed` teaches
 LONG = {"epochs": 200, "task": "mixed"}
 SAMPLING = {"image_size": 16, "batch_size": 32, "epochs": 5, "epoch_steps": 60, "base_lr": 4e-3}
 SAMPLING |= {"steps": 20, "first_step": 0.1}
@@ -341,7 +354,7 @@ RECIPES = {
     "imagenet": {},  # Tables 1 and 2, the defaults of Config
     "imagenet --objective mae": {"epochs": 400, "base_lr": 1.5e-4, "warmup_epochs": 40},  # Table 1; rate as in MAE
     "imagenet --model vit_base": LONG,  # Table 3; the longer row is --epochs 800
-    "imagenet --model convnext_tiny": LONG,  # Table B
+    "imagenet --model convnext_tiny": LONG,  # Table B, whose task is not told: that of Table 3
     "imagenet --model swin_tiny": LONG,
     # Laptop recipes of ours.
     "photos": LAPTOP | {"image_size": 64, "patch": 8, "grid": 8, "epochs": 10, "epoch_steps": 40},
@@ -360,8 +373,8 @@ class EnergyPretraining(Method):
     """An energy that restores images, or the autoencoders that the paper compares with.
 
     `encoder` is any module of yours that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); by default,
-    the one that `config.model` names. It must be twice differentiable, which is checked. Smooth activations are best:
-    the pixel gradient of a network of ReLUs is constant in pieces.
+    the one that `config.model` names. With N of 1 or more it must be twice differentiable, which is checked.
+    Smooth activations are best: the pixel gradient of a network of ReLUs is constant in pieces.
     """
 
     name = "ebm_pretrain"
@@ -379,14 +392,15 @@ class EnergyPretraining(Method):
             decoder = (config.decoder_dim, config.decoder_depth, config.decoder_heads, config.mask_ratio)
             self.autoencoder = common.MaskedAutoencoder(encoder, *decoder, norm_pixels=config.objective == "mae")
         else:
-            raise UserError(f"--objective {config.objective} needs a vit, not {type(encoder).__name__}")
+            kind = type(encoder).__name__
+            raise UserError(f"--objective {config.objective} needs a vit, not {kind}; try --model vit_small")
         self.register_buffer("mean", torch.tensor(data.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(data.std).view(3, 1, 1), persistent=False)
         self.config, self.tasks = config, MIXTURE if config.task == "mixed" else (config.task,)
         self.to(images.device)
         self.origin = start_from(self, config, VIT_SIZES)
         freeze_idle(self, images)
-        if own and config.objective == "energy":
+        if own and config.objective == "energy" and config.steps:  # otherwise the first derivative is enough
             check_second_derivative(self.energy, images)
 
     @property
@@ -410,7 +424,7 @@ class EnergyPretraining(Method):
                 return clean, gridded_mask(clean, config.grid, config.mask_ratio)
             case "random_small":
                 return clean, random_patches(clean, 75, 0.01, 0.025)
-            case "random_large":
+            case "random_large":  # U(0.5, 2.0), as printed, would blank every image
                 return clean, random_patches(clean, 25, 0.03, 0.075)
             case "super_resolution":
                 return clean, super_resolution(clean, config.scale)
@@ -421,7 +435,7 @@ class EnergyPretraining(Method):
             case "mixed":
                 return clean, mixed([self.corrupt(images, part)[1] for part in MIXTURE])
 
-    def start(self, corrupted: Tensor):
+    def set_alpha(self, corrupted: Tensor):
         """Set log alpha such that a step from the first batch has the root mean square `first_step`."""
         alpha = first_step_size(self.energy, corrupted, self.config.first_step)
         with torch.no_grad():
@@ -429,14 +443,15 @@ class EnergyPretraining(Method):
         self.started = True
 
     def step_size(self, corrupted: Tensor) -> Tensor:
-        """alpha. Before `start`, when log alpha is 0, it is what `corrupted` (B, 3, H, W) would set it to."""
+        """alpha. Before `set_alpha`, when log alpha is 0, it is what `corrupted` (B, 3, H, W) would set it to."""
         alpha = self.log_alpha.exp()
         return alpha if self.started else alpha * first_step_size(self.energy, corrupted, self.config.first_step)
 
     def restored(self, corrupted: Tensor, reached: Tensor | None = None) -> list:
         """Corrupted images, normalised (B, 3, H, W) -> a list: what each step makes of them; an autoencoder has one.
 
-        Where earlier steps have `reached` these images, the list has the next step alone.
+        Where earlier steps have `reached` these images, the list has the next step alone. With N = 0, of which the
+        training takes none, it has one, to look at.
         """
         if self.config.objective == "energy":
             steps, x = (self.config.steps or 1, corrupted) if reached is None else (1, reached)
@@ -452,10 +467,10 @@ class EnergyPretraining(Method):
 
     def sampling(self, images: Tensor) -> dict:
         """Eq. 2 for images (B, 3, H, W) and as many samples. The first batch sets alpha, which stays as it is."""
-        config, start = self.config, self.from_noise(images)
+        config, noisy = self.config, self.from_noise(images)
         if self.training and not self.started:
-            self.start(start)
-        sampled = langevin(self.energy, start, config.steps, self.step_size(start), config.temperature)
+            self.set_alpha(noisy)
+        sampled = langevin(self.energy, noisy, config.steps, self.step_size(noisy), config.temperature)
         clean, sampled = self.energy((images - self.mean) / self.std), self.energy(sampled)
         means = {"energy": clean.detach().mean(), "energy_sampled": sampled.detach().mean()}
         return {"loss": likelihood_loss(clean, sampled)} | means
@@ -464,13 +479,14 @@ class EnergyPretraining(Method):
         """`corrupt`; the first batch sets alpha."""
         clean, corrupted = self.corrupt(images)
         if self.config.objective == "energy" and self.config.steps and self.training and not self.started:
-            self.start(corrupted)
+            self.set_alpha(corrupted)
         return clean, corrupted
 
     def forward(self, images: Tensor, labels: Tensor | None = None, chain: tuple = ()) -> dict:
         """Loss of images (B, 3, H, W), the share of squared error left at the end (1 = no change), and alpha.
 
-        With `chain`, which is (clean, corrupted, reached), the same for one more step, and what that one reaches.
+        With `chain`, which is (clean, corrupted, reached), the same for one more step, and what that one reaches. With
+        N = 0 the loss, and the share of images lower than their corrupted ones; of `mae` the loss alone.
         """
         config = self.config
         if config.objective == "sampling":
@@ -506,7 +522,7 @@ class EnergyPretraining(Method):
             loss, reached = 0.0, corrupted
             for _ in range(config.steps):
                 pending -= 1
-                waits = pending and model is not self and world_size() > 1
+                waits = pending and model is not self  # of several processes: the last pass averages their gradients
                 with model.no_sync() if waits else contextlib.nullcontext():
                     with stepper.autocast():
                         out = model(images, chain=(clean, corrupted, reached))
@@ -665,7 +681,8 @@ class SwinBlock(nn.Module):
         side = min(self.window, height, width)
         if height % side or width % side:
             raise UserError(
-                f"a map of {height} x {width} cells cannot be cut into windows of {side} x {side}; change --image-size"
+                f"a map of {height} x {width} cells cannot be cut into windows of {side} x {side}; "
+                "give an --image-size whose maps are no wider than a window, or a multiple of it"
             )
         shift, batch = side // 2 if self.shifted and max(height, width) > side else 0, len(x)
 
@@ -700,7 +717,8 @@ class PatchMerging(nn.Module):
         self.norm, self.reduction = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.reduction(self.norm(rearrange(x, "b (h p) (w q) d -> b h w (q p d)", p=2, q=2)))
+        x = rearrange(x, "b (h p) (w q) d -> b h w (q p d)", p=2, q=2)  # column by column, as in Swin's release
+        return self.reduction(self.norm(x))
 
 
 class Swin(Encoder):
@@ -751,12 +769,14 @@ def build_encoder(config: Config, data) -> nn.Module:
     kind, fields = BACKBONES[config.model]
     encoder = kind(**fields, **look)
     if size % encoder.stride:
-        raise UserError(f"--image-size {size} is not a multiple of {encoder.stride}, which {config.model} needs")
+        smaller = size // encoder.stride * encoder.stride or encoder.stride
+        needs = f"is not a multiple of {encoder.stride}, which {config.model} needs"
+        raise UserError(f"--image-size {size} {needs}; give {smaller} or another")
     return encoder
 
 
 def freeze_idle(method: Method, images: Tensor):
-    """Freeze the weights that the loss of a method does not depend on: DDP would wait for their gradients for ever.
+    """Freeze the weights that the loss of a method does not depend on: with them DDP would stop at its second step.
 
     They are found by a trial step. Raises UserError where it fails, as for want of a kernel's second derivative.
     """

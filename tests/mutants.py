@@ -506,6 +506,10 @@ ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_chain_on_a_quadratic_energy
 - x = x + (2 * step_size * temperature) ** 0.5 * eps
 + x = x + (step_size * temperature) ** 0.5 * eps
 
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_without_steps_the_first_derivative_is_enough
+- if own and config.objective == "energy" and config.steps:
++ if own and config.objective == "energy":
+
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_likelihood_loss_has_the_gradient_of_eq_1
 - return clean.mean() - sampled.mean()
 + return sampled.mean() - clean.mean()
@@ -516,9 +520,9 @@ ebm_pretrain.py tests/test_ebm_pretrain.py::test_sampling_is_eq_2_on_chains_from
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_sampling_is_eq_2_on_chains_from_uniform_noise
 - if self.training and not self.started:
--             self.start(start)
+-             self.set_alpha(noisy)
 + if False:
-+             self.start(start)
++             self.set_alpha(noisy)
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_pictures_of_sampling_are_a_chain_at_every_quarter
 - columns[-1], after - before, alpha, self.config.temperature

@@ -571,6 +571,10 @@ class Residual(nn.Module):
         return x
 
 
+def test_without_steps_the_first_derivative_is_enough():
+    assert tiny_energy(Convolutional(Once.apply), steps=0).energy.encoder.first.weight.requires_grad
+
+
 def test_relus_dropout_and_frozen_weights_are_accepted():
     for seed in range(4):
         tiny_energy(Residual(seed))
@@ -1162,8 +1166,8 @@ def test_the_probe_restores_a_tenth_of_the_images_that_it_takes(wanted, most, mo
         ({"mask_ratio": 1.0}, "--mask-ratio 1.0 blanks nothing or all"),
         ({"first_step": 0.0}, "--first-step 0.0 makes no sense"),
         ({"compile": True}, "--compile does not work here"),
-        ({"objective": "mae", "encoder": "convnext"}, "--objective mae needs a vit, not ConvNeXt"),
-        ({"grid": 16}, r"--grid 16 makes 1 square\(s\), of which --mask-ratio 0.7 blanks none or all"),
+        ({"objective": "mae", "encoder": "convnext"}, "--objective mae needs a vit, not ConvNeXt; try --model"),
+        ({"grid": 16}, r"--grid 16 makes 1 square\(s\), of which --mask-ratio 0.7 blanks none or all; change one"),
     ],
 )
 def test_mistakes_are_named(fields, message):
@@ -1185,7 +1189,7 @@ def test_an_unknown_backbone_is_named():
 
 @pytest.mark.parametrize(("model", "stride"), [("convnext_micro", 8), ("swin_micro", 8), ("mobile_former_micro", 16)])
 def test_images_that_the_cells_do_not_fit_are_refused(model, stride):
-    with pytest.raises(UserError, match=f"--image-size 36 is not a multiple of {stride}, which {model} needs"):
+    with pytest.raises(UserError, match=f"--image-size 36 is not a multiple of {stride}, which {model} needs; give 32"):
         EnergyPretraining(Config(model=model, image_size=36, grid=4), ENERGY_DATA)
 
 
