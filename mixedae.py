@@ -4,19 +4,21 @@ Chen, Liu, Hong, Xu, Li and Yeung, "Mixed Autoencoder for Self-supervised Visual
 arXiv 2303.17152).
 
 The idea: MAE hides most of an image and wastes what it hides. Fill the holes with patches of other images instead,
-encode the mixture, take the images apart again and reconstruct each of them. Mixing alone makes the task easier, since
-patches of other images tell something about the hidden ones. So each patch must recognise its relatives: it attends
-only to the patches that it finds most similar, and a contrastive loss pulls patches of the same image together.
+encode the mixture, take the images apart again and reconstruct each of them. By the paper mixing alone makes the task
+easier: patches of other images may tell something about the hidden ones (Eq. 5; nothing, if images are independent).
+So each patch must recognise its relatives: it attends only to the patches that it finds most similar, and a contrastive
+loss pulls patches of the same image together.
 
 Equation                                                      function
 Eq. 1, A1, A4   mixing                                        mixing_assignment, mix
 Eq. A2          MAE's input, the special case                 mix, with images of zeros
-Eq. 5, A3       mixing raises mutual information              tests: test_mixing_never_lowers_mutual_information
+Eq. 5, A3       mixing never lowers mutual information        tests: test_mixing_never_lowers_mutual_information
 unmixing        reconstruction of each image                  unmix, MixedAE.reconstruct
 TopK            homologous attention                          topk_attention, of topk_weights and top_keys
+App. C          masked self-attention, a control              MixedAE.attention (--attention oracle)
 Fig. 6          TopK sampling accuracy                        homologous_accuracy
 Eq. 7           homologous contrastive loss                   homologous_contrastive
-Eq. 8           total loss                                    MixedAE.forward
+Eq. 8           total loss (its number from memory)           MixedAE.forward
 App. B          segment embeddings                            segment_code
 
 Train it:  python train.py mixedae                                      on built-in pictures, on a laptop
@@ -29,8 +31,8 @@ Choices that change a number (docs/mixedae.md has all). No code was released; on
   outside the logarithm, its temperature 0.25, its weight 0.1; the loss counts the patches that came from others.
 * Ours: TopK acts in every block (`--attention-blocks`); a patch keeps the CLS token besides, which keeps everything.
   Eq. 7 takes the encoder's patch tokens after the final norm, without projector.
-* Ours: segment codes are added to patches, not to the CLS token, as they are (`--segment-scale`). The laptop recipes
-  centre them (`--segment-centred`), and keep homologous attention to the last block.
+* Ours: segment codes are added in the encoder alone, to patches, not to the CLS token, as they are (`--segment-scale`).
+  The laptop recipes centre them (`--segment-centred`), and keep homologous attention to the last block.
 """
 
 import math
@@ -52,7 +54,8 @@ from plumbing.settings import TrainConfig, check_least, check_positive
 from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's mathematics. G groups of K images, N patches, D width of a token. Pure functions of tensors.
+# The paper's mathematics, pure functions of tensors. G groups of K images (K = 1 / r, r the paper's mixing ratio), N
+# patches of P numbers, D width. M, the mask of Eq. 1, is `assignment`. TopK's K is another: `topk`, keys of a query.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -69,6 +72,7 @@ def mixing_assignment(
     if cell > 1 and (rows * columns != patches or rows % cell or columns % cell):
         raise ValueError(f"{patches} patches in {rows} x {columns} cannot be cut into cells of {cell} x {cell}")
     cells = patches // cell**2
+    # A permutation of the cells, and who gets those that are left over.
     rank = torch.rand(groups, cells, generator=generator, device=device).argsort(dim=1).argsort(dim=1)  # (G, cells)
     shift = torch.randint(images_per_group, (groups, 1), generator=generator, device=device)
     assignment = (rank + shift) % images_per_group
@@ -88,17 +92,20 @@ def own_patches(assignment: Tensor, images_per_group: int) -> Tensor:
     return assignment[:, None] == torch.arange(images_per_group, device=assignment.device)[:, None]
 
 
-def unmix(mixed: Tensor, assignment: Tensor, fill, images_per_group: int = 0) -> Tensor:
-    """Take mixtures (G, N, D) apart: each image keeps its own patches and gets `fill`, (D,) or a number, elsewhere.
+def unmix(mixed: Tensor, assignment: Tensor, fill, images_per_group: int) -> Tensor:
+    """Take mixtures apart: each image keeps its own patches and gets `fill`, (D,) or a number, elsewhere.
 
-    M (G, N) -> (G, K, N, D). K is read from M where it is not given.
+    Mixtures (G, N, D), M (G, N) -> (G, K, N, D).
     """
-    own = own_patches(assignment, images_per_group or int(assignment.max()) + 1)[..., None]  # (G, K, N, 1)
+    own = own_patches(assignment, images_per_group)[..., None]  # (G, K, N, 1)
     return torch.where(own, mixed[:, None], torch.as_tensor(fill, dtype=mixed.dtype, device=mixed.device))
 
 
 def top_keys(scores: Tensor, topk: int) -> Tensor:
-    """The `topk` largest scores of each query, that many also of equal ones: (..., N, N) -> long (..., N, topk)."""
+    """Which keys have the `topk` largest scores of each query, no more where some are equal.
+
+    (..., N, N) -> long (..., N, topk).
+    """
     return scores.topk(min(topk, scores.shape[-1]), dim=-1).indices
 
 
@@ -109,7 +116,7 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def sparse_softmax(scores: Tensor, keys: Tensor) -> Tensor:
-    """Softmax over the scores of the given keys (..., N, topk), zero elsewhere: (..., N, N) -> the same.
+    """Softmax over the scores of the given keys, zero elsewhere: (..., Q, N) -> the same; keys (..., Q, kept).
 
     Gradients reach these scores alone.
     """
@@ -120,11 +127,11 @@ def sparse_softmax(scores: Tensor, keys: Tensor) -> Tensor:
 def topk_weights(scores: Tensor, topk: int, exempt: int = 0, select=top_keys) -> tuple[Tensor, Tensor]:
     """Attention weights (B, heads, N, N) that are zero but for each query's `topk` largest scores, and these keys.
 
-    The first `exempt` tokens, such as a CLS token, are kept by every query besides, and keep every key themselves. The
-    keys (B, heads, N - exempt, topk) are counted without them.
+    The first `exempt` of N tokens, such as a CLS token, are kept by every query besides, and keep every key themselves.
+    The keys are counted without them.
     """
-    keys = select(scores[..., exempt:, exempt:], topk)
-    always = torch.arange(exempt, device=keys.device).expand(*keys.shape[:-1], exempt)
+    keys = select(scores[..., exempt:, exempt:], topk)  # (B, heads, N - exempt, topk)
+    always = torch.arange(exempt, device=keys.device).expand(*keys.shape[:-1], exempt)  # (B, heads, N - exempt, exempt)
     weights = sparse_softmax(scores[..., exempt:, :], torch.cat([always, keys + exempt], dim=-1))
     return torch.cat([scores[..., :exempt, :].softmax(dim=-1), weights], dim=-2), keys
 
@@ -155,8 +162,9 @@ def homologous_accuracy(keys: Tensor, assignment: Tensor) -> Tensor:
 def homologous_contrastive(z: Tensor, assignment: Tensor, temperature: float = 0.25) -> Tensor:
     """Eq. 7, pick the patches of the same image out of a mixture by their cosine: (G, N, D), M (G, N) -> scalar.
 
-    -log(exp(s_lp / t) / sum over l' != l of exp(s_ll' / t)), averaged over the positives p of each patch l, then over
-    patches. A patch without relatives does not count. At least in float32.
+    -log(exp(s_lp / t) / sum over l' != l of exp(s_ll' / t)), s_ll' the cosine of patches l and l', t the temperature;
+    averaged over the positives p of each patch l, its relatives, then over patches. A patch without any does not count.
+    The supplement has the number alone, the form is from memory. At least in float32.
     """
     with torch.autocast(z.device.type, enabled=False):
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
@@ -205,7 +213,7 @@ class Config(TrainConfig):
     mode: Literal["compose", "full", "mae"] = "compose"  # one mixture a group; K mixtures; no mixing, global attention
     images_per_group: int = 4  # K = 1 / r
     cell: int = 2  # side of the cells that are mixed, in patches
-    segment: Literal["every", "first", "off"] = "every"  # blocks whose input gets the segment code
+    segment: Literal["every", "first", "off"] = "every"  # blocks of the encoder whose input gets the segment code
     segment_scale: float = 1.0  # factor of the segment code
     segment_centred: bool = False  # take out of the codes what all slots share, and give each unit length
     attention: Literal["topk", "global", "oracle"] = "topk"  # homologous, plain, or within the same image
@@ -220,6 +228,8 @@ class Config(TrainConfig):
         super().check()
         check_least(self, reconstruction=0, contrast=0, topk=0)
         check_positive(self, "temperature")
+        if not self.reconstruction and not self.contrast:
+            raise UserError("--reconstruction 0 --contrast 0 leave nothing to learn; give one of them more than 0")
         k, depth = self.images_per_group, VIT_SIZES[self.model]["depth"]
         if k < 2:
             raise UserError(f"--images-per-group {k}: a mixture needs two images or more")
@@ -229,11 +239,11 @@ class Config(TrainConfig):
             return  # the transformer says so better
         side = self.image_size // self.patch
         if self.cell < 1 or side % self.cell:
-            raise UserError(f"--cell {self.cell} does not divide the {side} x {side} patches of an image")
+            raise UserError(f"--cell {self.cell} does not divide the {side} x {side} patches of an image; try 1")
         if (side // self.cell) ** 2 < k:
-            raise UserError(f"--cell {self.cell} leaves fewer cells than the {k} images that share them")
+            raise UserError(f"--cell {self.cell} leaves fewer cells than the {k} images that share them; try 1")
         if self.topk > side**2:
-            raise UserError(f"--topk {self.topk} keeps more than the {side**2} patches of an image")
+            raise UserError(f"--topk {self.topk} keeps more than the {side**2} patches of an image; 0 chooses")
 
 
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
@@ -256,7 +266,10 @@ RECIPES = {
 
 
 class Seen(NamedTuple):
-    """What becomes of a batch; L patches take part in the contrastive loss of a group."""
+    """What becomes of a batch; L patches take part in a contrastive loss.
+
+    In full mode B and G count each group K times.
+    """
 
     prediction: Tensor  # (B, N, P) pixels of every patch, in the units of `target`
     target: Tensor  # (B, N, P)
@@ -293,7 +306,7 @@ class MixedAE(Method):
         share = config.batch_size // (world_size() * config.accumulate)
         if share % config.images_per_group:
             given = f"--batch-size {config.batch_size} gives each process and part {share} images"
-            raise UserError(f"{given}, not a multiple of --images-per-group {config.images_per_group}")
+            raise UserError(f"{given}, not a multiple of --images-per-group {config.images_per_group}; change one")
         return super().plan(images, config)
 
     def draw_assignment(self, groups: int) -> Tensor:
@@ -312,12 +325,13 @@ class MixedAE(Method):
         """
         if self.config.attention == "global" and not look:
             return attend(q, k, v), None, None
+        # As topk_attention, with keys and weights to look at.
         scores, accuracy = attention_scores(q, k), None  # (G, heads, 1 + N, 1 + N)
         if self.config.attention == "topk":
             weights, keys = topk_weights(scores, self.topk, exempt=1, select=top_keys_fast)
             accuracy = homologous_accuracy(keys, assignment)
         else:
-            if self.config.attention == "oracle":  # the CLS token sees everything, and is seen by itself alone
+            if self.config.attention == "oracle":  # App. C: the CLS token sees everything, and is seen by itself alone
                 keep = F.pad(same_image(assignment), (1, 0, 0, 0), value=False)
                 keep = F.pad(keep, (0, 0, 1, 0), value=True)[:, None]  # (G, 1, 1 + N, 1 + N)
                 scores = scores.masked_fill(~keep, -math.inf)
@@ -325,10 +339,10 @@ class MixedAE(Method):
         return weights @ v, accuracy, weights if look else None
 
     def encode(self, tokens: Tensor, slots: Tensor, look: bool = False, codes=None) -> tuple[Tensor, list]:
-        """Run the encoder on tokens (B, M, D) of images in the slots (B, M) of their groups -> (B, 1 + M, D).
+        """Run the encoder on tokens (B, L, D) of images in the slots (B, L) of their groups -> (B, 1 + L, D).
 
         Also gives what `attention` found in each of `special_blocks`; the other blocks have plain attention. `codes`
-        (B, M) are slots whose segment codes the tokens get, in place of those of their own.
+        (B, L) are slots whose segment codes the tokens get, in place of those of their own.
         """
         config, vit, found = self.config, self.encoder, []
 
@@ -337,13 +351,13 @@ class MixedAE(Method):
             found.append(what)
             return out
 
-        segment = self.segments[slots if codes is None else codes].to(tokens.dtype)  # (B, M, D)
-        segment = F.pad(segment, (0, 0, 1, 0))  # (B, 1 + M, D), 0 for the CLS token
+        segment = self.segments[slots if codes is None else codes].to(tokens.dtype)  # (B, L, D)
+        segment = F.pad(segment, (0, 0, 1, 0))  # (B, 1 + L, D), 0 for the CLS token
         x = torch.cat([vit.cls_token.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
         for i, block in enumerate(vit.blocks):
             if config.segment == "every" or (config.segment == "first" and i == 0):
                 x = x + segment
-            x = block(x, special if i in self.special_blocks else attend)  # (B, 1 + M, D)
+            x = block(x, special if i in self.special_blocks else attend)  # (B, 1 + L, D)
         return vit.norm(x), found
 
     def reconstruct(self, encoded: Tensor, assignment: Tensor) -> Tensor:
@@ -354,7 +368,10 @@ class MixedAE(Method):
         return autoencoder.predict(x[:, :1].repeat_interleave(k, dim=0), full.flatten(0, 1))
 
     def mixed(self, images: Tensor, assignment: Tensor, look: bool = False) -> Seen:
-        """Images (B, 3, H, W), mixed by M (G, N), encoded and unmixed; with (G * T, N) each group T times."""
+        """Images (B, 3, H, W), mixed by M (G, N), encoded and unmixed.
+
+        With M (G * T, N) each group T times: G and B of all that follows are then T times as large.
+        """
         k = self.config.images_per_group
         groups = [x.unflatten(0, (-1, k)) for x in (self.encoder.embed(images), self.autoencoder.target(images))]
         times = len(assignment) // len(groups[0])
@@ -370,16 +387,19 @@ class MixedAE(Method):
         batch, patches = len(images), len(vit.positions)
         mask = common.random_mask(batch, patches, autoencoder.mask_ratio, device=images.device)
         visible = common.visible_patches(mask, patches - round(autoencoder.mask_ratio * patches))
-        slots = torch.arange(batch, device=images.device)[:, None].expand_as(visible) % k  # (B, M)
-        encoded, _ = self.encode(common.take(vit.embed(images), visible), slots)  # (B, 1 + M, D)
+        slots = torch.arange(batch, device=images.device)[:, None].expand_as(visible) % k  # (B, L)
+        encoded, _ = self.encode(common.take(vit.embed(images), visible), slots)  # (B, 1 + L, D)
         tokens, owners = (rearrange(x, "(g k) m ... -> g (k m) ...", k=k) for x in (encoded[:, 1:], slots))
         return Seen(autoencoder.decode(encoded, visible), autoencoder.target(images), mask, tokens, owners, [])
 
     def forward(self, images: Tensor, labels: Tensor | None = None, assignment: Tensor | None = None) -> dict:
-        """The losses for images (B, 3, H, W), B a multiple of K; M is drawn, or given as `draw_assignment` makes it."""
+        """Eq. 8 and its terms, for images (B, 3, H, W), B a multiple of K.
+
+        M is drawn, or given as `draw_assignment` makes it. `homologous`, of Fig. 6, is no loss.
+        """
         config, k = self.config, self.config.images_per_group
         if len(images) % k:
-            raise ValueError(f"{len(images)} images do not make groups of {k}")
+            raise ValueError(f"{len(images)} images do not make groups of {k}; give a multiple")
         if config.mode == "mae":
             seen = self.unmixed(images)
         else:
@@ -415,7 +435,7 @@ class MixedAE(Method):
         if config.mode == "mae":
             seen = self.unmixed(images)
             return self.autoencoder.pictures_of(images, seen.prediction, seen.mask)
-        assignment = self.draw_assignment(len(images) // k)[:: k if config.mode == "full" else 1]
+        assignment = self.draw_assignment(len(images) // k)[:: k if config.mode == "full" else 1]  # each group's first
         seen = self.mixed(images, assignment, look=True)
         restored = self.autoencoder.pictures_of(images, seen.prediction.float(), seen.mask)[:, 2]
         mixture = mix(common.patchify(images, patch).unflatten(0, (-1, k)), assignment)  # (G, N, P)
@@ -437,7 +457,8 @@ class MixedAE(Method):
 def top_keys_fast(scores: Tensor, topk: int) -> Tensor:
     """`top_keys` in any order, by NumPy on CPUs, which selects several times as fast as torch there.
 
-    It gives values, not places. So each score becomes an integer of the same order, with its place in the bits below.
+    Its partition gives values, not places. So each score becomes an integer of the same order, with its place in
+    the bits below.
     """
     size, places = 8 * scores.element_size(), scores.shape[-1]
     if scores.device.type != "cpu" or size == 64:
