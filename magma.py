@@ -8,7 +8,8 @@ that differ across its edges. The term is added to a self-supervised loss for a 
 again; the paper finds that its effect lasts.
 
 Equation                                                      function
-Eq. 1      total loss, with the schedule e_st, e_dur          Magma.forward, Magma.start_epoch
+Eq. 1      total loss                                         Magma.forward
+Sec. 5.3   its schedule, e_st and e_dur                       Magma.start_epoch
 Eq. 2, 6   regulariser as a trace                             manifold_loss
 Eq. 3, 5   inverse form                                       inverse_manifold_loss, inverse_affinity
 Eq. 4      Gaussian affinity between images                   affinity
@@ -24,7 +25,7 @@ Train it:  python train.py magma                                  M-MAE on built
            python train.py magma --ssl simclr                     M-SimCLR; --ssl vicreg likewise
            python train.py magma --data imagenet100 --root DIR    the paper's experiment
 
-Choices that change a number (docs/magma.md has all of them; "code" is the authors' release):
+Choices that change a number (docs/readings.md has all, docs/magma.md why; "code" is the authors' release):
 * Eq. 7 prints D^-1/2 W D^-1/2. Minimising that trace would push similar images apart; the code has the identity minus
   it, and so have we. `--laplacian printed` is the text, `unnormalized` is D - W, half the double sum of Eq. 2.
 * Eq. 4 prints exp(-d / 2 std); code and we have exp(-d / std) for i != j. `--kernel-factor 0.5 --diagonal` is the text.
@@ -49,7 +50,7 @@ from plumbing.settings import TrainConfig, check_least, check_positive
 from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's mathematics. B images, D width of a feature. Pure functions for any float dtype and device.
+# The paper's mathematics. B images, D width of a feature, M visible patches. Pure, of any float dtype and device.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -65,7 +66,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def image_features(tokens: Tensor) -> Tensor:
-    """One vector an image, Sec. 3.1: the mean of its patch tokens, without the CLS token: (B, 1 + M, D) -> (B, D)."""
+    """One vector an image, Sec. 3.1: the mean (printed: the sum) of its patch tokens: (B, 1 + M, D) -> (B, D).
+
+    Without the CLS token. In `Magma` tokens are what a block returns, before the final norm.
+    """
     return tokens[:, 1:].mean(dim=1)
 
 
@@ -82,7 +86,7 @@ def squared_distances(z: Tensor) -> Tensor:
     """
     z = widen(z)
     z = z - z.mean(dim=0, keepdim=True)
-    gram = product(z, z.T)  # (B, B)
+    gram = product(z, z.T)  # (B, B), not always symmetric to the last bit, as gram + gram.T is
     norms = gram.diagonal()
     return (norms[:, None] + norms[None, :] - (gram + gram.T)).clamp_min(0)  # (B, B), exactly zero on the diagonal
 
@@ -121,7 +125,12 @@ def printed_laplacian(w: Tensor, eps: float = 1e-4) -> Tensor:
 def laplacian(w: Tensor, normalized: bool = True) -> Tensor:
     """Laplacian of the graph: I - D^-1/2 W D^-1/2 (Eq. 7 as the code has it), or D - W: (B, B) -> (B, B).
 
-    Symmetric and positive semi-definite; eigenvalues of the normalised one lie in [0, 2].
+    Symmetric and positive semi-definite; eigenvalues of the normalised one lie in [0, 2]. With d the degrees,
+
+        trace Y^T (D - W) Y = 1/2 sum_ij W_ij |y_i - y_j|^2, half of Eq. 2 but for its 1 / B^2
+        trace Y^T (I - S) Y = 1/2 sum_ij W_ij |y_i / sqrt(d_i) - y_j / sqrt(d_j)|^2, up to eps: not Eq. 2
+
+    So the normalised one does not vanish where all y are equal, and a common shift of them changes it.
     """
     if normalized:
         return torch.eye(len(w), dtype=w.dtype, device=w.device) - printed_laplacian(w)
@@ -141,8 +150,9 @@ def manifold_loss(
 ) -> Tensor:
     """The regulariser, Eq. 6: trace(Y^T L Y) / B^2 with L the Laplacian of the reference: (B, D), (B, D') -> scalar.
 
-    `form` is a key of LAPLACIANS. With "unnormalized" it is half of Eq. 2; only "printed" can be negative. Gradients
-    flow into both layers, unless `detach_reference`. Finite for any batch: one image, two, identical ones.
+    `form` is a key of LAPLACIANS. With "unnormalized" it is half of Eq. 2; "printed" alone can be negative (not with
+    `diagonal`). Gradients flow into both layers, unless `detach_reference`. Finite for any batch: one image, two,
+    identical ones.
     """
     regularized = widen(regularized)
     w = affinity(reference.detach() if detach_reference else reference, kernel_factor, diagonal)  # (B, B)
@@ -152,7 +162,10 @@ def manifold_loss(
 
 
 def inverse_affinity(z: Tensor, kernel_factor: float = 1.0) -> Tensor:
-    """w* of Eq. 5, large for images far apart: exp(+ kernel_factor d_ij / std(d)), i != j: (B, D) -> (B, B) >= 0."""
+    """w* of Eq. 5, large for images far apart: exp(+ kernel_factor d_ij / std(d)), i != j: (B, D) -> (B, B) >= 0.
+
+    The factor is 1/2 in the text, as in Eq. 4; the code has no inverse form. The exponent's limit of 30 is ours.
+    """
     distances = squared_distances(z)
     exponent = (kernel_factor * distances / bandwidth(distances)).clamp_max(30)
     return exponent.exp() * off_diagonal(distances)
@@ -163,7 +176,7 @@ def inverse_manifold_loss(
 ) -> Tensor:
     """Reg* of Eq. 3: images far apart in the reference must not be close: (B, D), (B, D') -> scalar >= 0.
 
-    In float64, since one over a small distance makes its rounding errors large.
+    In float64, since one over a small distance makes its rounding errors large; 1e-6, our choice, keeps it finite.
     """
     w = inverse_affinity((reference.detach() if detach_reference else reference).double(), kernel_factor)
     return (w / (squared_distances(regularized.double()) + 1e-6)).sum() / len(regularized) ** 2
@@ -194,7 +207,8 @@ def vicreg_loss(a: Tensor, b: Tensor, weights: tuple = (25.0, 25.0, 1.0)) -> Ten
     invariance, variance, covariance = F.mse_loss(a, b), 0.0, 0.0
     for z in (a, b):
         z = z - z.mean(dim=0)
-        variance = variance + F.relu(1 - ((z.square().sum(dim=0) / max(1, len(z) - 1)) + 1e-4).sqrt()).mean()
+        deviation = (z.square().sum(dim=0) / max(1, len(z) - 1) + 1e-4).sqrt()  # (D,)
+        variance = variance + F.relu(1 - deviation).mean()  # a hinge: channels want a deviation of 1 or more
         square = (product(z.T, z) / max(1, len(z) - 1)).square()  # (D, D)
         covariance = covariance + (square.sum() - square.diagonal().sum()) / z.shape[1]
     return weights[0] * invariance + weights[1] * variance + weights[2] * covariance
@@ -211,10 +225,10 @@ class Config(TrainConfig):
 
     epochs: int = 400
     model: ViTSize = "vit_base"  # size of the encoder
-    heads: int = 0  # attention heads of the encoder, 0 for those of its size (the paper's code has 12 in vit_tiny)
+    heads: int = 0  # attention heads of the encoder, 0 for those of its size (the code's MAE has 12 in vit_tiny)
     patch: int = 16  # side of a patch, in pixels
     positions: Literal["fixed", "learned"] = "fixed"  # of the encoder; the code's SimCLR and VICReg learn them
-    pool: Literal["cls", "mean"] = "cls"  # what is probed: the CLS token (the paper), or the mean of the patch tokens
+    pool: Literal["cls", "mean"] = "cls"  # what is probed: the CLS token (the code), or the mean of the patch tokens
     decoder_dim: int = 512  # width of the decoder
     decoder_depth: int = 8  # blocks of the decoder
     decoder_heads: int = 16  # attention heads of the decoder
@@ -227,13 +241,13 @@ class Config(TrainConfig):
     uniformity: float = 0.0  # weight of U-MAE's uniformity; 0.01 is U-MAE, or with the regulariser MU-MAE
     inverse: float = 0.0  # weight of Eq. 3, in the epochs of the regulariser
     layers: tuple[int, ...] = (-2, -1)  # K: reference layers, then the regularised one; blocks, counted as in Python
-    layer_pairs: Literal["last", "all"] = "last"  # each reference to the last of K, averaged; or all, summed (Eq. 2)
+    layer_pairs: Literal["last", "all"] = "last"  # each reference to the last of K, averaged; or all k != l, summed
     laplacian: Literal["normalized", "unnormalized", "printed"] = "normalized"  # that of the code, half of Eq. 2, Eq. 7
     kernel_factor: float = 1.0  # 1 is the code's kernel, 0.5 that of Eq. 4
     diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
     log_layers: bool = False  # log the term between each block and the next, too (Fig. 3); the training is the same
     detach_reference: bool = False  # stop the gradient through the weights w
-    shuffle_graph: bool = False  # a control: each image has the neighbours of one drawn at random
+    shuffle_graph: bool = False  # a control: each image has the neighbours of one drawn at random, for each term
     gather: bool = False  # one graph, one uniformity and one SSL loss over the images of all processes
     gather_graph: bool = True  # with --gather; without, each process has a graph of its own, as in the code
     temperature: float = 0.2  # of SimCLR
@@ -249,23 +263,29 @@ class Config(TrainConfig):
         super().check()
         if not self.gather and not self.gather_graph:
             raise UserError("--no-gather-graph says what --gather leaves out; give both or neither")
-        if self.shuffle_graph and (self.gather or self.layer_pairs == "all"):
+        if self.shuffle_graph and (self.gather or self.layer_pairs == "all"):  # each pair would want its own order
             raise UserError("--shuffle-graph does not go with --gather or --layer-pairs all; leave out one")
         check_least(self, lam=0, uniformity=0, inverse=0, e_st=0, e_dur=0, colour=0, projector_dim=1)
         check_positive(self, "kernel_factor", "temperature")
         if not 0 <= self.blur <= 1:
             raise UserError(f"--blur {self.blur} is not a probability; give 0 to 1")
+        if not all(0 <= weight < math.inf for weight in self.vicreg):  # false of nan, too
+            given = " ".join(map(str, self.vicreg))
+            raise UserError(f"--vicreg {given} makes no sense; give three weights of 0 or more")
         depth = VIT_SIZES[self.model]["depth"]
         exist = all(-depth <= layer < depth for layer in self.layers)
         different = len({layer % depth for layer in self.layers}) == len(self.layers)
         if not exist or not different or len(self.layers) < 2:
-            raise UserError(f"--layers {self.layers}: give two or more different blocks from {-depth} to {depth - 1}")
+            given, limits = " ".join(map(str, self.layers)), f"from {-depth} to {depth - 1}"
+            raise UserError(f"--layers {given}: give two or more different blocks {limits}, those of {self.model}")
 
     def notes(self) -> list:
-        never = f"--e-st {self.e_st} is not before the end of --epochs {self.epochs}: the regulariser never acts"
-        return super().notes() + ([never] if self.e_st >= self.epochs and (self.lam or self.inverse) else [])
+        late = self.e_st >= self.epochs and f"--e-st {self.e_st} is not before the end of --epochs {self.epochs}"
+        never = (late or not self.e_dur and "--e-dur 0") if self.lam or self.inverse else ""
+        return super().notes() + [f"{never}: the regulariser never acts"] * bool(never)
 
 
+# Heads, betas and e_dur are the code's: the tables have none.
 TABLE_4, TABLE_5 = {"model": "vit_tiny", "heads": 12}, {"model": "vit_tiny", "heads": 3}
 TABLE_5 |= {"epochs": 1000, "batch_size": 256, "base_lr": 1e-3, "betas": (0.9, 0.999), "e_st": 10}
 LAPTOP = {"model": "vit_micro", "patch": 4, "image_size": 32, "decoder_dim": 64, "decoder_depth": 2, "decoder_heads": 4}
@@ -306,7 +326,7 @@ RECIPES = {
 
 
 class Magma(Method):
-    """Eq. 1: a self-supervised loss plus lambda times the manifold regulariser, in epochs e_st to e_st + e_dur - 1.
+    """Eq. 1: a self-supervised loss plus lambda times the manifold regulariser, which acts in some epochs (Sec. 5.3).
 
     The loop calls `start_epoch` to switch the regulariser on and off; whoever lifts this out must call it too.
     """
@@ -333,6 +353,7 @@ class Magma(Method):
         return self.autoencoder.encoder if self.config.ssl == "mae" else self.backbone
 
     def start_epoch(self, epoch: int):
+        """The regulariser acts in epochs e_st to e_st + e_dur - 1, counted from 0 (Sec. 5.3)."""
         self.active = self.config.e_st <= epoch < self.config.e_st + self.config.e_dur
 
     def gathered(self, features: Tensor) -> Tensor:
@@ -344,7 +365,11 @@ class Magma(Method):
         return [self.gathered(x) for x in found] if self.config.gather_graph else found
 
     def over_layers(self, function, hidden: list, *settings) -> Tensor:
-        """Eq. 2's sum over layers of K: function(regularized, reference); `hidden` is the output of every block."""
+        """Eq. 2 over the layers of K; `hidden` is the output of every block.
+
+        The mean of function(regularized, reference) over the references of the last layer, as in the code; or the sum
+        over all pairs k != l, as in the text: at k = l a layer would regularise itself.
+        """
         chosen = self.graph_features([hidden[layer] for layer in self.config.layers])
         if self.config.shuffle_graph:
             order = torch.randperm(len(chosen[0]), device=chosen[0].device)
@@ -382,9 +407,13 @@ class Magma(Method):
         return loss, encoded.chunk(2)[0], [layer.chunk(2)[0] for layer in hidden]
 
     def forward(self, images: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> dict:
-        """Eq. 1 for images (B, 3, H, W), with a mask (B, N) or a random one, or for two views (B, 2, 3, H, W)."""
+        """Eq. 1 for images (B, 3, H, W), with a mask (B, N) or a random one, or for two views (B, 2, 3, H, W).
+
+        With U-MAE's term, and Eq. 3, where they have a weight.
+        """
         config = self.config
         if config.ssl == "mae":
+            # prediction, target (B, N, P); mask (B, N); encoded (B, 1 + M, D), after the final norm; hidden, before it
             prediction, target, mask, encoded, hidden = self.autoencoder(images, mask)
             loss = reconstruction_loss(prediction, target, mask)
         else:
@@ -395,7 +424,7 @@ class Magma(Method):
         with gradient_if(pull):
             manifold = self.over_layers(manifold_loss, hidden, *kernel, config.diagonal, config.laplacian)
         with gradient_if(config.uniformity):
-            uniformity = uniformity_loss(self.gathered(encoded[:, 0]))  # of the CLS tokens
+            uniformity = uniformity_loss(self.gathered(encoded[:, 0]))  # of the CLS tokens (B, D)
         terms = {config.ssl: loss, "manifold": manifold, "uniformity": uniformity}
         if config.log_layers:
             terms |= self.along_the_blocks(hidden, *kernel, config.diagonal, config.laplacian)
@@ -428,11 +457,12 @@ def projector(ssl: str, dim: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-# Strengths of the colour changes, and probabilities of these, of grey, of a blur and of solarisation.
+# Strengths of the colour changes, and probabilities of these, of grey, of a blur and of solarisation, by the papers of
+# SimCLR (its appendix A) and VICReg (its C.1).
 BOTH = {"apply": 0.8, "grey": 0.2, "blur": 0.5}
 JITTER = {
-    "simclr": BOTH | {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "solarize": 0.0},  # appendix A
-    "vicreg": BOTH | {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "solarize": 0.1},  # C.1
+    "simclr": BOTH | {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2, "solarize": 0.0},
+    "vicreg": BOTH | {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "solarize": 0.1},
 }
 
 

@@ -3,7 +3,7 @@
 Guo, Hosseini, Zhang, Somayajula, Chowdhury, Gupta and Xie, "Downstream Task Guided Masking Learning in Masked
 Autoencoders Using Multi-Level Optimization" (arXiv 2402.18128, 2024).
 
-The idea: MAE masks patches at random. Here a small network T gives each patch a probability, and the most probable ones
+The idea: MAE masks patches at random. Here a network T gives each patch a probability, and the most probable ones
 are masked. A mask is judged two levels later: level I trains an autoencoder (E and D) on the masked images, level II a
 linear head C on the features of E, level III looks at the head's loss on images that neither has seen, and improves T.
 The gradient of that loss by T runs backwards through the training steps of the two levels below: a hypergradient.
@@ -13,9 +13,11 @@ Eq. 1      weighted reconstruction                            weighted_reconstru
 Sec. 3.2   the patches of the highest probability             top_mask
 Sec. 3.3   masking network T                                  MaskingNetwork
 Eq. 2, 3   head and validation                                MultiLevelMAE.classification_loss
-Eq. 5      two levels instead of three (BLO-MAE)              --objective blo
-Eq. 6, 7   one step of each level                             MultiLevelMAE.update
-Eq. 8, 9   gradient of T through both                         hypergradient
+Eq. 4      the three levels, one after the other              MultiLevelMAE.update
+Eq. 5      two levels instead of three (--objective blo)      MultiLevelMAE.train_autoencoder
+Eq. 6, 7   a step of level I, and of level II                 MultiLevelMAE.train_autoencoder, MultiLevelMAE.train_head
+Eq. 8      a step of T                                        MultiLevelMAE.learn_masks
+Eq. 9      gradient of T through both                         hypergradient
 Eq. 10, 11 second derivatives, times a vector                 mixed_product
 Eq. 10, 11 where the steps are AdamW's, not plain ones        adamw_derivative (--hypergradient adamw)
 Eq. 12     the same by a difference, of both ends (App. A.2)  central_difference
@@ -28,10 +30,10 @@ Train it:  python train.py mlo_mae                                    on built-i
 
 Choices that change a number (docs/mlo_mae.md has all of them, and what the authors' code does):
 * Level I's loss is a mean over masked patches, as in the code, not a sum as in Eq. 1 (`--normalization sum`).
-* The hypergradient is exact for plain gradient steps (for AdamW's: `--hypergradient adamw`), has the learning rates of
-  Eq. 9 to 11 (`--no-lr-factors`) and is taken where the step started, in the code where it ended. It reaches T through
-  the weights of Eq. 1 alone (`--mask-gradient`).
-* Level I sees the 80 % of the training images that level II sees, in the code all (`--level1-data all`).
+* The hypergradient is that of the last step of each level alone, exact if that is a plain gradient step (for AdamW's:
+  `--hypergradient adamw`). It has the learning rates of Eq. 10 and 11 (`--no-lr-factors`), is taken where the step
+  started, in the code where it ended, and reaches T through the weights of Eq. 1 alone (`--mask-gradient`).
+* Level I sees the 80 % of the training images that level II sees, in the code on CIFAR all (`--level1-data all`).
 * Learning rates and unrolling steps are those of Tables 11 and 12; section 3.3 and the code have others.
 """
 
@@ -69,7 +71,10 @@ def widen(x: Tensor) -> Tensor:
 
 
 class MaskingNetwork(nn.Module):
-    """T (section 3.3): the tokens of an image (B, N, D) -> how probable each patch is masked (B, N), in (0, 1)."""
+    """T (section 3.3): the tokens of an image (B, N, D) -> how probable each patch is masked (B, N), in (0, 1).
+
+    Two layers, but all tokens at once: 77 million weights on ImageNet, 101 on CIFAR; ViT-B has 86.
+    """
 
     def __init__(self, patches: int, dim: int, hidden: int = 512):
         super().__init__()
@@ -128,7 +133,7 @@ def moved(at: dict, direction: dict, share: float) -> dict:
 def gradients_and_value(loss, *points: dict) -> tuple[list, Tensor]:
     """The gradients of loss(*points) by each point, a dict each, and that loss; in less time than by torch.func.
 
-    Where tensors of a point require gradients, `loss` may be a graph that leads to them already.
+    Tensors that require gradients are taken as they are: `loss` may go through a graph that was built from them before.
     """
     points = [{name: x if x.requires_grad else x.detach().requires_grad_() for name, x in p.items()} for p in points]
     with torch.enable_grad():
@@ -170,12 +175,13 @@ def mixed_product(loss, at: dict, direction: dict, wanted: dict, method: str = "
     """How the gradient of loss(at, wanted) by `wanted` changes when `at` moves along `direction` -> {name: tensor}.
 
     A matrix times a vector; the matrix is the mixed second derivative of Eq. 10 or 11. `method` is forward or reverse,
-    which are exact, or finite_difference, with its `radius`.
+    which are exact, or finite_difference, with its `radius`. (adamw is no method, but a rate: `adamw_derivative`.)
     """
     if method == "finite_difference":
         return central_difference(loss, at, direction, wanted, radius)
     exact = {"forward": forward_over_reverse, "reverse": reverse_over_reverse}
-    # Fused attention has no forward-mode derivative, and no second one.
+    # Fused attention has no forward-mode derivative, and no second one. (This is for losses of your own: level I here
+    # has `PlainAttention`, and level II goes back through attention but once.)
     with sdpa_kernel(SDPBackend.MATH):
         return exact[method](loss, at, direction, wanted)
 
@@ -185,7 +191,8 @@ def adamw_derivative(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step
 
     The step is w' = (1 - lr decay) w - lr m / (sqrt(v) + eps), where the averages m and v, without their bias, hold a
     share of the gradient g and of its square. This is -dw'/dg, a number a weight. `exp_avg`, `exp_avg_sq` and `step`
-    (0-d) are what torch's AdamW keeps, after the step. Where v is 0, so far all gradients were: m has a slope there.
+    (0-d) are what torch's AdamW keeps, after the step. Where v is 0, all gradients so far were, and
+    sqrt(v) has no slope: m's part counts alone.
     """
     first, second = (1 - beta ** step.double() for beta in betas)  # they take the bias off
     m, root = exp_avg / first, (exp_avg_sq / second).sqrt()
@@ -246,8 +253,8 @@ def proximal_hypergradient(
 ) -> tuple[dict, Tensor]:
     """As `hypergradient`, where level II fine-tunes an encoder F (Eq. 13): level_3(tuned) is a loss of F after a step,
         F' = F - lr_tuned d/dF (L2(F, C) + proximal |F - E'|^2),
-    so the one path is val -> F' -> E' -> T, with dF'/dE' = 2 lr_tuned proximal. `encoder` is E before its step; the
-    names of `tuned` are those of `encoder`.
+    so the one path is val -> F' -> E' -> T, with dF'/dE' = 2 lr_tuned proximal: C' sees F before its step, which knows
+    no E'. `encoder` is E before its step; the names of `tuned` are those of `encoder`.
     """
     (by_tuned,), loss = gradients_and_value(level_3, tuned)
     by_tuned, lr_tuned = weighed(mean(by_tuned), lr_tuned)
@@ -285,14 +292,14 @@ class Config(TrainConfig):
     mask_ratio: float = 0.75  # r: share of the patches that are masked
     mask_ratio_end: float = 0.0  # r in the last epoch, reached linearly; 0 for no change (Table 17: 0.5 to 0.9)
     hidden: int = 512  # hidden width of the masking network
-    objective: Literal["mlo", "blo", "full", "mae", "fixed"] = "mlo"  # levels, or a baseline: random masks, one mask
-    unrolling: int = 1  # steps of level I for one of level II (Table 7)
-    head_steps: int = 1  # steps of level II for one of level III, the last of which is differentiated (section 3.2)
+    objective: Literal["mlo", "blo", "full", "mae", "fixed"] = "mlo"  # full: Eq. 13; mae: random masks; fixed: one
+    unrolling: int = 1  # steps of level I in a cycle (Table 7)
+    head_steps: int = 1  # steps of level II in a cycle (section 3.2 has several); the last is differentiated
     fresh_head: bool = False  # start the head anew in each cycle (Algorithm 1, line 13)
     update_every: int = 1  # cycles between two steps of the masking network (Table 16)
     hypergradient: Derivative = "exact"  # of plain steps, exact or by the paper's difference; or of AdamW's, exact
     radius: float = 0.01  # finite_difference: how far the parameters move
-    lr_factors: bool = True  # with the learning rates of Eq. 9 to 11; without them is the code
+    lr_factors: bool = True  # with the learning rates of Eq. 10 and 11; without them is the code
     mask_gradient: Literal["weight", "straight_through", "softsort"] = "weight"  # how the gradient reaches T (App. A.4)
     temperature: float = 0.1  # of softsort
     normalization: Literal["mean", "sum"] = "mean"  # of the loss of level I: that of the code, or Eq. 1
@@ -322,9 +329,10 @@ class Config(TrainConfig):
             raise UserError("--hypergradient adamw has the learning rates within; leave out --no-lr-factors")
         last, patches = self.mask_ratio_end, (self.image_size // max(1, self.patch)) ** 2
         if last and not (0 < last < 1 and 0 < round(last * patches) < patches):
-            raise UserError(f"--mask-ratio-end {last} leaves no patch masked or none visible out of {patches}")
+            none = f"--mask-ratio-end {last} leaves no patch masked or none visible out of {patches}"
+            raise UserError(f"{none}; give more than 0, less than 1, or 0 for no change")
         if self.accumulate > 1:
-            raise UserError("--accumulate does not work here: a step has a batch for each level; lower --batch-size")
+            raise UserError("--accumulate does not work here: a step has a batch for each level; leave it out")
         if self.compile:
             raise UserError(
                 "--compile does not work here: torch.compile fails at the forward-mode derivative of a layer norm "
@@ -356,7 +364,9 @@ RECIPES |= {"cifar10 --model vit_micro": LAPTOP | OURS}
 
 
 class MultiLevelMAE(Method):
-    """The three levels. A step of the loop is a cycle: `unrolling` steps of level I, one of II, and one of III."""
+    """The three levels. A step of the loop is a cycle: `unrolling` steps of level I, `head_steps` of level II, and in
+    every `update_every`th cycle one of level III.
+    """
 
     name = "mlo_mae"
     captions = ("image", "probability", "masked image", "reconstruction")
@@ -437,7 +447,7 @@ class MultiLevelMAE(Method):
         return weighted_reconstruction_loss(prediction, target, mask, probability, normalization), probability
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head sees: the CLS token (B, D) of whole images, of the fine-tuned encoder in level II of Eq. 13."""
+        """What the head sees: the CLS token (B, D) of whole images, by E, or in Eq. 13 by F (levels II and III)."""
         return cls_token(self.tuned or self.encoder, images)
 
     def classification_loss(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -461,8 +471,9 @@ class MultiLevelMAE(Method):
         ((images, labels),) = batches
         config, size = self.config, self.config.batch_size // world_size()
         parts = list(zip(images.split(size), labels.split(size), strict=True))
-        unlabelled, labelled_parts = parts[: config.unrolling], parts[config.unrolling :]
-        trainings, validation = labelled_parts[: config.head_steps], labelled_parts[config.head_steps :]
+        # As `LevelPlan.draw` lays them out: batches of level I, then of level II, and in some cycles one of level III.
+        first, second = config.unrolling, config.unrolling + config.head_steps
+        unlabelled, trainings, validation = parts[:first], parts[first:second], parts[second:]
         total, training = 0.0, trainings[-1]
         for batch, _ in unlabelled:
             before = self.weights("autoencoder.", copy=bool(validation))  # of several steps, the last is differentiated
@@ -539,7 +550,7 @@ class MultiLevelMAE(Method):
         config, rates = self.config, [group["lr"] for group in stepper.optimizer.param_groups]  # two groups a network
         lr_encoder, lr_head = (rates[0], rates[2]) if config.lr_factors else (1.0, 1.0)
         lr_tuned, prefix = lr_encoder, "autoencoder.encoder."
-        if config.objective == "blo":  # its level I is gamma times as much
+        if config.objective == "blo":  # of its loss, gamma L1 + L2, only gamma L1 depends on T
             lr_encoder = config.gamma * lr_encoder
         lr_encoder, lr_head = self.rate_of(prefix, lr_encoder, stepper), self.rate_of("head.", lr_head, stepper)
 
@@ -566,7 +577,7 @@ class MultiLevelMAE(Method):
                 steps = (lr_encoder, self.rate_of("tuned.", lr_tuned, stepper, prefix), config.proximal)
                 found = proximal_hypergradient(level_1, of_tuned, encoder_before, tuned, masking, *steps, **options)
             else:
-                if config.objective == "blo":  # its head does not depend on E'
+                if config.objective == "blo":  # E and C step at once, from the same point: C' depends on no E'
                     options["paths"] = ("encoder",)
                 steps = (lr_encoder, lr_head)
                 found = hypergradient(level_1, level_2, level_3, encoder, head, masking, *steps, **options)
@@ -660,9 +671,9 @@ class LevelPlan(BatchPlan):
         super().__init__(images, config)
         if min(len(trained_on) // config.head_steps, len(held_out)) < config.batch_size:
             raise UserError(
-                f"a batch of {config.batch_size} is larger than the {len(held_out)} images of level III "
-                f"or the {len(trained_on)} of level II at --head-steps {config.head_steps}; lower --batch-size or "
-                f"--head-steps, or change --validation"
+                f"a batch of {config.batch_size} is larger than the {len(held_out)} images of level III, or "
+                f"--head-steps {config.head_steps} such batches than the {len(trained_on)} of level II; lower "
+                f"--batch-size or --head-steps, or change --validation {config.validation}"
             )
         allowed = torch.ones(images, dtype=torch.bool)  # in level I
         if config.level1_data == "train":
@@ -713,7 +724,8 @@ def cls_token(encoder: ViT, images: Tensor) -> Tensor:
 def split_labelled(data, config: Config) -> tuple[Tensor, Tensor]:
     """The labelled images, split by the seed: indices of level III's share, and of the rest, for level II."""
     if len(data.classes) < 2:
-        raise UserError("mlo_mae learns from labels: give pictures in the folders of two classes or more")
+        wanted = "give pictures in the folders of two classes or more"
+        raise UserError(f"mlo_mae learns from labels: {wanted}; these have {len(data.classes)}")
     chosen = labelled(data)
     order = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(mix_seed(config.seed, 5)))]
     return order.tensor_split([round(config.validation * len(order))])

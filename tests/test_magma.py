@@ -750,6 +750,7 @@ def test_recipes_are_tables_4_and_5():
         ({"gather_graph": False}, "--no-gather-graph says what --gather leaves out"),
         ({"temperature": 0.0}, "--temperature 0.0 makes no sense; give more than 0"),
         ({"kernel_factor": math.inf}, "--kernel-factor inf makes no sense"),
+        ({"vicreg": (25.0, math.nan, 1.0)}, "--vicreg 25.0 nan 1.0 makes no sense; give three weights of 0 or more"),
         ({"blur": 7.0}, "--blur 7.0 is not a probability; give 0 to 1"),
         ({"image_size": 10}, "image size 10 x 10 is not a multiple of the patch size 4"),
     ],

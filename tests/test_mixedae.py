@@ -563,6 +563,7 @@ def test_mixtures_do_not_depend_on_hidden_patches():
     [
         ({"image_size": 18}, "image size 18 x 18 is not a multiple of the patch size 4"),
         ({"patch": 0}, "a transformer of width 96, 6 blocks, 3 heads and patch 0 cannot be built"),
+        ({"reconstruction": 0.0, "contrast": 0.0}, "--reconstruction 0 --contrast 0 leave nothing to learn"),
         ({"images_per_group": 1}, "--images-per-group 1: a mixture needs two images or more"),
         ({"cell": 3}, "--cell 3 does not divide the 4 x 4 patches"),
         ({"cell": 4}, "--cell 4 leaves fewer cells than the 2 images"),

@@ -273,7 +273,7 @@ LATE = [  # settings that only the data, the plan or the optimiser can refuse, a
     ("mixedae", "--batch-size 30", "--batch-size 30 gives each process and part 30 images", "--batch-size 32"),
     ("mixedae", "--batch-size 64", "a batch of 64 is larger than the data set of 40", "--batch-size 32"),
     ("mlo_mae", "--batch-size 32", "a batch of 32 is larger than the ", "--batch-size 4"),
-    ("magma", "--layers -1 5", "--layers (-1, 5): give two or more different blocks", "--layers -2 5"),
+    ("magma", "--layers -1 5", "--layers -1 5: give two or more different blocks", "--layers -2 5"),
 ]
 
 
