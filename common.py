@@ -2,7 +2,7 @@
 
 Axis letters of shape comments; a file with letters of its own names them:
     B batch   V views   C channels   H W height, width   N patches   M visible ones   D width of a token
-    P values of a patch (p p C)   d width of a head, of a decoder, or of Mobile-Former's tokens
+    P values of a patch (p p C)   T Mobile-Former's tokens   d width of these, of a head, or of a decoder
 
 Images are float tensors in [0, 1] everywhere. The encoder normalises them itself, with the mean and standard deviation
 that it carries, so that nobody who lifts it out can forget to. What a run needs besides, data, flags, run folders and
@@ -360,7 +360,7 @@ class FormerToMobile(nn.Module):
 
 
 class MobileFormerBlock(nn.Module):
-    """Mobile to Former, Former, Mobile, Former to Mobile: a map (B, C, H, W) and tokens (B, T, d) -> the same."""
+    """Mobile to Former, Former, Mobile, Former to Mobile: (B, C, H, W), tokens (B, T, d) -> the next map and tokens."""
 
     def __init__(self, kind: str, inputs: int, expanded: int, outputs: int, token_dim: int):
         super().__init__()

@@ -11,12 +11,13 @@ Equation                                   function
 Eq. 1, 3   norm + linear, phi and psi      channel_norm, norm_linear
 Fig. 3     parallel form, both orders      Finola.forward
 Fig. 4     block-wise prediction           Finola.blockwise, block_sources
-Eq. 2, 4   differential equations          pde_residuals, laplacian_residual
-Eq. 5      what Eq. 4 takes for granted    orders_residual
+Eq. 2, 4   differential equations (6, 8)   pde_residuals, laplacian_residual
+Eq. 5, 7   what Eq. 4 takes for granted    orders_residual
 Eq. 9      Gaussian curvature (Fig. 5)     gaussian_curvature, peak_curvature
 App. E     embedding space                 mirror, interpolate, gaussian_samples, principal_reconstructions
 App. B     pooling, upsamplers (Table 10)  AttentionPool, ConvUpsampler, PatchUpsampler
-Appendix   section 4's norm, Table 11      AveragedFinola, MFDecoder
+Sec. 4     moving averages of the norm     AveragedFinola
+Table 11   decoder for DETR                MFDecoder
 
 Train it:   python train.py finola                                on built-in pictures; --variant masked_b, masked_e
             python train.py finola --width micro4                 the same with the paper's map of 16 x 16 cells
@@ -50,14 +51,15 @@ from plumbing.settings import TrainConfig, check_least
 from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The paper's mathematics. Maps are (B, C, H, W), x counts columns, y counts rows. Any float dtype and device.
+# The paper's mathematics. Maps are (B, C, H, W), x counts columns, y counts rows. Any float dtype and device. Letters
+# beside those of common.py: L lines, N cells or embeddings, S cells a side of the map, Q object queries.
 # ---------------------------------------------------------------------------------------------------------------------
 
-DIRECTIONS = ("right", "left", "down", "up")  # the paper's A, A-, B, B-
+DIRECTIONS = ("right", "left", "down", "up")  # A, A-, B, B-; the paper's B- leads down: its y grows upwards
 
 
 def channel_norm(z: Tensor, dim: int = -1, eps: float = 1e-5) -> Tensor:
-    """z_n of Eq. 1: (z - mean) / deviation over the channels of each position, in float32 or better."""
+    """z_n of Eq. 1: (z - mean) / sqrt(variance + eps) over the channels of each position, in float32 or better."""
     z = (z if z.dtype == torch.float64 else z.float()).movedim(dim, -1)
     return F.layer_norm(z, z.shape[-1:], eps=eps).movedim(-1, dim)
 
@@ -100,18 +102,19 @@ class Finola(nn.Module):
     def fill(self, z: Tensor, directions: tuple[str, str], place: int, length: int) -> Tensor:
         """Walk from lines z (L, B, C) at `place` to both ends of an axis of `length` cells -> (length, L, B, C)."""
         first, last = self.walk(z, directions[0], place), self.walk(z, directions[1], length - 1 - place)
-        return torch.cat([first.flip(0)[:-1], last])
+        return torch.cat([first.flip(0)[:-1], last])  # both begin with z
 
     def forward(self, q: Tensor, size: int | tuple[int, int], origin: tuple[int, int] | None = None) -> Tensor:
         """Vectors q (B, C) at `origin` (row, column), or the centre (H // 2, W // 2) -> maps (B, C, H, W) (Fig. 3).
 
-        Lines side by side take their steps at once: H + 2 W products of matrices follow one another, not 2 H W.
+        The cell u to the right of q and v below it is (phi^u psi^v + psi^v phi^u)(q) / 2, as below Eq. 3. Lines side by
+        side take their steps at once: H + 2 W products of matrices follow one another, not 2 H W.
         Raises ValueError where the origin is not on the map.
         """
         height, width = (size, size) if isinstance(size, int) else size
         row, column = (height // 2, width // 2) if origin is None else origin
         if not (0 <= row < height and 0 <= column < width):
-            raise ValueError(f"origin {(row, column)} is not on a map of {height} x {width}")
+            raise ValueError(f"origin {(row, column)} is not on a map of {height} x {width}; it counts from 0")
         q = q.to(self.right.dtype)[None]  # (1, B, C); not half precision, or sums of many steps would lose their digits
         middle_row = self.fill(q, ("left", "right"), column, width)[:, 0]  # (W, B, C)
         across_first = self.fill(middle_row, ("up", "down"), row, height)  # (H, W, B, C): psi^v phi^u q
@@ -196,8 +199,8 @@ def orders_residual(z: Tensor, a: Tensor, b: Tensor) -> Tensor:
     and B (C, C) unroll to the right and downwards, two or more cells a side -> (B,).
     """
     z_n = channel_norm(z.double(), dim=1).movedim(1, -1)  # (B, H, W, C)
-    z_xy, z_yx = z_n[:, :, :-1].diff(dim=1), z_n[:, :-1].diff(dim=2)  # (B, H - 1, W - 1, C), one step down, one right
-    return apart(F.linear(z_xy, a.double()), F.linear(z_yx, b.double()))
+    n_y, n_x = z_n[:, :, :-1].diff(dim=1), z_n[:, :-1].diff(dim=2)  # (B, H - 1, W - 1, C), one step down, one right
+    return apart(F.linear(n_y, a.double()), F.linear(n_x, b.double()))
 
 
 def apart(one: Tensor, other: Tensor) -> Tensor:
@@ -234,7 +237,7 @@ def peak_curvature(z: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, others: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio in dB: images (B, 3, H, W) in [0, 1], over pixels of a mask (B, 1, H, W) -> (B,)."""
+    """PSNR in dB of `others`, cut to [0, 1], at most 100: two (B, 3, H, W), over a mask (B, 1, H, W) -> (B,)."""
     dtype = torch.promote_types(images.dtype, torch.float32)  # half precision has too few digits
     error = (images.to(dtype) - others.to(dtype).clamp(0, 1)).square().mean(dim=1, keepdim=True)
     mask = torch.ones_like(error) if mask is None else mask
@@ -275,7 +278,7 @@ class AttentionPool(nn.Module):
     def __init__(self, dim: int, heads: int = 8):
         super().__init__()
         if heads < 1 or dim % heads:
-            raise UserError(f"{dim} channels do not divide into {heads} heads of the pooling")
+            raise UserError(f"{dim} channels do not divide into {heads} heads of the pooling; change --pool-heads")
         self.heads, self.query_token = heads, nn.Parameter(torch.empty(dim).normal_(std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C)
@@ -358,7 +361,7 @@ class Config(TrainConfig):
     width: MobileFormerWidth = "2880"  # of Mobile-Former (Table 2b)
     channels: int = 3072  # C: of q and of the map that is unrolled (Table 2a)
     origin: Literal[tuple(ORIGINS)] = "center"  # where q is put (Fig. 11)
-    norm: Literal["channel", "running", "batch", "none"] = "channel"  # running, batch: moving averages (section 4)
+    norm: Literal["channel", "running", "batch", "none"] = "channel"  # running, batch: section 4; none: ours
     pool_heads: int = 8  # heads of the attentional pooling
     upsampler_width: int = 512  # channels of the convolutional upsampler's first block (Table 10)
     upsampler_blocks: int = 6  # transformer blocks of the upsampler of masked_b (Table 16)
@@ -380,7 +383,7 @@ class Config(TrainConfig):
             raise UserError("--freeze-encoder keeps an encoder that was trained; give its run's last.pt by --start")
 
 
-MASKED = {"epochs": 1600, "batch_size": 1024, "channels": 512}  # Tables 12 and 15
+MASKED = {"epochs": 1600, "batch_size": 1024, "channels": 512}  # Table 12; C of -E by Table 15, of -B by Table 10
 LAPTOP = {"width": "micro", "image_size": 64, "channels": 256, "upsampler_width": 64, "upsampler_blocks": 2}
 LAPTOP |= {"warmup_epochs": 1, "batch_size": 32, "recompute": False}  # sizes of ours
 RECIPES = {
@@ -429,9 +432,9 @@ class FinolaAutoencoder(Method):
             self.upsampler = PatchUpsampler(dim, 0 if pooled else config.upsampler_blocks, cell=self.cell)
         else:
             self.upsampler = ConvUpsampler(dim, config.upsampler_width, self.cell)
-            (row, column), last = self.start, self.size - 1
+            (row, column), last = self.place, self.size - 1
             idle = {"right": column == last, "left": column == 0, "down": row == last, "up": row == 0}
-            for name, unused in idle.items():  # DDP would wait for the gradient of an idle one for ever
+            for name, unused in idle.items():  # DDP takes none without a gradient: its next step fails
                 getattr(self.finola, name).requires_grad_(not unused)
         self.origin = start_from(self, config)
         self.encoder.requires_grad_(not config.freeze_encoder)
@@ -444,12 +447,12 @@ class FinolaAutoencoder(Method):
         return self
 
     @property
-    def start(self) -> tuple[int, int]:
-        """Row and column of q in the map; in masked_e, of the centre of a visible block in the middle (`middle`)."""
+    def place(self) -> tuple[int, int]:
+        """Row and column of q in the map; if masked, of the centre of a visible block in the middle (`middle`)."""
         if self.masked:
             return (self.size // 4 + self.size // 2 // 2,) * 2
-        place = ORIGINS[self.config.origin]
-        return (self.size // 2, self.size // 2) if place is None else tuple(x % self.size for x in place)
+        found = ORIGINS[self.config.origin]
+        return (self.size // 2, self.size // 2) if found is None else tuple(x % self.size for x in found)
 
     def draw_corners(self, batch: int, device) -> Tensor:
         """Where the visible block of each image starts, in cells: (B, 2), row and column, uniform."""
@@ -464,7 +467,10 @@ class FinolaAutoencoder(Method):
         return cut(images, self.cell * corner, self.config.image_size // 2)
 
     def embed(self, images: Tensor, corner: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) -> vectors q (B, C), of visible blocks alone if `corner` (B, 2) says where these are."""
+        """Images (B, 3, H, W) -> vectors q (B, C), of visible blocks alone if `corner` (B, 2) says where these are.
+
+        Not in masked_b, which has no q.
+        """
         if corner is not None:
             images = self.block(images, corner)  # before the encoder, which sees no more
         return self.pool(self.encoder(images))
@@ -472,13 +478,13 @@ class FinolaAutoencoder(Method):
     def unroll(self, q: Tensor, corner: Tensor | None = None) -> Tensor:
         """Vectors (B, C) -> maps (B, C, S, S); in masked_e, q is put at the centre of each image's visible block."""
         if corner is None:
-            return self.finola(q, self.size, self.start)
+            return self.finola(q, self.size, self.place)
         half = self.size // 2
         canvas = self.finola(q, self.size + half, (half + half // 2,) * 2)  # holds all places that the block can have
         return cut(canvas, half - corner, self.size)
 
     def feature_map(self, images: Tensor, corner: Tensor | None = None) -> Tensor:
-        """The map z (B, C, S, S) that the upsampler is given."""
+        """The map z (B, C, S, S) that the upsampler is given; masked_b needs `corner`."""
         if self.config.variant != "masked_b":
             return self.unroll(self.embed(images, corner), corner)
         block = self.project(self.encoder(self.block(images, corner)))
@@ -529,7 +535,7 @@ class FinolaAutoencoder(Method):
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> Tensor:
-        """Rows of (image, reconstruction) or (image, visible block, what is predicted): (B, K, 3, H, W) in [0, 1]."""
+        """Rows of (image, reconstruction) or (image, visible block, with its prediction): (B, K, 3, H, W) in [0, 1]."""
         if not self.masked:
             return torch.stack([images, self.decode(self.feature_map(images)).clamp(0, 1)], dim=1)
         corner = self.draw_corners(len(images), images.device)
@@ -544,7 +550,7 @@ class FinolaAutoencoder(Method):
 
 
 class UnnormedFinola(Finola):
-    """Without a norm: the map is a linear function of q."""
+    """Without a norm: the map is a linear function of q. Ours: the paper changes the norm at inference alone."""
 
     def step(self, z: Tensor, direction: str) -> Tensor:
         return z + F.linear(z, getattr(self, direction))
@@ -560,7 +566,8 @@ class AveragedFinola(Finola):
     def __init__(self, dim: int, norm: str):
         super().__init__(dim)
         self.norm = norm
-        shape = (8, 64, dim if norm == "batch" else 1)  # four directions from q alone and four from whole lines, steps
+        # Four directions from q, of which up and down stay idle, and four from whole lines; steps.
+        shape = (8, 64, dim if norm == "batch" else 1)
         self.register_buffer("averages", torch.stack([torch.zeros(shape), torch.ones(shape)]))  # mean, variance
 
     def normalize(self, z: Tensor, averages: Tensor) -> Tensor:
@@ -587,11 +594,14 @@ class AveragedFinola(Finola):
         return torch.stack(states)
 
     def blockwise(self, *_):
-        raise ValueError(f"a norm of {self.norm!r} is for maps that are unrolled from one vector")
+        raise ValueError(f"a norm of {self.norm!r} is for maps that are unrolled from one vector, not for blocks")
 
 
 class DecoderBlock(nn.Module):
-    """ "M-F+" or "M-F-" of Table 11: a Mobile-Former block whose Mobile part is a transformer block, or bneck-lite."""
+    """ "M-F+" or "M-F-" of Table 11: a Mobile-Former block whose Mobile part is a transformer block, or bneck-lite.
+
+    Choices: the map comes before the queries; the Former part is a pre-norm `Block`, without dropout (the paper: 0.1).
+    """
 
     def __init__(self, kind: str, dim: int, last: bool = False, heads: int = 8):
         super().__init__()
@@ -600,7 +610,7 @@ class DecoderBlock(nn.Module):
         self.to_mobile = None if last else common.FormerToMobile(dim, dim)  # nothing reads the map after the last block
 
     def forward(self, x: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:  # (B, C, H, W), (B, Q, C)
-        if isinstance(self.mobile, Block):  # no token is needed, so the map comes before the queries: a choice
+        if isinstance(self.mobile, Block):
             tokens = self.mobile(rearrange(x, "b c h w -> b (h w) c"))
             x = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
         else:

@@ -85,7 +85,7 @@ def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config
         return ((images, len(chosen)) for images, _ in data.plain_batches(chosen, config.image_size))
 
     mean = sum(images.double().sum(dim=0) / count for images, count in batches(subject.train)).float()  # (3, H, W)
-    row, column = method.start
+    row, column = method.place
     for images, _ in batches(subject.test):
         corner = method.middle(images)
         with autocast(config.amp, subject.device):
@@ -97,7 +97,7 @@ def look_into_finola(method: FinolaAutoencoder, subject: Subject, config: Config
             with autocast(config.amp, subject.device):
                 part["q"] = method.embed(images, corner).float()
         if method.config.variant != "masked_b" and method.config.norm == "channel":
-            part["dz/dx"], part["dz/dy"] = pde_residuals(z, method.finola, method.start)
+            part["dz/dx"], part["dz/dy"] = pde_residuals(z, method.finola, method.place)
             if min(method.size - row, method.size - column) >= 3:  # the quadrant that A and B unroll
                 right, down = method.finola.right, method.finola.down
                 quadrant = z[:, :, row:, column:]
@@ -127,7 +127,7 @@ def seams(method: FinolaAutoencoder) -> tuple[Tensor, Tensor]:
         return (place - row).abs()[:, None].maximum((place - column).abs()[None])
 
     middle, block = (size - 1) / 2, size // 4 + (size // 2 - 1) / 2
-    unrolled, edge = ring(*method.start) <= 1, (ring(block, block) - size // 2 / 2).abs() < 1
+    unrolled, edge = ring(*method.place) <= 1, (ring(block, block) - size // 2 / 2).abs() < 1
     return edge if method.config.variant == "masked_b" else unrolled, ring(middle, middle) > middle - 2
 
 
