@@ -83,6 +83,8 @@ def block_sources(corner: Tensor, block: int) -> Tensor:
 class Finola(nn.Module):
     """The four matrices (C, C), and the maps that they unroll."""
 
+    walks_differ = False  # whether a step from q differs from the same step beside others (`AveragedFinola`)
+
     def __init__(self, dim: int):
         super().__init__()
         self.dim = dim
@@ -119,6 +121,8 @@ class Finola(nn.Module):
         middle_row = self.fill(q, ("left", "right"), column, width)[:, 0]  # (W, B, C)
         across_first = self.fill(middle_row, ("up", "down"), row, height)  # (H, W, B, C): psi^v phi^u q
         middle_column = across_first[:, column]  # (H, B, C): psi^v q, where the other order starts
+        if self.walks_differ:
+            middle_column = self.fill(q, ("up", "down"), row, height)[:, 0]
         along_first = self.fill(middle_column, ("left", "right"), column, width)  # (W, H, B, C): phi^u psi^v q
         return rearrange((across_first + along_first.transpose(0, 1)) / 2, "h w b c -> b c h w")
 
@@ -563,33 +567,35 @@ class AveragedFinola(Finola):
     trains with batch norm, by channel. Each step of each walk has its averages, a tenth of them new with each batch.
     """
 
+    walks_differ = True
+
     def __init__(self, dim: int, norm: str):
         super().__init__(dim)
         self.norm = norm
-        # Four directions from q, of which up and down stay idle, and four from whole lines; steps.
+        # Four directions from q, and four from whole lines; steps.
         shape = (8, 64, dim if norm == "batch" else 1)
-        self.register_buffer("averages", torch.stack([torch.zeros(shape), torch.ones(shape)]))  # mean, variance
+        self.register_buffer("statistics", torch.stack([torch.zeros(shape), torch.ones(shape)]))  # mean, variance
 
-    def normalize(self, z: Tensor, averages: Tensor) -> Tensor:
-        """z_n of lines z (L, B, C), by the averages (2, 1 or C) of this step, or in training into them."""
+    def normalize(self, z: Tensor, statistics: Tensor) -> Tensor:
+        """z_n of lines z (L, B, C), by the statistics (2, 1 or C) of this step, or in training into them."""
         if not self.training:
-            mean, variance = averages
+            mean, variance = statistics
         elif self.norm == "running":
             mean, variance = z.mean().view(1), z.var(dim=-1, correction=0).mean().view(1)
         else:
             mean, variance = z.mean(dim=(0, 1)), z.var(dim=(0, 1), correction=0)
         if self.training:
-            averages.lerp_(torch.stack([mean, variance]).detach(), 0.1)
+            statistics.lerp_(torch.stack([mean, variance]).detach(), 0.1)
         if self.training and self.norm == "running":
             return channel_norm(z)
         return (z - mean) / (variance + 1e-5).sqrt()
 
     def walk(self, z: Tensor, direction: str, steps: int) -> Tensor:
-        if steps > self.averages.shape[2]:
-            raise ValueError(f"moving averages are kept for {self.averages.shape[2]} steps of a walk, not {steps}")
+        if steps > self.statistics.shape[2]:
+            raise ValueError(f"moving averages are kept for {self.statistics.shape[2]} steps of a walk, not {steps}")
         states, number = [z], 4 * (len(z) > 1) + DIRECTIONS.index(direction)
         for count in range(steps):
-            z_n = self.normalize(states[-1], self.averages[:, number, count])
+            z_n = self.normalize(states[-1], self.statistics[:, number, count])
             states.append(states[-1] + F.linear(z_n, getattr(self, direction)))
         return torch.stack(states)
 

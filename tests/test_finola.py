@@ -1,5 +1,6 @@
 """FINOLA: the recursion, its masked forms, curvature and differential equations, the embedding space, the method."""
 
+import copy
 import itertools
 import math
 import re
@@ -61,24 +62,35 @@ def test_the_origin_is_the_centre_unless_given(size):
     torch.testing.assert_close(module(q, size)[:, :, height // 2, width // 2], q)
 
 
+NORMS = {
+    "channel": Finola,
+    "running": lambda dim: finola.AveragedFinola(dim, "running"),
+    "batch": lambda dim: finola.AveragedFinola(dim, "batch"),
+}
+
+
 def swapped(module, pairs):
-    other = random_finola(module.dim)
+    other = copy.deepcopy(module)
     for name, source in pairs.items():
         getattr(other, name).data = getattr(module, source).data
     return other
 
 
-@given(st.integers(2, 5), sides, sides, seeds)
-def test_transposing_or_mirroring_the_map_swaps_the_matrices(dim, height, width, seed):
-    """Fig. 3 averages both orders, so that no axis comes first."""
-    module, q, origin = random_finola(dim, seed), randn(2, dim, seed=seed), (height // 2, width // 2)
-    found = module(q, (height, width), origin)
+@given(st.integers(2, 5), sides, sides, st.sampled_from(list(NORMS)), seeds)
+def test_transposing_or_mirroring_the_map_swaps_the_matrices(dim, height, width, norm, seed):
+    """Fig. 3 averages both orders, so that no axis comes first; nor with moving averages, taken and then used."""
+    module, q, origin = random_finola(dim, seed, kind=NORMS[norm]), randn(3, dim, seed=seed), (height // 2, width // 2)
     turned = swapped(module, {"right": "down", "left": "up", "down": "right", "up": "left"})
-    torch.testing.assert_close(turned(q, (width, height), origin[::-1]), found.transpose(2, 3))
     mirrored = swapped(module, {"right": "left", "left": "right", "down": "down", "up": "up"})
-    torch.testing.assert_close(mirrored(q, (height, width), (origin[0], width - 1 - origin[1])), found.flip(3))
     flipped = swapped(module, {"right": "right", "left": "left", "down": "up", "up": "down"})
-    torch.testing.assert_close(flipped(q, (height, width), (height - 1 - origin[0], origin[1])), found.flip(2))
+    for training in (True, False):
+        found = module.train(training)(q, (height, width), origin)
+        other = turned.train(training)(q, (width, height), origin[::-1])
+        torch.testing.assert_close(other, found.transpose(2, 3))
+        other = mirrored.train(training)(q, (height, width), (origin[0], width - 1 - origin[1]))
+        torch.testing.assert_close(other, found.flip(3))
+        other = flipped.train(training)(q, (height, width), (height - 1 - origin[0], origin[1]))
+        torch.testing.assert_close(other, found.flip(2))
 
 
 def test_zero_matrices_give_a_constant_map():
@@ -505,7 +517,7 @@ def test_moving_averages_are_those_of_each_step_of_each_walk(norm):
         random_finola(4),
         randn(5, 4),
     )
-    assert module.averages.shape == (2, 8, 64, 1 if norm == "running" else 4)
+    assert module.statistics.shape == (2, 8, 64, 1 if norm == "running" else 4)
     trained = module.train()(q, 6)
     over = -1 if norm == "running" else 0  # the norm of a position, or that of a channel over all positions
     mean, var = q.mean(dim=over), q.var(dim=over, correction=0)
@@ -515,23 +527,23 @@ def test_moving_averages_are_those_of_each_step_of_each_walk(norm):
     else:
         expected = q + (q - mean) / (var + 1e-5).sqrt() @ module.right.T
         torch.testing.assert_close(module.walk(q[None], "right", 1)[1, 0], expected)
-        module.averages[0], module.averages[1] = 0, 1
+        module.statistics[0], module.statistics[1] = 0, 1
         trained = module(q, 6)
-    first = module.averages.clone()
+    first = module.statistics.clone()
     torch.testing.assert_close(first[0, :2, 0], 0.1 * mean.expand(2, -1))  # as batch norm: a tenth of each batch
     for _ in range(200):
         module(q, 6)
-    averages = module.averages.unflatten(1, (2, 4))  # (2, stages, directions, steps, ...)
+    averages = module.statistics.unflatten(1, (2, 4))  # (2, stages, directions, steps, ...)
     torch.testing.assert_close(averages[0, 0, :2, 0], mean.expand(2, -1))
     torch.testing.assert_close(averages[1, 0, :2, 0], var.expand(2, -1))
     row = trained[:, :, 3]  # the second stage downwards starts from the whole middle row
     torch.testing.assert_close(averages[0, 1, 2, 0], row.mean().view(1) if norm == "running" else row.mean(dim=(0, 2)))
-    before = module.averages.clone()
+    before = module.statistics.clone()
     moved = module.eval()(q, 6)
-    torch.testing.assert_close(module.averages, before)
+    torch.testing.assert_close(module.statistics, before)
     steps = []
     for walk in (0, 4):  # to the right from q, in the first stage and in the second: the mean of both walks
-        mean, var = module.averages[:, walk, 0]
+        mean, var = module.statistics[:, walk, 0]
         steps.append(q + ((q - mean) / (var + 1e-5).sqrt()) @ module.right.T)
     torch.testing.assert_close(moved[:, :, 3, 4], sum(steps) / 2)
     with pytest.raises(ValueError, match="kept for 64 steps of a walk, not 65"):
@@ -771,7 +783,7 @@ def test_recomputing_changes_nothing_that_a_step_leaves_behind(variant, norm):
         left.append((loss, {name: p.grad for name, p in method.named_parameters()}, dict(method.named_buffers())))
     torch.testing.assert_close(left[1][:2], left[0][:2], rtol=1e-9, atol=1e-14)
     moved = {name.rpartition(".")[2] for name, x in left[1][2].items() if not torch.equal(x, before[name])}
-    averages = {"averages"} if norm in ("batch", "running") else set()
+    averages = {"statistics"} if norm in ("batch", "running") else set()
     assert moved == {"running_mean", "running_var", "num_batches_tracked"} | averages
     assert left[1][2]["encoder.blocks.0.mobile.narrow.1.num_batches_tracked"] == 1
     for name, x in left[1][2].items():
