@@ -281,7 +281,9 @@ class Config(TrainConfig):
 
     def notes(self) -> list:
         late = self.e_st >= self.epochs and f"--e-st {self.e_st} is not before the end of --epochs {self.epochs}"
-        never = (late or not self.e_dur and "--e-dur 0") if self.lam or self.inverse else ""
+        never = late or not self.e_dur and "--e-dur 0"
+        if not (self.lam or self.inverse):  # a baseline
+            never = self.shuffle_graph and "--shuffle-graph with --lam 0"
         return super().notes() + [f"{never}: the regulariser never acts"] * bool(never)
 
 

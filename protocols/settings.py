@@ -237,6 +237,8 @@ def note_idle(protocol: str, given: dict, config: Config):
         idle["without --finetune"] = ("layer_decay", "drop_path")
     if protocol == "segment":
         idle[f"with --head {config.head}"] = ("batchnorm",) if config.head == "pyramid" else ("dropout", "aux_weight")
+    if protocol == "pictures" and config.map != "tsne":
+        idle["without --map tsne"] = ("perplexity",)
     for why, fields in idle.items():
         if flags := " ".join(flag(x) for x in fields if given.get(x, getattr(Config, x)) != getattr(Config, x)):
             note(f"{flags}: of no effect {why}")

@@ -212,6 +212,8 @@ def test_detection_goes_on_to_the_weights_of_one_that_was_not_stopped(tmp_path):
         ),
         ("relatives", {"k": 5}, "--k: of no effect with --protocol relatives"),
         ("relatives", {"k": 10}, ""),
+        ("pictures", {"perplexity": 5.0}, "--perplexity: of no effect without --map tsne"),
+        ("pictures", {"perplexity": 5.0, "map": "tsne"}, ""),
         ("knn", {"metric": "cosine", "vote": "distance", "pool": "cls", "k": 5}, ""),
     ],
 )

@@ -197,6 +197,7 @@ NEVER = "the learning rate does not reach its peak"
         ),
         ("magma", "--epochs 30 --e-st 30 --lam 0", []),
         ("magma", "--e-dur 0", ["--e-dur 0: the regulariser never acts"]),
+        ("magma", "--lam 0 --shuffle-graph", ["--shuffle-graph with --lam 0: the regulariser never acts"]),
         ("mixedae", "--epochs 3", [SHORT + "--warmup-epochs 2 -> 0"]),
         ("mixedae", "--epochs 3 --warmup-epochs 3", ["--warmup-epochs 3 takes all of --epochs 3: " + NEVER]),
         ("mixedae", "--warmup-epochs 30", ["--warmup-epochs 30 takes all of --epochs 24: " + NEVER]),
