@@ -36,7 +36,7 @@ def run_folder(name: str, config: TrainConfig) -> Path:
 LATER = {"epoch_steps": 0, "start": "", "crop_pad": 0, "decay_on": "matrices", "gather_graph": True}
 LATER |= {"head_steps": 1, "fresh_head": False}
 LATER |= {"log_layers": False, "shuffle_graph": False, "temperature": 0.0, "vote": "one", "freeze_encoder": False}
-LATER |= {"interpolation": "", "crop_clamp": False, "positions": "fixed"}
+LATER |= {"interpolation": "", "crop_clamp": False, "positions": "fixed", "fc_norm": False}
 LATER |= {"finetune": False, "aux_weight": 0.4, "queries": 100}
 """Settings that were added later, with the value that earlier runs had."""
 

@@ -74,6 +74,12 @@ def token_features(encoder: nn.Module, images: Tensor) -> Tensor:
     return rearrange(encoder(images), "b d h w -> b (h w) d")
 
 
+def mean_before_norm(encoder: ViT, images: Tensor) -> Tensor:
+    """The mean over patches (B, D) of what a transformer's last block gives, without its final norm (MAE's code)."""
+    _, outputs = encoder.encode(encoder.embed(images), hidden=True)
+    return outputs[-1][:, 1:].mean(dim=1)
+
+
 def width_of(encoder: nn.Module) -> int:
     """The width that FINOLA's tables go by: that in a Mobile-Former's name, or of an encoder's features."""
     name = str(encoder.fields.get("width", ""))

@@ -55,6 +55,7 @@ class Config(TrainConfig):
     layer_decay: float = 1.0  # finetune, --finetune: factor of the learning rate from a layer to the one below
     drop_path: float = 0.0  # finetune, --finetune: rate of stochastic depth in the last block
     positions: Literal["fixed", "learned"] = "fixed"  # finetune: those of a ViT, learned too as in MAE's code
+    fc_norm: bool = False  # finetune: the mean over a ViT's patches first, then a new norm, as in MAE's code
     smoothing: float = 0.0  # linear, tran1, tran4, finetune: label smoothing
     mixup: float = 0.0  # tran1, tran4, finetune: alpha of mixup, 0 for off
     cutmix: float = 0.0  # tran1, tran4, finetune: alpha of cutmix, 0 for off
@@ -214,7 +215,7 @@ HEADS |= {"detect": ("mf522", "mf211", "plain")}
 
 # What has no effect there: a flag of these is refused, for one would think that it had.
 UNUSED = ("scratch", "pool", "tokens", "map", "perplexity", "k", "metric", "vote", "cache", "base_lrs", "probe_images")
-UNUSED += ("positions", "smoothing", "mixup", "cutmix", "randaugment", "erase")
+UNUSED += ("positions", "fc_norm", "smoothing", "mixup", "cutmix", "randaugment", "erase")
 UNUSED = {"segment": (*UNUSED, "queries"), "detect": (*UNUSED, "batchnorm", "aux_weight")}
 # What has none there, but may have with another protocol of the same command: a flag of these is told.
 IDLE = {"layers": ("pool", "metric", "vote"), "relatives": ("pool", "k", "metric", "vote")}

@@ -25,6 +25,7 @@ from protocols.heads import (
     layer_groups,
     make_head,
     make_optimizer,
+    mean_before_norm,
     note_diverged,
     one_hot,
     soft_loss,
@@ -90,6 +91,11 @@ class Classifier(OnEncoder):
         self.name, self.head, self.classes = protocol, head, classes
         self.origin = digest(encoder) if self.frozen else digest(encoder) + digest(head)
         self.features = pooled_features if isinstance(head, LinearHeads) else token_features
+        if protocol == "finetune" and config.fc_norm:
+            if not isinstance(encoder, ViT) or not isinstance(head, LinearHeads) or encoder.pool == "cls":
+                raise UserError("--fc-norm is for a ViT with --pool mean and --head linear; leave it out")
+            self.features, head.norm = mean_before_norm, nn.LayerNorm(encoder.dim, eps=1e-6)
+            encoder.norm.requires_grad_(False)  # it is left out; DDP takes no parameter without a gradient
 
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
         if self.frozen:

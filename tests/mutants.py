@@ -2555,13 +2555,21 @@ plumbing/settings.py tests/test_images.py::test_padded_crops_are_not_resized_so_
 - if self.interpolation and self.crop_pad:
 + if False:
 
+protocols/settings.py tests/test_dense_protocols.py::test_flags_that_have_no_effect_are_told_in_a_line
+- config.map != "tsne"
++ config.map == "tsne"
+
+magma.py tests/test_settings.py::test_notes_tell_what_moved_and_what_cannot_take_effect
+- self.shuffle_graph and "--shuffle
++ False and "--shuffle
+
 protocols/settings.py tests/test_recipes.py::test_what_maes_code_does_besides_is_off_unless_asked_for
 - found._replace(clamp=self.crop_clamp)
 + found
 
 plumbing/run_files.py tests/test_recipes.py::test_what_maes_code_does_besides_is_off_unless_asked_for
-- "crop_clamp": False, "positions": "fixed"}
-+ "crop_clamp": False}
+- "crop_clamp": False, "positions": "fixed", "fc_norm": False}
++ "crop_clamp": False, "positions": "fixed"}
 
 common.py tests/test_common.py::test_learned_positions_decay_as_tokens_do
 - ("token", "tokens", "positions", "bias")
@@ -2590,6 +2598,14 @@ plumbing/start.py tests/test_start.py::test_timms_learned_positions_start_an_enc
 protocols/training.py tests/test_training.py::test_finetuning_learns_positions_from_where_they_are
 - encoder.state_dict() | {"positions": encoder.positions.detach()}
 + encoder.state_dict() | {"positions": found.positions.detach()}
+
+protocols/heads.py tests/test_training.py::test_fc_norm_takes_the_mean_before_a_new_norm
+- return outputs[-1][:, 1:].mean(dim=1)
++ return encoder.norm(outputs[-1])[:, 1:].mean(dim=1)
+
+protocols/training.py tests/test_training.py::test_fc_norm_takes_the_mean_before_a_new_norm
+- encoder.norm.requires_grad_(False)
++ pass
 
 protocols/tsne.py tests/test_tsne.py::test_each_row_has_the_entropy_of_its_perplexity
 - too_wide, high, middle)
@@ -3044,8 +3060,8 @@ plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_fi
 + labels[: len(good)]
 
 protocols/settings.py tests/test_segmentation.py::test_flags_that_such_a_protocol_does_not_use_are_refused
-- UNUSED += ("positions", "smoothing",
-+ UNUSED += ("positions",
+- UNUSED += ("positions", "fc_norm", "smoothing",
++ UNUSED += ("positions", "fc_norm",
 
 protocols/settings.py tests/test_segmentation.py::test_flags_that_such_a_protocol_does_not_use_are_refused
 - and given.get("data") != "scenes":

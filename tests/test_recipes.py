@@ -35,6 +35,7 @@ def test_linear_recipes_are_those_of_the_papers():
 def test_what_maes_code_does_besides_is_off_unless_asked_for():
     """So that runs from before these settings go on: LATER has the value that they had."""
     config, off = recipe("linear", "mae"), {"crop_clamp": False, "interpolation": "", "positions": "fixed"}
+    off |= {"fc_norm": False}
     check(config, **off)
     assert {name: LATER[name] for name in off} == off
     assert recipe("linear", "mae", crop_clamp=True, interpolation="bicubic").crop == (0.08, 1.0, "bicubic", True)

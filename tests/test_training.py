@@ -197,6 +197,33 @@ def test_finetuning_learns_positions_from_where_they_are(tmp_path):
         learn_positions(MapEncoder())
 
 
+def test_fc_norm_takes_the_mean_before_a_new_norm(tmp_path):
+    """As MAE's code: norm of the mean, where the default is the mean of norms."""
+    encoder, images = vit(depth=3, pool="mean"), rand(2, 3, 8, 8)
+    config = settings_for("finetune", tmp_path, fc_norm=True, **QUICK)
+    method = Classifier("finetune", copy.deepcopy(encoder), LinearHeads(16, 3), 3, config)
+    x = torch.cat([encoder.cls_token.expand(2, -1, -1), encoder.embed(images)], dim=1)
+    for block in encoder.blocks:
+        x = block(x)
+    mean = x[:, 1:].mean(dim=1)
+    expected = method.head.layers[0]((mean - mean.mean(dim=1, keepdim=True)) / (mean.var(1, False, True) + 1e-6).sqrt())
+    torch.testing.assert_close(method.eval().logits(images)[0], expected, rtol=1e-4, atol=1e-6)
+    method(images, torch.tensor([0, 1]))["loss"].backward()
+    assert all((p.grad is None) == name.startswith("encoder.norm.") for name, p in method.named_parameters())
+    rates = {id(p): g["lr_scale"] for g in method.optimizer(config).param_groups for p in g["params"]}
+    assert rates[id(method.head.norm.weight)] == 1.0  # MAE's code: the norm's layer is the head's
+    assert run_protocol("finetune", subject_of(encoder), config)["finetune"] > 30
+    load_encoder(tmp_path / "finetune-stripes" / "encoder.pt")
+    config = dataclasses.replace(config, drop_path=0.0)
+    for other in (
+        {"encoder": vit(depth=3, pool="cls")},
+        {"encoder": MapEncoder()},
+        {"head": TransformerHead(16, 8, 1, 3)},
+    ):
+        with pytest.raises(UserError, match="--fc-norm is for a ViT with --pool mean and --head linear; leave it out"):
+            Classifier("finetune", **{"encoder": encoder, "head": LinearHeads(16, 3)} | other, classes=3, config=config)
+
+
 def test_a_run_is_told_by_what_it_starts_from_and_goes_on_whatever_else_is_asked(tmp_path):
     encoder, config = vit(depth=3), settings_for("finetune", tmp_path)
     heads_of = [LinearHeads(16, 3) for _ in range(2)]
