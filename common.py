@@ -66,8 +66,8 @@ def sincos_positions(height: int, width: int, dim: int) -> Tensor:
 
 def mask_from_noise(noise: Tensor, ratio: float) -> Tensor:
     """Mask the round(ratio * N) patches with the largest noise in each row: (B, N) -> bool (B, N), True = masked."""
-    rank = noise.argsort(dim=1).argsort(dim=1)  # (B, N) 0 for the smallest
-    return rank >= noise.shape[1] - round(ratio * noise.shape[1])
+    order = noise.argsort(dim=1).argsort(dim=1)  # (B, N) 0 for the smallest
+    return order >= noise.shape[1] - round(ratio * noise.shape[1])
 
 
 def random_mask(batch: int, patches: int, ratio: float, generator=None, device="cpu") -> Tensor:
@@ -111,7 +111,7 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v on (B, heads, N, d), by the fused kernel but in bf16 on CPUs, where that is slow."""
+    """softmax(q k^T / sqrt(d)) v on (B, heads, N, d): fused, but on CPUs in float32 alone, for in bf16 it is slow."""
     if q.is_cuda or q.dtype == torch.float32:
         return F.scaled_dot_product_attention(q, k, v)
     return attend_plainly(q, k, v)
@@ -388,8 +388,8 @@ def replace_batch_norms(module: nn.Module):
 class MobileFormer(Encoder):
     """Mobile-Former (Chen et al. 2022), a MobileNet with six tokens beside it, as FINOLA uses it (Table 9).
 
-    `width` is one of MOBILE_FORMERS. Images (B, 3, H, W) in [0, 1], sides a multiple of 16, 4 for "micro4" (`stride`),
-    -> (B, head, H / 16, W / 16); `head` is the width of the last 1 x 1 convolution, 0 for that of the table.
+    `width` is one of MOBILE_FORMERS. Images (B, 3, H, W) in [0, 1] -> (B, head, H / 16, W / 16), rounded
+    up, of "micro4" a quarter (`stride`); `head` is the width of the last 1 x 1 convolution, 0 for that of the table.
     `norm` is "batch", or "group" where no image may depend on others (`replace_batch_norms`).
     The block is that of the released Mobile-Former. No activation follows the last convolution; that is a choice.
     Parameters lie within 1.2 % of FINOLA's 4.9, 11.7, 25.0 (Table 4), 43.5 and 67.6 M (Table 2b).
@@ -574,7 +574,7 @@ def gradient_if(wanted):
 
 
 def decays(name: str, parameter: Tensor, on: str = "matrices") -> bool:
-    """Whether weight decay acts on a parameter: on matrices; on "tokens", positions too; on "all", biases and norms."""
+    """Whether weight decay acts on a parameter: `on` is "matrices"; "tokens", with positions and tokens; or "all"."""
     spared = ("bias",) if on == "tokens" else ("token", "tokens", "positions", "bias")
     return on == "all" or (parameter.ndim >= 2 and not name.endswith(spared))
 

@@ -130,7 +130,7 @@ def judge(run_folder: Path, given: dict, with_help: bool = False):
     train = load(given["data"], split=first_split, **options)
     check_labels(protocols, train)
     if elsewhere := given.get("test_data"):
-        given = given | {"resume": True}  # what trains has done so already
+        given = given | {"resume": True}  # a protocol that trains must have ended: it is read
         reading = {x: options[x] for x in ("skip_bad_images", "max_pixels", "workers", "device") if x in options}
         test = load_tests(elsewhere, train.classes, **reading)
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plumbing.class_folders import IMAGENET
 from plumbing.coco import cut_boxes, read_coco
-from plumbing.crops import Crop, crop_boxes, mix_seed, resample, resize, resize_matrix
+from plumbing.crops import Crop, crop_with_windows, mix_seed, resize
 from plumbing.decoding import MAX_PIXELS
 from plumbing.dense import SCENES, PictureFiles, open_as, to_tensor
 from plumbing.errors import UserError, reason_of
@@ -132,26 +132,16 @@ class BoxImages:
 
         `crop` as in `random_resized_crop`, which makes the same pictures. There is one view.
         """
-        *scale, interpolation, clamp = Crop(*crop)
-        kernel, generator = interpolation or "bilinear", torch.Generator(self.images.device)
+        options = {"crop": crop, "flip": flip, "generator": torch.Generator(self.images.device)}
         for seed, indices in plan:
             indices = torch.as_tensor(indices).to(self.images.device, non_blocking=True)
-            generator.manual_seed(seed)
-            raw, (height, width) = self.images[indices], self.images.shape[2:]
-            sides = (torch.full((len(raw),), float(side), device=raw.device) for side in (height, width))
-            top, left, h, w = crop_boxes(*sides, scale, generator=generator, clamp=clamp).unbind(dim=1)
-            flipped = torch.rand(len(raw), device=raw.device, generator=generator) < flip
-            start, step = torch.where(flipped, left + w, left), torch.where(flipped, -w, w)
-            matrices = (
-                resize_matrix(top, h, height, size, kernel),
-                resize_matrix(start, step, width, size, kernel) / 255,
-            )
-            images = resample(raw.float(), *matrices, 1.0 if kernel == "bicubic" else None).clamp(0, 1)
+            options["generator"].manual_seed(seed)
+            images, (top, h), (start, step) = crop_with_windows(self.images[indices], size, **options)
             x0, y0, x1, y1 = self.corners[indices].unbind(dim=-1)  # (B, M) each
             x = torch.stack([x0, x1]).sub(start[:, None]).div(step[:, None]).sort(dim=0).values  # a flip swaps them
             y = torch.stack([y0, y1]).sub(top[:, None]).div(h[:, None])
             corners = torch.stack([x[0], y[0], x[1], y[1]], dim=-1)
-            yield images, targets_of(self.objects[indices], corners, torch.ones(len(raw), 2, device=raw.device))
+            yield images, targets_of(self.objects[indices], corners, torch.ones(len(images), 2, device=images.device))
 
     def plain_batches(self, indices, size, batch=100):
         """Whole pictures without augmentation: float (B, 3, size, size) and Targets."""

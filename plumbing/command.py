@@ -23,7 +23,7 @@ def run_command(command, argv: list) -> int:
     try:
         command(argv)
     except KeyboardInterrupt:
-        message, code = "\nstopped at once; go on from the last checkpoint with the same command and --resume", 130
+        message, code = "\nstopped at once; what trains goes on from its last checkpoint, if any, by --resume", 130
     except Stopped as stopped:
         message, code = str(stopped) if rank() == 0 else "", 128 + stopped.number
     except Exception as error:
@@ -41,6 +41,7 @@ def run_command(command, argv: list) -> int:
         return 0
     print(message, file=sys.stderr, flush=True, end="\n" if message else "")
     if dist.is_initialized():
+        sys.stdout.flush()  # `_exit` throws away what is still in the buffer
         os._exit(code)  # leaving in order would wait for processes that may be waiting for this one
     return code
 

@@ -136,23 +136,31 @@ def resize(images: Tensor, size: int) -> Tensor:
     return resample(images, rows.expand(len(images), -1, -1), columns.expand(len(images), -1, -1)).clamp(0, 1)
 
 
-def random_resized_crop(
-    images: Tensor, size: int, crop=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip: float = 0.5, generator=None
-) -> Tensor:
+def random_resized_crop(images: Tensor, size: int, *args, **options) -> Tensor:
     """Each image with its own random crop and flip, the whole batch at once: uint8 (B, 3, H, W) -> float in [0, 1].
 
-    `crop` is a Crop, or the least and largest share of the image. By two batched matrix products, bilinear unless it
-    says otherwise. `flip` is the probability of a mirror image.
+    The other arguments are those of `crop_with_windows`.
     """
-    batch, _, height, width = images.shape
+    return crop_with_windows(images, size, *args, **options)[0]
+
+
+def crop_with_windows(
+    images: Tensor, size: int, crop=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip: float = 0.5, generator=None
+) -> tuple:
+    """`random_resized_crop`, and the windows that it takes: (start, length) of the rows and of the columns, each (B,).
+
+    `crop` is a Crop, or the least and largest share of the image. By two batched matrix products, bilinear unless it
+    says otherwise. `flip` is the probability of a mirror image; its columns have a negative length.
+    """
     *scale, interpolation, clamp = Crop(*crop)
-    kernel = interpolation or "bilinear"
-    sides = (torch.full((batch,), float(side), device=images.device) for side in (height, width))
+    (height, width), kernel = images.shape[2:], interpolation or "bilinear"
+    sides = (torch.full((len(images),), float(side), device=images.device) for side in (height, width))
     top, left, h, w = crop_boxes(*sides, scale, ratio, generator, clamp).unbind(dim=1)
-    flipped = torch.rand(batch, device=images.device, generator=generator) < flip
-    rows = resize_matrix(top, h, height, size, kernel)
-    columns = resize_matrix(torch.where(flipped, left + w, left), torch.where(flipped, -w, w), width, size, kernel)
-    return resample(images.float(), rows, columns / 255, 1.0 if kernel == "bicubic" else None).clamp(0, 1)
+    flipped = torch.rand(len(images), device=images.device, generator=generator) < flip
+    left, w = torch.where(flipped, left + w, left), torch.where(flipped, -w, w)
+    rows, columns = resize_matrix(top, h, height, size, kernel), resize_matrix(left, w, width, size, kernel)
+    images = resample(images.float(), rows, columns / 255, 1.0 if kernel == "bicubic" else None).clamp(0, 1)
+    return images, (top, h), (left, w)
 
 
 def padded_crop(images: Tensor, size: int, pad: int, flip: float = 0.5, generator=None) -> Tensor:

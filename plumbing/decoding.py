@@ -60,7 +60,7 @@ TURNS = {  # EXIF orientation: what makes the picture upright
 def decode_image(path, size: int, crop=(0.08, 1.0), draws=(None,), max_pixels: int = MAX_PIXELS, whole=False) -> Tensor:
     """Read one image file -> uint8 (V, 3, size, size): a random resized crop for each of `crop_draws`.
 
-    For None it is the centre square.
+    For None it is the centre square, with 224 / 256 of the shorter side.
     JPEG, PNG and WebP; grey, palette, CMYK, 16-bit and turned (EXIF) files come out as upright RGB. `crop` is a `Crop`,
     or the least and largest share of the image. Bicubic, unless it says otherwise. With `whole` rows below the
     crops are decoded too.

@@ -17,7 +17,7 @@ from torch import Tensor
 from plumbing.checking import attempt_all, cache_folder, check_images, check_same, keep_good, survey
 from plumbing.class_folders import IMAGENET, held_out, images_below
 from plumbing.coco import is_coco, read_coco
-from plumbing.crops import Crop, crop_boxes, mix_seed, resample, resize, resize_matrix
+from plumbing.crops import Crop, crop_boxes, crop_with_windows, mix_seed, resize
 from plumbing.decoding import MAX_PIXELS, TURNS, open_picture, to_rgb
 from plumbing.errors import UserError, printable, reason_of
 from plumbing.files import write_atomically
@@ -109,16 +109,8 @@ def crop_pairs(images: Tensor, labels: Tensor, size: int, crop=(0.08, 1.0), flip
 
     `crop` as in `random_resized_crop`, which makes the same picture from the same generator.
     """
-    batch, _, height, width = images.shape
-    *scale, interpolation, clamp = Crop(*crop)
-    kernel = interpolation or "bilinear"
-    sides = (torch.full((batch,), float(side), device=images.device) for side in (height, width))
-    top, left, h, w = crop_boxes(*sides, scale, generator=generator, clamp=clamp).unbind(dim=1)
-    flipped = torch.rand(batch, device=images.device, generator=generator) < flip
-    left, w = torch.where(flipped, left + w, left), torch.where(flipped, -w, w)
-    rows, columns = resize_matrix(top, h, height, size, kernel), resize_matrix(left, w, width, size, kernel)
-    images = resample(images.float(), rows, columns / 255, 1.0 if kernel == "bicubic" else None).clamp(0, 1)
-    places = nearest_pixels(top, h, height, size), nearest_pixels(left, w, width, size)
+    images, *windows = crop_with_windows(images, size, crop, flip=flip, generator=generator)
+    places = (nearest_pixels(*window, side, size) for window, side in zip(windows, labels.shape[1:], strict=True))
     return images, take_nearest(labels, *places).long()
 
 
@@ -168,7 +160,7 @@ class DenseImages:
             yield resize(self.images[part], size), resize_labels(self.maps[part], size, size).long()
 
     def whole_batches(self, indices, size, batch=100):
-        """Pictures to judge by, float (B, 3, h, w) with a shorter side of `size`, and labels at their own size."""
+        """Pictures to judge by, resized to float (B, 3, size, size), and labels at their own size."""
         for part in torch.as_tensor(indices, device=self.images.device).split(batch):
             yield resize(self.images[part], size), self.maps[part].long()
 
@@ -197,8 +189,8 @@ def read_labels(path, max_pixels: int = MAX_PIXELS, zero_is_nothing: bool = Fals
         if image.format != "PNG" or image.mode not in ("L", "P") and not image.mode.startswith("I"):
             kind = f"{image.format} of mode {image.mode}"
             raise ValueError(f"a {kind} holds no labels, expected a PNG, grey or with a palette")
-        if depth < 8:
-            raise ValueError(f"labels of {depth} bits, expected 8 or 16")
+        if depth < 8 and image.mode != "P":  # Pillow scales grey of few bits, and leaves a palette's indices
+            raise ValueError(f"grey labels of {depth} bits, expected 8 or 16")
         labels = np.asarray(image).astype(np.int64)  # of a palette the indices
     if depth == 16:
         labels[labels == 65535] = IGNORED
@@ -337,8 +329,10 @@ def pairs_of(root: Path, tests: bool) -> tuple[list, list]:
     if others and not tests:
         note(f"{len(others)} other files or folders below {home} are left out, such as {others[0]}")
     if not train:
-        aside = held_out([os.path.relpath(path, home) for path in found]) if len(found) > 1 else set()
-        found = [path for path in found if (os.path.relpath(path, home) in aside) == (tests and len(found) > 1)]
+        if len(found) == 1:
+            raise UserError(f"{found[0]} is the only picture below {home}; give one more, to test on")
+        aside = held_out([os.path.relpath(path, home) for path in found])
+        found = [path for path in found if (os.path.relpath(path, home) in aside) == tests]
     if not found:
         raise UserError(f"no image below {home}; expected JPEG, PNG or WebP files")
     below = [Path(os.path.relpath(path, root / "images")) for path in found]
@@ -424,7 +418,7 @@ class DenseFolder(PictureFiles):
             yield images.float() / 255, labels.long()
 
     def whole_batches(self, indices, size, batch=1):
-        """As DenseImages.whole_batches, one picture each."""
+        """Pictures to judge by, one each, (1, 3, h, w) with a shorter side of `size`, and labels at their own size."""
         keys = ([(i, None, 0)] for i in torch.as_tensor(indices).tolist())
         for images, labels in self._load(keys, size, "whole"):
             yield images.float() / 255, labels.long()

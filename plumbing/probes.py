@@ -25,17 +25,16 @@ def knn_accuracy(
     bank, queries = bank / scale, queries / scale
     centre = bank.mean(dim=0)  # the Gram form of a distance loses its digits where the mean is large
     bank, queries = bank - centre, queries - centre
-    k, right = min(k, len(bank)), 0
+    k, right, classes = min(k, len(bank)), 0, int(bank_labels.max()) + 1
     norms, columns = bank.square().sum(dim=1), bank.T
-    # At most 64 MB of distances at a time, and of differences.
-    chunk = chunk or max(1, 2**24 // max(len(bank), k * bank.shape[1] * weigh))
+    # At most 64 MB of distances at a time, of votes and of differences.
+    chunk = chunk or max(1, 2**24 // max(len(bank), classes, k * bank.shape[1] * weigh))
     for part, truth in zip(queries.split(chunk), labels.split(chunk), strict=True):
         found = smallest(torch.addmm(norms, part, columns, alpha=-2), k)  # (chunk, k); distances up to a constant a row
-        votes = F.one_hot(bank_labels[found], int(bank_labels.max()) + 1)  # (chunk, k, classes)
+        votes = bank.new_ones(found.shape)  # (chunk, k)
         if weigh:  # the distances anew, as differences: those above have lost their digits where they are small
-            away = scale * (part[:, None] - bank[found]).norm(dim=2)  # (chunk, k)
-            votes = votes / (away + 1e-5)[..., None]
-        votes = votes.sum(dim=1)
+            votes /= scale * (part[:, None] - bank[found]).norm(dim=2) + 1e-5
+        votes = bank.new_zeros(len(part), classes).scatter_add_(1, bank_labels[found], votes)  # (chunk, classes)
         right += int((votes.argmax(dim=1) == truth).sum())
     return 100 * right / len(labels)
 

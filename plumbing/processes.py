@@ -119,7 +119,7 @@ def start_distributed(device: str = "auto") -> torch.device:
             torch.cuda.set_device(chosen)
             torch.backends.cudnn.allow_tf32 = False  # see pick_precision; convolutions are in TF32 by default
         else:
-            torch.empty(0, device=chosen)
+            torch.zeros(1, device=chosen).item()  # "meta" can make tensors, but not compute
             keep_freed_memory()
     except (RuntimeError, AssertionError, AttributeError) as error:
         reason = str(error).splitlines()[0]
@@ -161,25 +161,7 @@ def autocast(amp: str, device: torch.device):
 
 def on_rank_zero(function):
     """Run a function on rank 0 alone and give its result, or its UserError, to every rank."""
-    if world_size() == 1:
-        return function()
-    result, mistake, failure = None, None, None
-    if rank() == 0:
-        try:
-            result = function()
-        except UserError as error:
-            mistake = str(error)
-        except Exception as error:  # noqa: BLE001 (raised again below; the others must not wait for ever)
-            failure = error
-    shared = [result, mistake, repr(failure) if failure else None]
-    dist.broadcast_object_list(shared)
-    if failure:
-        raise failure
-    if shared[2]:
-        raise OtherProcessFailed(f"process 0 failed: {shared[2]}")
-    if shared[1]:
-        raise UserError(shared[1])
-    return shared[0]
+    return on_every_rank(function if rank() == 0 else lambda: None)[0]
 
 
 def on_every_rank(function) -> list:

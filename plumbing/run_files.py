@@ -139,7 +139,7 @@ def open_run(out: Path, identity: dict, config: TrainConfig, listing: bytes = b"
         differing += ["images"] if old.get("images") != identity["images"] else []
         if differing:
             changes = ", ".join(f"{name} {old.get(name)} -> {identity.get(name)}" for name in differing)
-            given = [x for x in differing if x in old and hasattr(config, str(x))]
+            given = [x for x in differing if x in old and hasattr(config, str(x)) and words(old[x])]
             flags = "".join(f" {flag(x)} {words(old[x])}" for x in given if not isinstance(old[x], bool))
             raise UserError(f"{out} was trained otherwise ({changes}); go on with what it was trained with{flags}")
         return step
@@ -166,7 +166,7 @@ def read_settings(path: Path) -> dict:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
     kinds = {"data": str, "root": str, "method": str, "image_size": int}
     fits = isinstance(found, dict) and all(isinstance(found.get(name, kind()), kind) for name, kind in kinds.items())

@@ -83,6 +83,8 @@ def restore_run(method, stepper, out: Path, first_step: int) -> tuple[Meter, flo
         stepper.scaler.load_state_dict(state["scaler"])
         sums = {name: float(value) for name, value in state["sums"].items()}
         return Meter(sums, int(state["count"])), state.get("seconds")
+    except torch.OutOfMemoryError:
+        raise  # `run_command` says what to do
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -154,6 +156,9 @@ class Run:
 
     def __exit__(self, *error):
         self.closing.__exit__(*error)
+        if self.signals and error[0] is None:  # after the last step; what follows must not swallow it
+            name = signal.Signals(self.signals[0]).name
+            raise Stopped(f"stopped by {name} after the last step; --resume goes on", self.signals[0])
 
     def leave_no_trace(self, _, error, __):
         """A start that is refused before its first step is not in the way of the next."""

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from plumbing.errors import UserError
 from plumbing.shapes import SHAPES, Brush, contrast_push, outlines, to_bytes
 
 MOST = 5  # objects of a scene
@@ -16,9 +17,11 @@ def render_scenes(count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor,
     An instance map is 0 on the background and i where the i-th object of the picture is seen; the label of this object,
     an index of SHAPES, stands in column i - 1, and -1 where there are fewer. Later objects lie before earlier ones. One
     that would show less than a tenth of itself, or a 400th of the picture, is not painted at all. Colours, light,
-    texture, place, scale and rotation are as in `render_shapes`. Picture i depends on (seed, i) alone. Sides are 16
-    pixels or more.
+    texture, place, scale and rotation are as in `render_shapes`. Picture i depends on (seed, i) alone.
+    Raises UserError for sides of less than 16 pixels.
     """
+    if size < 16:
+        raise UserError(f"scenes of {size} x {size} pixels are too small to show shapes; give --image-size 16 or more")
     draws = np.random.Generator(np.random.Philox(seed)).random((count, DRAWS))  # filled row by row: rows never change
     draws, outline = torch.from_numpy(draws).float(), outlines()
     images = torch.empty(count, 3, size, size, dtype=torch.uint8)

@@ -182,9 +182,9 @@ def refuse_other_size(path: Path, encoder: Encoder, given: Start, config, sizes:
 
 def misfit(own: dict, given: dict) -> str:
     """Why given weights do not fill a module whose state is `own`; "" where they do."""
-    for name in (name for name in given if name not in own):
-        what = next((f" ({what})" for part, what in NO_PLACE.items() if part in str(name)), "")
-        return f"it has {printable(str(name))[:80]}{what}, for which there is no place"
+    if strange := [str(name) for name in given if name not in own]:
+        what = next((f" ({what})" for part, what in NO_PLACE.items() if part in strange[0]), "")
+        return f"it has {printable(strange[0])[:80]}{what}, for which there is no place"
     for name, value in own.items():
         if name not in given:
             return f"it lacks {name}" + (", its own are fixed; give --positions fixed" if name == "positions" else "")

@@ -23,20 +23,20 @@ def mix_labels(images: Tensor, targets: Tensor, mixup: float, cutmix: float) -> 
     def beta(alpha):
         return torch.distributions.Beta(alpha, alpha).sample((batch, 1, 1)).to(**like)
 
-    def span(side, length):  # pixels inside a window that is cut off at the rim of the image
-        distance = (torch.arange(side, **like) + 0.5 - side * torch.rand(batch, 1, **like)).abs()  # (B, side)
-        return distance < side * length[:, 0] / 2
+    def span(length, share):  # pixels inside a window that is cut off at the rim of the image
+        distance = (torch.arange(length, **like) + 0.5 - length * torch.rand(batch, 1, **like)).abs()  # (B, length)
+        return distance < length * share[:, 0] / 2
 
     weight = torch.ones(batch, height, width, **like)  # of the image itself, pixel by pixel
     if mixup:
         weight = beta(mixup) * weight
     if cutmix:
-        side = (1 - beta(cutmix)).sqrt()  # of the window, as a share of the image's
-        window = span(height, side)[:, :, None] & span(width, side)[:, None, :]  # (B, H, W)
+        share = (1 - beta(cutmix)).sqrt()  # of the window's side in the image's
+        window = span(height, share)[:, :, None] & span(width, share)[:, None, :]  # (B, H, W)
         cut = torch.rand(batch, 1, 1, device=images.device) < (0.5 if mixup else 1.0)
         weight = torch.where(cut, (~window).to(images.dtype), weight)
-    share, weight = weight.mean(dim=(1, 2))[:, None], weight[:, None]  # (B, 1), (B, 1, H, W)
-    return images * weight + images.flip(0) * (1 - weight), targets * share + targets.flip(0) * (1 - share)
+    seen, weight = weight.mean(dim=(1, 2))[:, None], weight[:, None]  # (B, 1), (B, 1, H, W)
+    return images * weight + images.flip(0) * (1 - weight), targets * seen + targets.flip(0) * (1 - seen)
 
 
 def random_erase(images: Tensor, probability: float, mean: Tensor, std: Tensor) -> Tensor:

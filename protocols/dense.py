@@ -1,7 +1,6 @@
 """Protocols whose answers lie in places of a picture, on data of their own: built-in scenes unless --data is given."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from plumbing.boxes import load_boxes
 from plumbing.dense import load_dense
@@ -15,15 +14,8 @@ from protocols.segmentation import run_segment
 from protocols.settings import DENSE_PROTOCOLS, RECIPES, Config
 from protocols.training import run_protocol
 
-
-class Dense(NamedTuple):
-    """What such a protocol reads and does."""
-
-    load: Callable  # (name, split=, ...), as `load_data`
-    run: Callable  # (subject, config) -> {result: value}
-
-
-DENSE = {"segment": Dense(load_dense, run_segment), "detect": Dense(load_boxes, run_detect)}
+LOADS = {"segment": load_dense, "detect": load_boxes}  # (name, split=, ...), as `load_data`
+RUNS = {"segment": run_segment, "detect": run_detect}  # (subject, config) -> {result: value}
 SIDES = {"detect": 800}  # --image-size of files, where none is given: FINOLA and DETR
 
 
@@ -43,7 +35,7 @@ def data_of(protocols: list, given: dict, usual: Callable, path=None) -> tuple[C
     if dense[0] in SIDES and given["data"] != "scenes" and "image_size" not in given:
         sides = load_encoder(path).image_sides or (SIDES[dense[0]],) * 2
         own = {"image_size": sides[0]} if sides[0] == sides[1] else {}
-    return DENSE[dense[0]].load, own | given
+    return LOADS[dense[0]], own | given
 
 
 def fitted_to(encoder, protocol: str, config: Config) -> Config:
@@ -63,4 +55,4 @@ def fitted_to(encoder, protocol: str, config: Config) -> Config:
 
 def run_any(protocol: str, subject: Subject, config: Config) -> dict:
     """One protocol on one subject -> {result: value}."""
-    return DENSE[protocol].run(subject, config) if protocol in DENSE else run_protocol(protocol, subject, config)
+    return RUNS[protocol](subject, config) if protocol in RUNS else run_protocol(protocol, subject, config)

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import Method, MobileFormer, gradient_if, sincos_positions
+from common import MobileFormer, gradient_if, sincos_positions
 from finola import MFDecoder
 from plumbing.boxes import BoxFolder, BoxImages, Targets, targets_of
 from plumbing.errors import UserError
@@ -23,11 +23,11 @@ from plumbing.pictures import save_pictures
 from plumbing.processes import autocast, average, broadcast_buffers, note, on_every_rank, on_rank_zero, rank, world_size
 from protocols.detection import average_precision, generalized_iou, match, to_corners
 from protocols.frozen import without_value
-from protocols.heads import add_drop_path, layer_groups, make_optimizer, note_diverged
+from protocols.heads import note_diverged
 from protocols.rows import Subject
 from protocols.segmentation import check_classes, class_colours, maps_of
-from protocols.settings import Config
-from protocols.training import digest, fit_in_folder, folder_of, start_from_probe
+from protocols.settings import Config, changed
+from protocols.training import OnEncoder, digest, fit_in_folder, folder_of, start_from_probe
 
 CLASS, DISTANCE, OVERLAP = 1.0, 5.0, 2.0  # weights of the parts of the loss, and of the cost of a pair (DETR)
 NO_OBJECT = 0.1  # weight of this class
@@ -80,7 +80,8 @@ def detection_loss(logits: Tensor, boxes: Tensor, targets: Targets) -> dict:
     layers, classes = len(logits), logits.shape[-1] - 1
     pairs = pairs_of(logits, boxes, targets)
     if pairs is None:
-        nothing = logits.sum() * math.nan
+        average(logits.new_zeros(layers + 1))  # other processes wait for it
+        nothing = (logits.sum() + boxes.sum()) * math.nan  # of both, as DDP takes no parameter without a gradient
         return {"loss": nothing, **dict.fromkeys(("class_loss", "distance", "overlap"), nothing.detach())}
     layer, image, query, truth = pairs
     wanted = torch.full(logits.shape[:3], classes, device=logits.device)
@@ -159,9 +160,7 @@ def fitting(encoder: nn.Module, config: Config) -> Config:
     if config.head not in DEPTHS or isinstance(encoder, MobileFormer):
         return config
     note(f"--head {config.head} reads two maps of a Mobile-Former, which this encoder does not have: plain it is")
-    found = dataclasses.replace(config, head="plain")
-    found.moved = config.moved  # which is no field
-    return found
+    return changed(config, head="plain")
 
 
 def make_decoder(shapes: list, classes: int, config: Config) -> nn.Module:
@@ -178,7 +177,7 @@ def make_decoder(shapes: list, classes: int, config: Config) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Detector(Method):
+class Detector(OnEncoder):
     """An encoder, frozen or not, and a decoder of boxes, trained by the loop of all methods.
 
     The encoder's norms keep their statistics: too few pictures are in a batch to have new ones (DETR).
@@ -188,9 +187,9 @@ class Detector(Method):
     captions = ("truth", "found")
 
     def __init__(self, encoder: nn.Module, classes: list, config: Config):
-        super().__init__()
         config = fitting(encoder, config)
-        self.encoder, self.classes, self.config, self.frozen = encoder, classes, config, not config.finetune
+        super().__init__(encoder, frozen=not config.finetune, config=config)
+        self.classes = classes
         self.shown = None  # Targets of the pictures that are drawn
         self.kept = []  # maps, see `keep`
         size = config.image_size
@@ -198,20 +197,13 @@ class Detector(Method):
         with torch.no_grad():
             maps = maps_of(encoder.eval(), torch.zeros(1, 3, size or 32, size or 32, device=encoder.mean.device))
         self.head = make_decoder([tuple(x.shape[1:]) for x in maps], len(classes), config)
-        encoder.requires_grad_(not self.frozen)
-        if not self.frozen and config.drop_path:
-            add_drop_path(encoder, config.drop_path)
 
     def train(self, mode: bool = True):
         super().train(mode)
         for module in self.encoder.modules():
-            if self.frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
-
-    def optimizer(self, config: Config) -> torch.optim.Optimizer:
-        rates = config.layer_decay, config.weight_decay, config.decay_on
-        return make_optimizer(layer_groups(None if self.frozen else self.encoder, self.head, *rates), config)
 
     @torch.no_grad()
     def keep(self, data: BoxImages):
@@ -350,7 +342,7 @@ def run_detect(subject: Subject, config: Config) -> dict:
         train, test = (dataclasses.replace(data, square=True) for data in (train, test))
         subject = dataclasses.replace(subject, train=train, test=test)
     if subject.name == "untrained":
-        config = dataclasses.replace(config, layer_decay=1.0)  # it would all but freeze random lower layers
+        config = changed(config, layer_decay=1.0)  # it would all but freeze random lower layers
     torch.manual_seed(config.seed)
     method = Detector(copy.deepcopy(subject.encoder), train.classes, config)
     if config.finetune:

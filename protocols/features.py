@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import ViT
@@ -121,23 +119,10 @@ def check_whole(path: Path, count: int):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Features of all places (B, T, D), row by row: a transformer's patches without the CLS token, or a map's cells.
-
-    Raises UserError for an encoder that gives one vector an image.
-    """
-    if isinstance(encoder, ViT):
-        return token_features(encoder, images)
-    out = encoder(images)
-    if out.ndim != 4:
-        raise UserError(f"this encoder, a {type(encoder).__name__}, gives one vector an image; leave --tokens out")
-    return rearrange(out, "b d h w -> b (h w) d")
-
-
 @torch.no_grad()
 def rows_of(data, done: int, subject: Subject, config: Config):
     """The features of all images from number `done` on, a batch at a time: float32 arrays (B, D), or (B, T, D)."""
-    encode = tokens_of if config.tokens else pooled_features
+    encode = token_features if config.tokens else pooled_features
     batches = data.plain_batches(torch.arange(done, len(data)), config.image_size, config.batch_size)
     for number, (images, _) in enumerate(batches):
         with autocast(config.amp, images.device):

@@ -35,8 +35,8 @@ def draw_pictures(run_folder: Path, known: dict, subject: Subject, config: Confi
     if known.get("method") in METHODS and (run_folder / "last.pt").exists():
         try:
             method = method_of(subject, run_folder, known)
-        except (UserError, KeyError, TypeError, RuntimeError) as error:
-            notes.append(f"no reconstructions, last.pt and config.json do not fit ({str(error).splitlines()[0]})")
+        except UserError as error:
+            notes.append(f"no reconstructions: {error}")
     else:
         notes.append("no reconstructions, these need the config.json and last.pt of a method's run")
     if method is not None and method.config.image_size == config.image_size:

@@ -68,10 +68,16 @@ def make_head(kind: str, dim: int, classes: int, config: Config, std: float = 0.
 
 
 def token_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """All positions (B, N, D): the patch tokens of a transformer, without the CLS token, or those of a map."""
+    """All positions (B, N, D), row by row: a transformer's patch tokens, without the CLS token, or a map's cells.
+
+    Raises UserError for an encoder that gives one vector an image.
+    """
     if isinstance(encoder, ViT):
         return encoder.encode(encoder.embed(images))[:, 1:]
-    return rearrange(encoder(images), "b d h w -> b (h w) d")
+    out = encoder(images)
+    if out.ndim != 4:
+        raise UserError(f"this encoder, a {type(encoder).__name__}, gives one vector an image and no tokens")
+    return rearrange(out, "b d h w -> b (h w) d")
 
 
 def mean_before_norm(encoder: ViT, images: Tensor) -> Tensor:
@@ -157,8 +163,9 @@ def head_groups(head: nn.Module, config: Config) -> list:
     if isinstance(head, LinearHeads):
         rates = dict.fromkeys(config.base_lrs) or (config.base_lr,)
         return [
-            {"params": list(layer.parameters()), "lr_scale": rate / config.base_lr, "weight_decay": config.weight_decay}
+            group | {"lr_scale": rate / config.base_lr}
             for layer, rate in zip(head.layers, rates, strict=True)
+            for group in layer_groups(None, layer, 1.0, config.weight_decay, config.decay_on)
         ]
     return layer_groups(None, head, 1.0, config.weight_decay, config.decay_on)
 
@@ -183,11 +190,11 @@ def layer_groups(
         elif above <= depth:  # the blocks are over
             above = 0
         layers.append((above, name, parameter))
-    for above, name, parameter in layers:
-        groups.setdefault((above, decays(name, parameter, on)), []).append(parameter)
+    for over, name, parameter in layers:
+        groups.setdefault((over, decays(name, parameter, on)), []).append(parameter)
     return [
-        {"params": group, "lr_scale": decay**above, "weight_decay": weight_decay if decayed else 0.0}
-        for (above, decayed), group in groups.items()
+        {"params": group, "lr_scale": decay**over, "weight_decay": weight_decay if decayed else 0.0}
+        for (over, decayed), group in groups.items()
     ]
 
 

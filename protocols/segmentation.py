@@ -5,7 +5,6 @@ any encoder: see `maps_of`.
 """
 
 import copy
-import dataclasses
 import math
 
 import torch
@@ -20,9 +19,9 @@ from plumbing.pictures import save_pictures
 from plumbing.probes import unfit
 from plumbing.processes import autocast, note, on_rank_zero
 from protocols.frozen import without_value
-from protocols.heads import layer_groups, make_optimizer, note_diverged
+from protocols.heads import note_diverged
 from protocols.rows import Subject
-from protocols.settings import Config
+from protocols.settings import Config, changed
 from protocols.training import OnEncoder, digest, fit_in_folder, folder_of
 
 IGNORED = 255
@@ -34,22 +33,18 @@ RESULTS = ("miou", "pixel_accuracy")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def confusion(prediction: Tensor, truth: Tensor, classes: int, ignore: int = IGNORED) -> Tensor:
+def confusion(prediction: Tensor, truth: Tensor, classes: int) -> Tensor:
     """How often each class (row) was taken for each class (column): integers of one shape -> int64 (K, K).
 
-    Pixels whose truth is `ignore` are left out. Where that is one of the K, it is no class: its diagonal takes back
-    what was predicted so, and its union is 0. Matrices of parts of the data add up.
+    Pixels whose truth is IGNORED are left out. Matrices of parts of the data add up.
     Raises ValueError for another value outside 0 to K - 1.
     """
     prediction, truth = prediction.flatten().long(), truth.flatten().long()
-    counted = truth != ignore
+    counted = truth != IGNORED
     prediction, truth = prediction[counted], truth[counted]
     if len(truth) and not (0 <= min(truth.min(), prediction.min()) and max(truth.max(), prediction.max()) < classes):
         raise ValueError(f"a label lies outside 0 to {classes - 1}")
-    found = torch.bincount(truth * classes + prediction, minlength=classes**2).view(classes, classes)
-    if 0 <= ignore < classes:
-        found[ignore, ignore] = -found[:, ignore].sum()
-    return found
+    return torch.bincount(truth * classes + prediction, minlength=classes**2).view(classes, classes)
 
 
 def class_ious(confusion: Tensor) -> Tensor:
@@ -68,8 +63,7 @@ def mean_iou(confusion: Tensor) -> float:
 def pixel_accuracy(confusion: Tensor) -> float:
     """Share of the pixels that count whose class was found; nan without any."""
     counts = confusion.double()
-    taken_back = counts.diagonal().clamp_max(0).sum()
-    return float((counts.diagonal().sum() - taken_back) / (counts.sum() - taken_back))
+    return float(counts.diagonal().sum() / counts.sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,8 +190,8 @@ class PyramidHead(nn.Module):
         x = self.join(torch.cat([enlarge(level, levels[0]) for level in levels], dim=1))
         return self.classify(self.dropout(x))
 
-    def help(self, maps: list) -> Tensor:
-        """Logits of the auxiliary head."""
+    def auxiliary_logits(self, maps: list) -> Tensor:
+        """Those of the second head, which helps to train."""
         return self.auxiliary(self.rescales[self.at](maps[self.at]))
 
 
@@ -208,8 +202,12 @@ def enlarge(x: Tensor, like) -> Tensor:
 
 
 def starts(length: int, size: int) -> list:
-    """Where windows of `size` begin that cover a length: half a window apart, the last one at the end."""
-    return [min(i, length - size) for i in range(0, length - size + max(1, size // 2), max(1, size // 2))]
+    """Where windows of `size` begin that cover a length: two thirds of one apart, the last one at the end.
+
+    MMSegmentation's setting for MAE: 341 pixels of 512.
+    """
+    step = max(1, size * 2 // 3)
+    return [min(i, length - size) for i in range(0, length - size + step, step)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,10 +246,6 @@ class Segmenter(OnEncoder):
         else:
             self.head = LinearMapHead(shapes, len(classes), config.batchnorm)
 
-    def optimizer(self, config: Config) -> torch.optim.Optimizer:
-        rates = config.layer_decay, config.weight_decay, config.decay_on
-        return make_optimizer(layer_groups(None if self.frozen else self.encoder, self.head, *rates), config)
-
     def maps(self, images: Tensor) -> list:
         with gradient_if(not self.frozen):
             return maps_of(self.encoder, images)
@@ -260,7 +254,7 @@ class Segmenter(OnEncoder):
         maps = self.maps(images)
         loss = pixel_loss(self.head(maps), labels)
         if isinstance(self.head, PyramidHead):
-            loss = loss + self.config.aux_weight * pixel_loss(self.head.help(maps), labels)
+            loss = loss + self.config.aux_weight * pixel_loss(self.head.auxiliary_logits(maps), labels)
         return {"loss": loss}
 
     @torch.no_grad()
@@ -316,7 +310,8 @@ def check_classes(subject: Subject):
     """Raise UserError where the data to test on have other classes than those to train on."""
     train, test = subject.train.classes, subject.test.classes
     if test != train:
-        raise UserError(f"{len(train)} classes train, others, {len(test)}, are tested on; mend one")
+        first = min(set(train) ^ set(test), default="their order")
+        raise UserError(f"{len(train)} classes train, {len(test)} are tested on; mend what differs, first: {first}")
 
 
 def run_segment(subject: Subject, config: Config) -> dict:
@@ -330,11 +325,11 @@ def run_segment(subject: Subject, config: Config) -> dict:
     encoder, size = subject.encoder, config.image_size
     if encoder is None:
         encoder = RawPatches(math.gcd(size, 4), subject.train.mean, subject.train.std)
-        config = dataclasses.replace(config, head="linear", finetune=False)
+        config = changed(config, head="linear", finetune=False)
     elif not all(parameter.isfinite().all() for parameter in encoder.parameters()):
         return without_value(subject, RESULTS, "its weights are not finite")
     if subject.name == "untrained":
-        config = dataclasses.replace(config, layer_decay=1.0)  # it would all but freeze random lower layers
+        config = changed(config, layer_decay=1.0)  # it would all but freeze random lower layers
     torch.manual_seed(config.seed)
     method = Segmenter(copy.deepcopy(encoder), subject.train.classes, config).to(subject.device)
     shown = range(min(8, len(subject.test)))

@@ -26,11 +26,11 @@ class Config(TrainConfig):
     protocol: tuple[str, ...] = USUAL  # one or more of those above
     recipe: str = ""  # a recipe of the protocol, by default the method's own; docs/evaluating.md lists them
     data: str = ""  # data set to evaluate on, by default that of the run, of segment and detect: scenes
-    test_data: str = ""  # knn to finetune: test on <class>/* of this folder instead; what trains must have ended before
+    test_data: str = ""  # probes, finetune: test on <class>/* of this folder instead; what trains must have ended
     image_size: int = 0  # side of the images, 0 for what the encoder was trained with
     probe_every: int = 0  # tran1, tran4, finetune: epochs between two tests, 0 for a test at the end alone
     out: str = ""  # folder of what the protocols write, by default RUN; eval.jsonl is always in RUN
-    probe_images: int = 0  # knn to relatives: most images of each split to take, 0 for all
+    probe_images: int = 0  # knn to relatives, but hypergradient: most images of each split to take, 0 for all
     untrained: bool = False  # also evaluate the same architecture with random weights
     pixels: bool = False  # also evaluate raw pixels (knn, linear, clusters, segment)
     scratch: bool = False  # finetune: start from random weights alone
@@ -46,7 +46,7 @@ class Config(TrainConfig):
     base_lrs: tuple[float, ...] = ()  # linear: one head for each base learning rate, instead of --base-lr
     optimizer: Literal["sgd", "lars", "adamw"] = "adamw"  # of all that train
     momentum: float = 0.9  # of sgd and lars
-    batchnorm: bool = False  # linear, segment: standardise the features by a batch norm without affine weights
+    batchnorm: bool = False  # linear, finetune, segment: standardise features by a batch norm without affine weights
     head: Literal["linear", "tran1", "tran4", "pyramid", "mf522", "mf211", "plain"] = "linear"  # what is trained on top
     finetune: bool = False  # segment, detect: train the encoder too, not the head alone
     queries: int = 100  # detect: boxes that the decoder gives for a picture
@@ -57,10 +57,10 @@ class Config(TrainConfig):
     positions: Literal["fixed", "learned"] = "fixed"  # finetune: those of a ViT, learned too as in MAE's code
     fc_norm: bool = False  # finetune: the mean over a ViT's patches first, then a new norm, as in MAE's code
     smoothing: float = 0.0  # linear, tran1, tran4, finetune: label smoothing
-    mixup: float = 0.0  # tran1, tran4, finetune: alpha of mixup, 0 for off
-    cutmix: float = 0.0  # tran1, tran4, finetune: alpha of cutmix, 0 for off
-    randaugment: float = 0.0  # tran1, tran4, finetune: magnitude of RandAugment, of 10; 0 for off
-    erase: float = 0.0  # tran1, tran4, finetune: probability of random erasing
+    mixup: float = 0.0  # tran1, tran4, finetune, linear --no-cache: alpha of mixup, 0 for off
+    cutmix: float = 0.0  # tran1, tran4, finetune, linear --no-cache: alpha of cutmix, 0 for off
+    randaugment: float = 0.0  # tran1, tran4, finetune, linear --no-cache: magnitude of RandAugment, of 10; 0 for off
+    erase: float = 0.0  # tran1, tran4, finetune, linear --no-cache: probability of random erasing
 
     def check(self):
         super().check()
@@ -90,6 +90,13 @@ class Config(TrainConfig):
 
     def refuse(self, field: str, expected: str):
         raise UserError(f"--{field.replace('_', '-')} {getattr(self, field)} makes no sense; give {expected}")
+
+
+def changed(config: Config, **fields) -> Config:
+    """A copy of the settings with other fields, which still tells what of its recipe moved."""
+    found = dataclasses.replace(config, **fields)
+    found.moved = config.moved  # which is no field
+    return found
 
 
 OUTSIDE = ("untrained", "pixels", "scratch", "tokens", "k", "metric", "vote", "test_data")  # of no training
@@ -218,7 +225,8 @@ UNUSED = ("scratch", "pool", "tokens", "map", "perplexity", "k", "metric", "vote
 UNUSED += ("positions", "fc_norm", "smoothing", "mixup", "cutmix", "randaugment", "erase")
 UNUSED = {"segment": (*UNUSED, "queries"), "detect": (*UNUSED, "batchnorm", "aux_weight")}
 # What has none there, but may have with another protocol of the same command: a flag of these is told.
-IDLE = {"layers": ("pool", "metric", "vote"), "relatives": ("pool", "k", "metric", "vote")}
+IDLE = dict.fromkeys(("linear", "tran1", "tran4"), ("head", "layer_decay", "drop_path", "positions", "fc_norm"))
+IDLE |= {"layers": ("pool", "metric", "vote"), "relatives": ("pool", "k", "metric", "vote")}
 
 
 def check_used(protocol: str, given: dict):

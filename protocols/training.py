@@ -1,7 +1,6 @@
 """The protocols that encode each image anew, with crops, flips and more: each a run of its own. And which run when."""
 
 import copy
-import dataclasses
 import hashlib
 import math
 from pathlib import Path
@@ -33,14 +32,14 @@ from protocols.heads import (
     width_of,
 )
 from protocols.rows import Subject
-from protocols.settings import DENSE_PROTOCOLS, OUTSIDE, Config, result_names
+from protocols.settings import DENSE_PROTOCOLS, OUTSIDE, Config, changed, result_names
 
 
 def run_protocol(protocol: str, subject: Subject, config: Config) -> dict:
     """One protocol on one subject -> {result: value}."""
     if trains_on_images(protocol, subject, config):
         if protocol == "finetune" and subject.name == "untrained":
-            config = dataclasses.replace(config, layer_decay=1.0)  # it would all but freeze random lower layers
+            config = changed(config, layer_decay=1.0)  # it would all but freeze random lower layers
         return train_classifier(protocol, subject, config)
     if protocol == "linear":
         return run_linear(subject, config)
@@ -80,6 +79,12 @@ class OnEncoder(Method):
             self.encoder.eval()  # its norms keep their statistics
         return self
 
+    def optimizer(self, config: Config) -> torch.optim.Optimizer:
+        if self.frozen:
+            return make_optimizer(head_groups(self.head, config), config)
+        rates = (config.layer_decay, config.weight_decay, config.decay_on)
+        return make_optimizer(layer_groups(self.encoder, self.head, *rates), config)
+
 
 class Classifier(OnEncoder):
     """An encoder and a head, trained on labels of whole images."""
@@ -96,12 +101,6 @@ class Classifier(OnEncoder):
                 raise UserError("--fc-norm is for a ViT with --pool mean and --head linear; leave it out")
             self.features, head.norm = mean_before_norm, nn.LayerNorm(encoder.dim, eps=1e-6)
             encoder.norm.requires_grad_(False)  # it is left out; DDP takes no parameter without a gradient
-
-    def optimizer(self, config: Config) -> torch.optim.Optimizer:
-        if self.frozen:
-            return make_optimizer(head_groups(self.head, config), config)
-        rates = (config.layer_decay, config.weight_decay, config.decay_on)
-        return make_optimizer(layer_groups(self.encoder, self.head, *rates), config)
 
     @torch.no_grad()
     def augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,8 +181,7 @@ def fit_in_folder(protocol: str, method: Method, subject: Subject, config: Confi
     """Train a method as a run in its protocol's own folder, then set it to be judged -> the settings of that run."""
     # What the training does not depend on must not keep it from being resumed.
     fields = {name: getattr(Config, name) for name in OUTSIDE} | {"out": str(folder_of(protocol, subject, config))}
-    moved, config = config.moved, dataclasses.replace(config, protocol=(protocol,), **fields)
-    config.moved = moved  # which is no field
+    config = changed(config, protocol=(protocol,), **fields)
     fit(method, subject.train, subject.test, config)
     method.eval()
     return config
@@ -217,7 +215,8 @@ def start_from_probe(head: nn.Module, kind: str, subject: Subject, config: Confi
             reason = reason_of(error)
             raise UserError(f"{path} does not fit ({reason}); remove its folder and make it anew") from None
     else:
-        note(f"{path} holds no finished probe of this encoder; --protocol {kind} makes one to start from")
+        how = "the same without --finetune" if kind == "detect" else f"--protocol {kind}"
+        note(f"{path} holds no finished probe of this encoder; {how} makes one to start from")
 
 
 def folder_of(protocol: str, subject: Subject, config: Config) -> Path:

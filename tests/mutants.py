@@ -790,8 +790,8 @@ common.py tests/test_common.py::test_patchify_roundtrips_and_matches_naive_loop
 + "b c (h p) (w q) -> b (h w) (q p c)"
 
 common.py tests/test_common.py::test_random_mask_has_exact_counts_in_each_row
-- rank >= noise.shape[1] - round(
-+ rank > noise.shape[1] - round(
+- order >= noise.shape[1] - round(
++ order > noise.shape[1] - round(
 
 common.py tests/test_ebm_pretrain.py::test_a_swin_block_is_attention_between_the_cells_of_a_window
 - "b n (three h d) -> b h n three d"
@@ -851,8 +851,8 @@ plumbing/images.py tests/test_images.py::test_views_of_an_image_stand_side_by_si
 + self.images[indices].repeat(views, 1, 1, 1)
 
 plumbing/probes.py tests/test_probes.py::test_knn_accuracy_matches_naive_loop
-- k, right = min(k, len(bank)), 0
-+ k, right = min(k + 1, len(bank)), 0
+- k, right, classes = min(k, len(bank)), 0,
++ k, right, classes = min(k + 1, len(bank)), 0,
 
 plumbing/probes.py tests/test_probes.py::test_ridge_accuracy_picks_the_strength_by_true_leave_one_out
 - clamp_max(1 - 1e3 * torch.finfo(train.dtype).eps)
@@ -1020,8 +1020,8 @@ protocols/augment.py tests/test_augment.py::test_colour_operations_match_pillow
 + values.shape[2] + last) // 255
 
 protocols/augment.py tests/test_augment.py::test_the_window_of_cutmix_has_the_drawn_area_cut_off_at_the_rims
-- side = (1 - beta(cutmix)).sqrt()
-+ side = 1 - beta(cutmix)
+- share = (1 - beta(cutmix)).sqrt()
++ share = 1 - beta(cutmix)
 
 protocols/heads.py tests/test_heads.py::test_drop_path_of_maps_leaves_out_branches_image_by_image
 - module.block.images = len(inputs[0])
@@ -1230,8 +1230,8 @@ protocols/settings.py tests/test_recipes.py::test_mlo_mae_is_fine_tuned_on_cifar
 + given.get("data") in ("cifar10",)
 
 plumbing/probes.py tests/test_golden.py::test_ours_equals_the_official_number
-- votes = votes / (away + 1e-5)[..., None]
-+ votes = votes / (away + 1)[..., None]
+- .norm(dim=2) + 1e-5
++ .norm(dim=2) + 1
 
 common.py tests/test_common.py::test_decay_may_act_on_tokens_or_on_all
 - spared = ("bias",) if on == "tokens" else
@@ -1577,7 +1577,7 @@ protocols/features.py tests/test_features.py::test_a_finished_file_is_not_comput
 - if path.exists():
 + if False:
 
-protocols/features.py tests/test_features.py::test_tokens_are_the_patches_of_a_transformer_or_the_places_of_a_map
+protocols/heads.py tests/test_features.py::test_tokens_are_the_patches_of_a_transformer_or_the_places_of_a_map
 - return rearrange(out, "b d h w -> b (h w) d")
 + return rearrange(out, "b d h w -> b (w h) d")
 
@@ -2142,8 +2142,8 @@ protocols/heads.py tests/test_heads.py::test_optimisers_and_their_groups_take_wh
 + momentum=0.9)
 
 protocols/heads.py tests/test_frozen.py::test_linear_heads_are_trained_by_plain_gradient_descent
-- rate / config.base_lr, "weight_decay": config.weight_decay}
-+ rate / config.base_lr, "weight_decay": 0.0}
+- layer_groups(None, layer, 1.0, config.weight_decay,
++ layer_groups(None, layer, 1.0, 0.0,
 
 protocols/training.py tests/test_training.py::test_heads_start_as_in_maes_release
 - std = 2e-5 if protocol == "finetune" else 0.01
@@ -3024,8 +3024,8 @@ plumbing/dense.py tests/test_dense.py::test_nearest_pixels_are_those_that_centre
 + centre.round().long()
 
 plumbing/dense.py tests/test_dense.py::test_crops_move_pictures_and_labels_alike
-- nearest_pixels(top, h, height, size), nearest_pixels(left, w, width, size)
-+ nearest_pixels(top, h, height, size), nearest_pixels(left.minimum(left + w), w.abs(), width, size)
+- nearest_pixels(*window, side, size) for
++ nearest_pixels(window[0].minimum(sum(window)), window[1].abs(), side, size) for
 
 plumbing/dense.py tests/test_dense.py::test_folders_give_pictures_and_labels_that_fit_each_other
 - labels.flip(-1), labels).long()
@@ -3040,8 +3040,8 @@ plumbing/dense.py tests/test_dense.py::test_labels_are_the_numbers_of_the_file
 + np.where(labels == 0, IGNORED, labels - 1)
 
 plumbing/dense.py tests/test_dense.py::test_what_holds_no_labels_is_refused
-- if depth < 8:
-+ if depth < 4:
+- if depth < 8 and
++ if depth < 4 and
 
 plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_file
 - if own.shape != (height, width):
@@ -3052,8 +3052,8 @@ plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_fi
 + and x > most + 1}
 
 plumbing/dense.py tests/test_dense.py::test_a_folder_without_parts_holds_some_out_and_may_name_classes
-- in aside) == (tests and
-+ in aside) != (tests and
+- in aside) == tests
++ in aside) != tests
 
 plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_file
 - [labels[i] for i in good]
@@ -3071,9 +3071,9 @@ protocols/settings.py tests/test_segmentation.py::test_flags_that_such_a_protoco
 - if field in unused and given[field] != getattr(Config, field)]
 + if field in unused]
 
-protocols/segmentation.py tests/test_segmentation.py::test_weight_decay_falls_on_what_is_asked_for
-- rates = config.layer_decay, config.weight_decay, config.decay_on
-+ rates = config.layer_decay, config.weight_decay
+protocols/training.py tests/test_segmentation.py::test_weight_decay_falls_on_what_is_asked_for
+- rates = (config.layer_decay, config.weight_decay, config.decay_on)
++ rates = (config.layer_decay, config.weight_decay)
 
 protocols/settings.py tests/test_segmentation.py::test_max_steps_claims_no_part_of_the_pictures_where_all_are_judged
 - return "linear" in self.protocol and self.cache
@@ -3131,10 +3131,6 @@ protocols/segmentation.py tests/test_segmentation.py::test_confusion_has_the_tru
 - class_ious(confusion).nanmean()
 + class_ious(confusion).nan_to_num().mean()
 
-protocols/segmentation.py tests/test_segmentation.py::test_confusion_has_the_truth_in_rows_over_the_whole_data
-- found[ignore, ignore] = -found[:, ignore].sum()
-+ pass
-
 protocols/segmentation.py tests/test_segmentation.py::test_parts_of_a_batch_count_alike_and_ignored_ones_never_give_nan
 - ignore_index=IGNORED, reduction="none").mean()
 + ignore_index=IGNORED)
@@ -3151,9 +3147,9 @@ protocols/segmentation.py tests/test_segmentation.py::test_maps_of_every_encoder
 - x = encoder.norm(x)
 + x = x
 
-protocols/segmentation.py tests/test_segmentation.py::test_windows_cover_every_place_half_a_window_apart
-- range(0, length - size + max(1, size // 2), max(1, size // 2))
-+ range(0, length - size + 1, max(1, size // 2))
+protocols/segmentation.py tests/test_segmentation.py::test_windows_cover_every_place_two_thirds_of_a_window_apart
+- range(0, length - size + step, step)
++ range(0, length - size + 1, step)
 
 protocols/segmentation.py tests/test_segmentation.py::test_scores_of_large_pictures_are_those_of_windows_in_their_places
 - times[top : top + size, left : left + size] += 1
@@ -3303,10 +3299,6 @@ protocols/detect.py tests/test_detect.py::test_the_best_class_of_each_query_is_f
 - softmax(dim=-1)[..., :-1].max(dim=-1)
 + softmax(dim=-1).max(dim=-1)
 
-protocols/detect.py tests/test_detect.py::test_a_step_makes_the_loss_of_the_same_pictures_smaller
-- if self.frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):
-+ if isinstance(module, nn.modules.batchnorm._BatchNorm):
-
 protocols/detect.py tests/test_detect.py::test_a_decoder_that_does_not_fit_is_said
 - if config.head not in DEPTHS or isinstance(encoder, MobileFormer):
 + if config.head not in DEPTHS:
@@ -3328,8 +3320,48 @@ protocols/dense.py tests/test_detect.py::test_a_mobile_former_has_pictures_of_th
 + load_encoder(path).image_sides or (32, 32) or
 
 protocols/detect.py tests/test_detect.py::test_the_protocol_runs_on_a_folder_frozen_and_then_fine_tuned
-- if self.frozen or isinstance(module, nn.modules.batchnorm._BatchNorm):
-+ if self.frozen:
+- if isinstance(module, nn.modules.batchnorm._BatchNorm):
++ if False:
+
+protocols/detect.py tests/test_detect.py::test_the_loss_of_nothing_and_of_what_is_not_finite
+- (logits.sum() + boxes.sum()) * math.nan
++ logits.sum() * math.nan
+
+protocols/detect.py tests/test_detect.py::test_the_loss_of_nothing_and_of_what_is_not_finite
+- average(logits.new_zeros(layers + 1))
++ pass
+
+protocols/settings.py tests/test_dense_protocols.py::test_settings_that_are_changed_still_tell_what_of_the_recipe_moved
+- found.moved = config.moved
++ pass
+
+plumbing/command.py tests/test_command.py::test_what_was_printed_before_is_not_lost_among_several_processes
+- sys.stdout.flush()
++ pass
+
+plumbing/runs.py tests/test_runs.py::test_a_signal_after_the_last_step_is_not_swallowed
+- if self.signals and error[0] is None:
++ if False:
+
+plumbing/run_files.py tests/test_run_files.py::test_a_flag_that_had_no_value_is_not_given_as_advice
+- hasattr(config, str(x)) and words(old[x])]
++ hasattr(config, str(x))]
+
+plumbing/processes.py tests/test_processes.py::test_cpu_is_always_there_and_an_unknown_device_is_refused
+- torch.zeros(1, device=chosen).item()
++ torch.empty(0, device=chosen)
+
+plumbing/dense.py tests/test_dense.py::test_palettes_of_few_bits_have_their_indices
+- if depth < 8 and image.mode != "P":
++ if depth < 8:
+
+plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_file
+- if len(found) == 1:
++ if False:
+
+plumbing/scenes.py tests/test_dense.py::test_scenes_too_small_to_show_shapes_are_refused
+- if size < 16:
++ if False:
 """
 
 

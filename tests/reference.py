@@ -600,7 +600,7 @@ def mean_iou(prediction, truth, classes, ignore=255):
     for name in range(classes):
         found = {i for i, (p, _) in enumerate(pairs) if p == name}
         real = {i for i, (_, t) in enumerate(pairs) if t == name}
-        if (found or real) and name != ignore:
+        if found or real:
             ious.append(len(found & real) / len(found | real))
     return sum(ious) / len(ious) if ious else math.nan
 

@@ -1,8 +1,10 @@
 """A command line's failures: one line on stderr, an exit code for each kind, and no bug hidden."""
 
 import errno
+import io
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from plumbing.command import foreign_failure, run_command
 from plumbing.datasets import load_data
 from plumbing.errors import NonFiniteLoss, OtherProcessFailed, Stopped, UserError
 
-AT_ONCE = "\nstopped at once; go on from the last checkpoint with the same command and --resume\n"
+AT_ONCE = "\nstopped at once; what trains goes on from its last checkpoint, if any, by --resume\n"
 
 
 def raising(error):
@@ -50,6 +52,21 @@ def test_each_failure_has_its_code_and_one_line(error, code, text, capsys):
     shown = capsys.readouterr().err
     assert shown.startswith(text)
     assert shown.strip("\n").count("\n") == 0 and shown.endswith("\n")
+
+
+def test_what_was_printed_before_is_not_lost_among_several_processes(monkeypatch):
+    """`os._exit` leaves without emptying buffers; a pipe's is 8 kB."""
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+
+    def command(argv):
+        print("a table")
+        raise UserError("give 1 or more")
+
+    assert run_command(command, []) == 2
+    assert pipe.getvalue() == b"a table\n"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("a bug"), ValueError("a bug"), TypeError()])

@@ -1,5 +1,6 @@
 """Pictures with a class for every pixel: scenes, crops that move both alike, folders of labels, what is refused."""
 
+import shutil
 import struct
 import zlib
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from plumbing import dense
 from plumbing.crops import crop_boxes, random_resized_crop
-from plumbing.dense import crop_pairs, load_dense, nearest_pixels, read_labels, resize_labels, scenes
+from plumbing.dense import bits_of, crop_pairs, load_dense, nearest_pixels, read_labels, resize_labels, scenes
 from plumbing.errors import UserError
 from plumbing.scenes import DRAWS, MOST, render_scenes
 from plumbing.shapes import SHAPES, Brush, outlines
@@ -189,15 +190,23 @@ def test_labels_are_the_numbers_of_the_file(tmp_path):
     assert read_labels(path).dtype == np.uint8
 
 
+def test_palettes_of_few_bits_have_their_indices(tmp_path):
+    image = Image.fromarray(np.array([[0, 3], [11, 0]], dtype=np.uint8))
+    image.putpalette(list(range(36)))
+    image.save(tmp_path / "a.png")
+    assert bits_of(tmp_path / "a.png") == 4
+    assert read_labels(tmp_path / "a.png").tolist() == [[0, 3], [11, 0]]
+
+
+def test_scenes_too_small_to_show_shapes_are_refused():
+    with pytest.raises(UserError, match="scenes of 8 x 8 pixels are too small to show shapes; give --image-size 16"):
+        render_scenes(1, 8)
+
+
 def test_what_holds_no_labels_is_refused(tmp_path):
     path = tmp_path / "a.png"
     save_png(path, [[0, 1], [2, 15]], 4)
-    with pytest.raises(ValueError, match="labels of 4 bits, expected 8 or 16"):
-        read_labels(path)
-    image = Image.fromarray(np.array([[0, 1], [1, 0]], dtype=np.uint8))
-    image.putpalette([0, 0, 0, 255, 255, 255])
-    image.save(path, bits=1)
-    with pytest.raises(ValueError, match="labels of 1 bits, expected 8 or 16"):
+    with pytest.raises(ValueError, match="grey labels of 4 bits, expected 8 or 16"):
         read_labels(path)
     Image.new("RGB", (2, 2)).save(path)
     with pytest.raises(ValueError, match="a PNG of mode RGB holds no labels, expected a PNG, grey or with a palette"):
@@ -298,7 +307,7 @@ def spoil_missing(root):
 
 def spoil_depth(root):
     save_png(root / "annotations" / "training" / "1.png", [[0, 1] * 10] * 14, 4)
-    return r"1.png \(its labels .*annotations/training/1.png: labels of 4 bits, expected 8 or 16\)"
+    return r"1.png \(its labels .*annotations/training/1.png: grey labels of 4 bits, expected 8 or 16\)"
 
 
 def spoil_picture(root):
@@ -328,7 +337,25 @@ def spoil_everything_ignored(root):
     return r"no pixel of the 4 pictures to train on of .* has a label: 255 is ignored; give labels in .*annotations$"
 
 
-SPOILS = [spoil_size, spoil_label, spoil_missing, spoil_depth, spoil_picture, spoil_all, spoil_part, spoil_folder]
+def spoil_split(root):
+    shutil.rmtree(root / "images" / "validation")
+    for path in (root / "images" / "training").iterdir():
+        path.rename(root / "images" / path.name) if path.name == "0.png" else path.unlink()
+    (root / "images" / "training").rmdir()
+    return r"images/0.png is the only picture below .*images; give one more, to test on$"
+
+
+SPOILS = [
+    spoil_split,
+    spoil_size,
+    spoil_label,
+    spoil_missing,
+    spoil_depth,
+    spoil_picture,
+    spoil_all,
+    spoil_part,
+    spoil_folder,
+]
 
 
 @pytest.mark.parametrize("spoil", [*SPOILS, spoil_everything_ignored])

@@ -20,7 +20,7 @@ from plumbing.files import load_checkpoint
 from protocols.dense import fitted_to
 from protocols.detect import Detector
 from protocols.segmentation import Segmenter
-from protocols.settings import settings_of
+from protocols.settings import changed, settings_of
 
 
 def run_of(folder, encoder):
@@ -151,7 +151,7 @@ def test_the_command_segments_coco_and_goes_on(tmp_path, capsys, monkeypatch):
     path = tmp_path / "data" / "annotations" / "instances_val2017.json"
     path.write_text(path.read_text().replace('"red"', '"green"'))
     assert evaluate.main([*argv, str(tmp_path / "third")]) == 2
-    assert "3 classes train, others, 3, are tested on; mend one" in capsys.readouterr().err
+    assert "3 classes train, 3 are tested on; mend what differs, first: green" in capsys.readouterr().err
 
 
 # --- detection -------------------------------------------------------------------------------------------------------
@@ -212,6 +212,7 @@ def test_detection_goes_on_to_the_weights_of_one_that_was_not_stopped(tmp_path):
         ),
         ("relatives", {"k": 5}, "--k: of no effect with --protocol relatives"),
         ("relatives", {"k": 10}, ""),
+        ("linear", {"head": "tran1", "fc_norm": True}, "--head --fc-norm: of no effect with --protocol linear"),
         ("pictures", {"perplexity": 5.0}, "--perplexity: of no effect without --map tsne"),
         ("pictures", {"perplexity": 5.0, "map": "tsne"}, ""),
         ("knn", {"metric": "cosine", "vote": "distance", "pool": "cls", "k": 5}, ""),
@@ -220,6 +221,11 @@ def test_detection_goes_on_to_the_weights_of_one_that_was_not_stopped(tmp_path):
 def test_flags_that_have_no_effect_are_told_in_a_line(protocol, given, told, capsys):
     settings_of(protocol, {"image_size": 16, "data": "scenes"} | given, "magma", 16, 5000)
     assert capsys.readouterr().out == (f"note: {told}\n" if told else "")
+
+
+def test_settings_that_are_changed_still_tell_what_of_the_recipe_moved():
+    config = settings_of("finetune", {"image_size": 16, "data": "x", "epochs": 15}, "magma", 16, 5000)
+    assert changed(config, layer_decay=1.0).notes() == config.notes() != []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from unittest import mock
 
 import pytest
 import reference
@@ -84,9 +85,13 @@ def test_the_loss_of_nothing_and_of_what_is_not_finite():
     assert found["distance"] == found["overlap"] == 0 and found["class_loss"] > 0 and logits.grad.isfinite().all()
     bad = logits.detach().clone()
     bad[0, 0, 0, 0] = math.nan
-    found = detection_loss(bad, boxes, targets)
+    waited = []
+    with mock.patch.object(detect, "average", lambda x: waited.append(len(x)) or x):
+        found = detection_loss(bad.requires_grad_(), boxes.requires_grad_(), targets)
     assert all(value.isnan() for value in found.values())
-    assert pairs_of(bad, boxes, targets) is None
+    assert waited == [len(logits) + 1]  # as with finite costs: other processes wait for it
+    assert all(x is not None for x in torch.autograd.grad(found["loss"], (bad, boxes)))  # DDP wants all of them
+    assert pairs_of(bad.detach(), boxes, targets) is None
 
 
 def test_a_step_makes_the_loss_of_the_same_pictures_smaller():
@@ -177,7 +182,7 @@ def test_other_classes_to_test_on_are_refused():
     data = scenes_with_boxes(3, 32)
     other = dataclasses.replace(data, classes=data.classes[::-1])
     subject = Subject("trained", vit(image_size=32, patch=8), data, other, torch.device("cpu"))
-    with pytest.raises(UserError, match="10 classes train, others, 10, are tested on; mend one"):
+    with pytest.raises(UserError, match="10 classes train, 10 are tested on; mend what differs, first: their order"):
         detect.run_detect(subject, Config(data="scenes", image_size=32, head="plain"))
 
 

@@ -120,7 +120,7 @@ def test_linear_heads_are_trained_by_plain_gradient_descent(base_lrs):
                 truth[range(20), labels[index]] += 0.7
                 error = ((x @ weight.T + bias).softmax(dim=1) - truth) / 20
                 lr = common.learning_rate(2 * epoch + step, 2, config) * rate / 0.5
-                past = [0.6 * past[0] + error.T @ x + 0.2 * weight, 0.6 * past[1] + error.sum(dim=0) + 0.2 * bias]
+                past = [0.6 * past[0] + error.T @ x + 0.2 * weight, 0.6 * past[1] + error.sum(dim=0)]  # matrices decay
                 weight, bias = weight - lr * past[0], bias - lr * past[1]
         torch.testing.assert_close(layer.weight.detach(), weight, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(layer.bias.detach(), bias, rtol=1e-6, atol=1e-7)

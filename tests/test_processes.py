@@ -137,8 +137,9 @@ def test_cpu_is_always_there_and_an_unknown_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="device 'cuda': this torch sees no GPU; try --device cpu"):
         start_distributed("cuda")
-    with pytest.raises(UserError, match="device 'gpu' cannot be used here"):
-        start_distributed("gpu")
+    for name in ("gpu", "meta"):  # which makes tensors, but computes nothing
+        with pytest.raises(UserError, match=f"device '{name}' cannot be used here"):
+            start_distributed(name)
 
 
 def test_several_processes_do_not_share_a_gpu(monkeypatch):

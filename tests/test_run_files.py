@@ -164,6 +164,13 @@ def test_other_settings_are_named_before_other_pictures(root, tmp_path, monkeypa
         train_on(root, tmp_path / "run", "--resume", "--lam", "2")
 
 
+def test_a_flag_that_had_no_value_is_not_given_as_advice(root, tmp_path, monkeypatch):
+    stop_after_two(monkeypatch, root, tmp_path / "run")
+    changes = r"trained otherwise \(interpolation  -> bicubic, lam 1.0 -> 2.0\); go on with .* with --lam 1.0$"
+    with pytest.raises(UserError, match=changes):
+        train_on(root, tmp_path / "run", "--resume", "--lam", "2", "--interpolation", "bicubic")
+
+
 def test_a_run_of_before_pictures_were_listed_is_known_by_its_folder(root, tmp_path, monkeypatch):
     stop_after_two(monkeypatch, root, tmp_path / "run")
     state = load_checkpoint(tmp_path / "run" / "last.pt")

@@ -153,6 +153,24 @@ def test_the_seconds_of_a_log_are_those_of_all_its_starts(tmp_path, monkeypatch)
     assert log_of(tmp_path / "run")[-1]["seconds"] == 40.0
 
 
+def test_a_signal_after_the_last_step_is_not_swallowed(tmp_path):
+    """What follows, such as the next of --seeds, must not start; and nothing is lost."""
+
+    class Probed(magma.Magma):
+        probes = 0
+
+        def probe(self, *given):
+            self.probes += 1
+            if self.probes == 2:  # the first is before the first step
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().probe(*given)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM after the last step; --resume goes on"):
+        fit_magma(tmp_path / "run", "--probe-every", "4", method_class=Probed)
+    _, results = fit_magma(tmp_path / "run", "--probe-every", "4", "--resume")
+    assert log_of(tmp_path / "run")[-1]["epoch"] == 4 and results
+
+
 # --- stopping and going on -------------------------------------------------------------------------------------------
 
 

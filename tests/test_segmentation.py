@@ -50,17 +50,17 @@ def tensors(*lists):
     return [torch.tensor(values) for values in lists]
 
 
-@given(seeds, st.integers(1, 4), st.integers(0, 12), st.sampled_from([255, 0, 1]))
-def test_mean_iou_matches_sets_of_pixels(seed, classes, pixels, ignore):
+@given(seeds, st.integers(1, 4), st.integers(0, 12))
+def test_mean_iou_matches_sets_of_pixels(seed, classes, pixels):
     prediction = torch.randint(classes, (pixels,), generator=generator(seed))
     truth = torch.randint(classes, (pixels,), generator=generator(seed + 1))
-    truth[torch.rand(pixels, generator=generator(seed)) < 0.2] = ignore
-    found = confusion(prediction, truth, classes, ignore)
-    expected = reference.mean_iou(prediction.tolist(), truth.tolist(), classes, ignore)
+    truth[torch.rand(pixels, generator=generator(seed)) < 0.2] = 255
+    found = confusion(prediction, truth, classes)
+    expected = reference.mean_iou(prediction.tolist(), truth.tolist(), classes)
     assert mean_iou(found) == pytest.approx(expected, nan_ok=True, abs=1e-12)
-    halves = [confusion(p, t, classes, ignore) for p, t in zip(prediction.chunk(2), truth.chunk(2), strict=True)]
+    halves = [confusion(p, t, classes) for p, t in zip(prediction.chunk(2), truth.chunk(2), strict=True)]
     assert torch.equal(sum(halves), found)
-    counted = truth != ignore
+    counted = truth != 255
     right = (prediction == truth)[counted].double().mean()
     assert pixel_accuracy(found) == pytest.approx(float(right), nan_ok=True)
 
@@ -74,9 +74,7 @@ def test_confusion_has_the_truth_in_rows_over_the_whole_data():
     assert mean_iou(found) == pytest.approx(0.775)
     assert math.isnan(class_ious(found)[2])
     prediction, truth = tensors([0, 0, 1, 2], [0, 1, 1, 2])
-    ignored = confusion(prediction.to(torch.uint8), truth.to(torch.uint8), 3, ignore=0)
-    assert class_ious(ignored)[1:].tolist() == [0.5, 1.0]
-    assert mean_iou(ignored) == 0.75
+    assert class_ious(confusion(prediction.to(torch.uint8), truth.to(torch.uint8), 3)).tolist() == [0.5, 0.5, 1.0]
     assert mean_iou(confusion(*tensors([1], [0]), 3)) == 0  # only predicted: it counts
     assert math.isnan(mean_iou(confusion(*tensors([1, 0], [255, 255]), 2)))
 
@@ -221,10 +219,12 @@ def test_the_auxiliary_head_counts_by_its_weight(tmp_path):
 
 
 @given(st.integers(1, 12), st.integers(0, 40))
-def test_windows_cover_every_place_half_a_window_apart(size, more):
+def test_windows_cover_every_place_two_thirds_of_a_window_apart(size, more):
+    """MMSegmentation's MAE: 341 of 512."""
+    assert starts(1000, 512) == [0, 341, 488]
     found = starts(size + more, size)
     assert found[0] == 0 and found[-1] == more and len(set(found)) == len(found)
-    assert all(0 < b - a <= max(1, size // 2) for a, b in itertools.pairwise(found))
+    assert all(0 < b - a <= max(1, size * 2 // 3) for a, b in itertools.pairwise(found))
 
 
 def test_scores_of_large_pictures_are_those_of_windows_in_their_places(tmp_path):
