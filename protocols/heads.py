@@ -76,7 +76,10 @@ def token_features(encoder: nn.Module, images: Tensor) -> Tensor:
         return encoder.encode(encoder.embed(images))[:, 1:]
     out = encoder(images)
     if out.ndim != 4:
-        raise UserError(f"this encoder, a {type(encoder).__name__}, gives one vector an image and no tokens")
+        kind = type(encoder).__name__
+        raise UserError(
+            f"this encoder, a {kind}, gives one vector an image and no tokens: leave out --tokens, tran1 and tran4"
+        )
     return rearrange(out, "b d h w -> b (h w) d")
 
 

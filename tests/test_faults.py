@@ -158,7 +158,7 @@ def test_a_signal_to_one_process_of_two_stops_both_after_the_same_step(whole, tm
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     codes, (text,) = run("magma", tmp_path / "run", fault="twice", at=6)
     assert codes == [130]
-    assert text == "\nstopped at once; go on from the last checkpoint with the same command and --resume\n"
+    assert text == "\nstopped at once; what trains goes on from its last checkpoint, if any, by --resume\n"
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 5
 
 

@@ -303,7 +303,11 @@ class OneVector(Encoder):
             "--tokens takes every patch, --pool cls makes one vector of them: give one of the",
         ),
         (MapEncoder, "--pool cls", "--pool cls is for transformers, this encoder is a MapEncoder: leave it out"),
-        (OneVector, "--tokens", "this encoder, a OneVector, gives one vector an image; leave --tokens out"),
+        (
+            OneVector,
+            "--tokens",
+            "this encoder, a OneVector, gives one vector an image and no tokens: leave out --tokens, tran1 and tran4",
+        ),
         (vit, "--untrained", "--protocol features takes the run's encoder alone; leave --untrained and --pixels out"),
         (vit, "--protocol features knn", "--protocol features is a command of its own"),
         (vit, "--image-size 9", "image size 9 x 9 is not a multiple of the patch size 4"),

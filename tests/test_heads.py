@@ -166,8 +166,9 @@ def test_optimisers_and_their_groups_take_what_the_settings_say():
         config = settings_of("linear", given | {"optimizer": name, "base_lrs": (0.1, 0.4)}, "magma", 16, 10**6)
         optimizer = make_optimizer(head_groups(LinearHeads(16, 3, 2), config), config)
         assert type(optimizer) is kind
-        for group, scale in zip(optimizer.param_groups, (0.5, 2.0), strict=True):
-            assert (group["lr_scale"], group["weight_decay"], len(group["params"])) == (scale, 0.3, 2)
+        found = [(group["lr_scale"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
+        assert found == [(0.5, 0.3, 1), (0.5, 0.0, 1), (2.0, 0.3, 1), (2.0, 0.0, 1)]  # weights and biases of two heads
+        for group in optimizer.param_groups:
             assert group.get("betas", (0.5, 0.6)) == (0.5, 0.6) and group.get("momentum", 0.4) == 0.4
     groups = head_groups(TransformerHead(16, 64, 1, 3), config)
     assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {(1, 0.3), (1, 0)}
