@@ -3071,9 +3071,9 @@ protocols/settings.py tests/test_segmentation.py::test_flags_that_such_a_protoco
 - if field in unused and given[field] != getattr(Config, field)]
 + if field in unused]
 
-protocols/training.py tests/test_segmentation.py::test_weight_decay_falls_on_what_is_asked_for
-- rates = (config.layer_decay, config.weight_decay, config.decay_on)
-+ rates = (config.layer_decay, config.weight_decay)
+protocols/heads.py tests/test_segmentation.py::test_weight_decay_falls_on_what_is_asked_for
+- return layer_groups(None, head, 1.0, config.weight_decay, config.decay_on)
++ return layer_groups(None, head, 1.0, config.weight_decay)
 
 protocols/settings.py tests/test_segmentation.py::test_max_steps_claims_no_part_of_the_pictures_where_all_are_judged
 - return "linear" in self.protocol and self.cache
