@@ -332,7 +332,7 @@ def processes(device, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("processes")
 def test_a_group_of_one_hears_itself(device):
-    """average, agree, on_rank_zero (all_gather_object) and gather (all_gather, and all_reduce backwards) on the device."""
+    """average, agree, on_rank_zero (objects) and gather (all_gather, and all_reduce backwards) on the device."""
     x = rand(3, 2).to(device).requires_grad_()
     assert torch.equal(average(x), x) and average(x) is not x
     assert agree(15, device) == 15
