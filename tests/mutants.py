@@ -3362,6 +3362,22 @@ plumbing/dense.py tests/test_dense.py::test_bad_folders_are_one_line_with_the_fi
 plumbing/scenes.py tests/test_dense.py::test_scenes_too_small_to_show_shapes_are_refused
 - if size < 16:
 + if False:
+
+plumbing/runs.py tests/test_common.py::test_a_resumed_run_goes_on_with_its_loss_scale
+- except torch.OutOfMemoryError:
++ except ZeroDivisionError:
+
+plumbing/run_files.py tests/test_asked.py::test_what_cannot_be_read_is_one_clear_line
+- (OSError, ValueError, RecursionError)
++ (OSError, ValueError)
+
+protocols/settings.py tests/test_dense_protocols.py::test_flags_that_have_no_effect_are_told_in_a_line
+- ("linear", "tran1", "tran4"), ("head",
++ ("tran1", "tran4"), ("head",
+
+protocols/heads.py tests/test_frozen.py::test_linear_heads_are_trained_by_plain_gradient_descent
+- layer_groups(None, layer, 1.0, config.weight_decay, config.decay_on)
++ layer_groups(None, layer, 1.0, config.weight_decay, "all")
 """
 
 

@@ -92,6 +92,7 @@ def test_settings_that_are_not_known_are_told(tmp_path, capsys):
         (None, "", "--config {path}: there is no such file; give the config.json of a run"),
         ("noise", "", "{path} cannot be read"),
         ("[1]", "", "{path} holds no settings of a run"),
+        ("[" * 100_000, "", "{path} cannot be read ("),
         ('{"method": "mixedae"}', "", "--config {path} holds settings of mixedae, not of magma"),
         ('{"epochs": 3}', "", "--config {path} holds settings of no method, not of magma"),
         ('{"method": "magma", "epochs": "x"}', "", "--config {path}: argument --epochs: invalid int value: 'x'"),

@@ -414,6 +414,13 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
     restore_run(method, again, tmp_path, 3)
     assert again.scaler.get_scale() == 8.0
 
+    def too_little(state):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    again.optimizer.load_state_dict = too_little
+    with pytest.raises(torch.OutOfMemoryError):  # no fault of the checkpoint: the command says what to do
+        restore_run(method, again, tmp_path, 3)
+
 
 def test_fp16_scaling_leaves_the_step_as_it_is():
     plain, _ = step_once(TrainConfig(amp="off"), rand(8, 3, 2, 2))
