@@ -165,12 +165,32 @@ tests/study.py tests/test_study.py::test_a_table_is_made_stopped_gone_on_with_an
 + go_on = []
 
 tests/study.py tests/test_study.py::test_a_table_is_made_stopped_gone_on_with_and_written
-- and tuned(run, subject) is None:
+- and subject not in result.tenth:
 + and True:
 
 tests/study.py tests/test_study.py::test_what_diverges_or_is_anothers_does_not_stop_the_others
 - (folder / "diverged.txt").write_text(f"{error}\n")
 + pass
+
+tests/study.py tests/test_study.py::test_runs_that_are_gone_stay_in_the_record_and_later_ones_join_them
+- known |= {key: found} if found else {}
++ known = {key: found, **known} if found else known
+
+tests/study.py tests/test_study.py::test_runs_that_are_gone_stay_in_the_record_and_later_ones_join_them
+- runs.append(known.get(key))
++ runs.append(found)
+
+tests/study.py tests/test_study.py::test_runs_that_are_gone_stay_in_the_record_and_later_ones_join_them
+- else read_record(record_of(asked))["costs"]
++ else {}
+
+tests/study_page.py tests/test_study.py::test_runs_on_other_pictures_do_not_join
+- if len({run.pictures for run in runs}) > 1:
++ if False:
+
+tests/study_page.py tests/test_study.py::test_the_chart_leaves_out_results_of_which_the_end_alone_is_known
+- if len(run.log) == max(len(other.log) for other in several)]
++ if run.log]
 
 tests/study_page.py tests/test_study.py::test_the_legend_names_every_line_of_every_panel
 - for one in axes for line in one.get_lines()}

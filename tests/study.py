@@ -3,12 +3,14 @@
 python tests/study.py costs --root DIR                   CPU seconds of a step of each row, once, into costs.json
 python tests/study.py table --root DIR                   equal passes over the pictures: trains and judges all rows
 python tests/study.py table --root DIR --equal seconds   equal CPU seconds: those of MAE
-python tests/study.py write                              both tables and the chart into docs/results.md
+python tests/study.py write                              both tables and the chart into docs/results.md; study.json
 python tests/study.py table --root DIR --rows mae umae --seeds 0   some of it; other flags go to every training
 
 DIR holds CIFAR-10's cifar-10-batches-bin, of any number of pictures. A run is a folder ROW-seedS in --out, as train.py
 makes them (with ROW-Eepochs-seedS where equal seconds ask for other epochs). Stopped, by Ctrl-C or a kill, the same
-command goes on; finished runs are left as they are. Several commands in one --out share the runs among them.
+command goes on; finished runs are left as they are. Several commands in one --out share the runs among them. `write`
+puts what it needs of each finished run into study.json, beside the page. From there it takes runs that are not in --out
+any more, and `table` the costs: so seeds can be added later, on another machine.
 """
 
 import contextlib
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from bench import in_turn
-from study_page import Entry, machine, run_of, tuned, write_page
+from study_page import Entry, machine, read_record, result_of, write_page, write_record
 
 import evaluate
 import train
@@ -157,13 +159,17 @@ def measure(asked):
 
 
 def read_costs(asked) -> dict:
-    """{row: {"step", "epoch"}}; {} without costs.json. Raises UserError where equal seconds need what is not there."""
+    """{row: {"epoch": CPU seconds}} of costs.json, else of study.json. Raises UserError where equal seconds lack it."""
     path = Path(asked.out) / "costs.json"
-    found = json.loads(path.read_text())["rows"] if path.exists() else {}
+    found = json.loads(path.read_text())["rows"] if path.exists() else read_record(record_of(asked))["costs"]
     if asked.equal == "seconds" and (lacking := [name for name in ("mae", *asked.rows) if name not in found]):
         how = "remove it, and measure all rows" if path.exists() else "first"
         raise UserError(f"{path} does not tell what {lacking[0]} costs; {how}: python tests/study.py costs --root DIR")
     return found
+
+
+def record_of(asked) -> Path:
+    return Path(asked.page).with_name("study.json")
 
 
 def make(asked):
@@ -178,7 +184,7 @@ def make(asked):
             note(f"another command has {folder}, or {out} cannot be written")
             continue
         with claim:
-            if not run_of(folder, epochs)[0]:
+            if not result_of(folder, epochs):
                 go_on = ["--resume"] * folder.exists()
                 words = [ROWS[name].method, *flags_of(name, epochs, asked), "--seed", seed, "--out", folder, *go_on]
                 try:
@@ -187,8 +193,8 @@ def make(asked):
                 except NonFiniteLoss as error:  # it stays as it is, and is counted as such
                     (folder / "diverged.txt").write_text(f"{error}\n")
             for subject in ("trained", *["untrained"] * (name in UNTRAINED)):
-                state, run = run_of(folder, epochs)
-                if state == "finished" and tuned(run, subject) is None:
+                result = result_of(folder, epochs)
+                if result and result.state == "finished" and subject not in result.tenth:
                     tenth = tenth_of(asked, out / "claims" / folder.name)
                     words = [folder, "--protocol", "finetune", *FINETUNE.split(), "--root", tenth]
                     words += ["--seed", seed, "--resume", *["--scratch"] * (subject == "untrained")]
@@ -223,16 +229,21 @@ def tenth_of(asked, claim: Path) -> Path:
 
 
 def write(asked):
-    """Both tables and the chart into --page; that of equal seconds where there are costs."""
-    costs, entries = read_costs(asked), {}
+    """Both tables and the chart into --page, from the runs of --out and those that study.json has; these into it."""
+    costs, entries, known = read_costs(asked), {}, read_record(record_of(asked))["runs"]
     for equal in ("passes", "seconds"):
         asked.equal, entries[equal] = equal, []
         for name in asked.rows if equal == "passes" else sorted(costs.keys() & {*asked.rows}, key=asked.rows.index):
-            epochs, cost = epochs_of(name, asked, costs), costs.get(name, {}).get("epoch")
-            runs = [run_of(folder_of(name, seed, asked, costs), epochs) for seed in asked.seeds]
-            row, untrained = ROWS[name], UNTRAINED.get(name, "")
-            entries[equal].append(Entry(row.title, untrained, row.passes, cost, epochs, runs))
+            epochs, cost, runs = epochs_of(name, asked, costs), costs.get(name, {}).get("epoch"), []
+            for seed in asked.seeds:
+                key, found = f"{name}-{epochs}epochs-seed{seed}", result_of(folder_of(name, seed, asked, costs), epochs)
+                known |= {key: found} if found else {}
+                runs.append(known.get(key))
+            entries[equal].append(
+                Entry(ROWS[name].title, UNTRAINED.get(name, ""), ROWS[name].passes, cost, epochs, runs)
+            )
     write_page(Path(asked.page), entries, "" if asked.epochs == EPOCHS else f" --epochs {asked.epochs}")
+    write_record(record_of(asked), costs, known)
 
 
 def study(argv: list):
@@ -246,7 +257,9 @@ def study(argv: list):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--rounds", type=int, default=7, help="costs: how often five steps of each row are measured")
-    parser.add_argument("--page", default=str(ROOT / "docs/results.md"), help="write: where the markers are")
+    parser.add_argument(
+        "--page", default=str(ROOT / "docs/results.md"), help="where the markers are; study.json beside it"
+    )
     asked, asked.rest = parser.parse_known_args(argv)
     if asked.command == "write" and asked.rest:
         raise UserError(f"{asked.rest[0]} is no flag of write; leave it out")

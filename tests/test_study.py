@@ -5,6 +5,8 @@ import importlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +26,15 @@ PAGE = f"above\n{study_page.BEGIN}\nold\n{study_page.END}\nbelow\n"
 
 
 def asked(**fields):
-    usual = {"out": "runs/study", "root": "data", "equal": "passes", "epochs": 60, "seeds": [0, 1], "rest": []}
+    usual = {
+        "out": "runs/study",
+        "root": "data",
+        "equal": "passes",
+        "epochs": 60,
+        "seeds": [0, 1],
+        "rest": [],
+        "page": "page.md",
+    }
     return SimpleNamespace(**usual | {"rows": list(study.ROWS)} | fields)
 
 
@@ -73,7 +83,7 @@ def test_equal_seconds_are_those_of_mae():
 
 def test_equal_seconds_need_costs(tmp_path):
     with pytest.raises(UserError, match="mae costs"):
-        study.study(["table", "--equal", "seconds", "--out", str(tmp_path)])
+        study.study(["table", "--equal", "seconds", "--out", str(tmp_path), "--page", str(tmp_path / "page.md")])
     (tmp_path / "costs.json").write_text("{}")
     with pytest.raises(UserError, match="is there"):
         study.study(["costs", "--out", str(tmp_path)])
@@ -146,7 +156,7 @@ def test_what_diverges_or_is_anothers_does_not_stop_the_others(tmp_path, monkeyp
         study.study(["table", "--out", str(tmp_path), "--rows", "mae", "umae", "m-mae", "--seeds", "0"])
     assert len(began) == 2
     assert (tmp_path / "m-mae-seed0/diverged.txt").read_text() == "step 3: loss nan\n"
-    assert study.run_of(tmp_path / "mae-seed0", 60)[0] == "diverged"
+    assert study.result_of(tmp_path / "mae-seed0", 60).state == "diverged"
 
 
 def test_cheap_rows_come_first_and_seeds_one_after_the_other(tmp_path, monkeypatch):
@@ -233,10 +243,57 @@ def test_the_page_has_means_deviations_and_what_is_missing(tmp_path):
     assert (tmp_path / "page.md").read_text() == before
 
 
+def test_runs_that_are_gone_stay_in_the_record_and_later_ones_join_them(tmp_path):
+    """A second folder of runs, as on another machine, has the second seed, and a new result of one that is known."""
+    (tmp_path / "page.md").write_text(PAGE)
+    for place in ("first", "second"):
+        (tmp_path / place).mkdir()
+    record(tmp_path / "first/mae-seed0", 50.0, 40.0)
+    record(tmp_path / "first/umae-seed0", 30.0)
+    (tmp_path / "first/costs.json").write_text(json.dumps({"rows": {"mae": {"epoch": 3.0}, "umae": {"epoch": 6.0}}}))
+    record(tmp_path / "second/mae-seed1", 60.0)
+    record(tmp_path / "second/umae-seed0", 34.0)
+    words = ["write", "--page", str(tmp_path / "page.md"), "--epochs", "2", "--seeds", "0", "1", "--out"]
+    for place in ("first", "second"):
+        study.study([*words, str(tmp_path / place)])
+    text = (tmp_path / "page.md").read_text()
+    assert "| MAE | 55.0 ± 7.1 | 12.0 ± 0.0 | 40.0 | 7.0 ± 0.0 | 2 | 6 | 2 of 2 |\n" in text  # and the costs stay
+    assert "| U-MAE | 34.0 | 12.0 | - | 7.0 | 2 | 12 | 1 of 2 |\n" in text
+    runs = study_page.read_record(tmp_path / "study.json")["runs"]
+    assert list(runs) == ["mae-2epochs-seed0", "mae-2epochs-seed1", "umae-2epochs-seed0"]
+    assert runs["mae-2epochs-seed0"] == study.result_of(tmp_path / "first/mae-seed0", 2)
+    assert [line["linear"] for line in runs["mae-2epochs-seed1"].log] == [20.0, 59.0, 60.0]
+    made = study.epochs_of("umae", asked(equal="seconds"), study.read_costs(asked(page=tmp_path / "page.md")))
+    assert made == 30  # half of MAE's, by the costs of the record
+
+
+def test_runs_on_other_pictures_do_not_join(tmp_path):
+    (tmp_path / "page.md").write_text(PAGE)
+    for seed, listing in ((0, "7\tdata_batch_1.bin\n"), (1, "9\tdata_batch_1.bin\n")):
+        record(tmp_path / f"mae-seed{seed}", 50.0)
+        (tmp_path / f"mae-seed{seed}/images.tsv").write_text(listing)
+    with pytest.raises(UserError, match="other pictures"):
+        study.study(["write", "--out", str(tmp_path), "--page", str(tmp_path / "page.md"), "--epochs", "2"])
+    assert (tmp_path / "page.md").read_text() == PAGE and not (tmp_path / "study.json").exists()
+
+
+def test_the_page_of_results_is_what_its_record_makes(tmp_path):
+    """A figure that was changed by hand, or in the record alone, is found out."""
+    docs, page = Path(study.ROOT) / "docs", tmp_path / "results.md"
+    written = (docs / "results.md").read_text()
+    page.write_text(written)
+    shutil.copy(docs / "study.json", tmp_path)
+    study.study(["write", "--out", str(tmp_path / "none"), "--page", str(page), "--epochs", "30"])
+    # But the line with machine and date.
+    tables = [re.sub(r"^\*.*", "", text, flags=re.MULTILINE) for text in (written, page.read_text())]
+    assert tables[0] == tables[1] and "± " in tables[0]
+    assert (docs / "study.json").read_text() == (tmp_path / "study.json").read_text()
+
+
 def test_the_chart_counts_passes_and_cpu_seconds(tmp_path):
     for seed in (0, 1):
         record(tmp_path / f"x-seed{seed}", 50.0 + 10 * seed)
-    runs = [study.run_of(tmp_path / f"x-seed{seed}", 2) for seed in (0, 1)]
+    runs = [study.result_of(tmp_path / f"x-seed{seed}", 2) for seed in (0, 1)]
     before = copy.deepcopy(runs)
     tables = {"passes": study_page.table_of([study_page.Entry("MLO-MAE", "", 4.0, 3.0, 2, runs)])[1]}
     assert runs == before
@@ -249,9 +306,20 @@ def test_the_chart_counts_passes_and_cpu_seconds(tmp_path):
         assert heights.max() == pytest.approx(55 + 50**0.5)  # the deviation of 50 and 60
 
 
+def test_the_chart_leaves_out_results_of_which_the_end_alone_is_known(tmp_path):
+    for seed in (0, 1):
+        record(tmp_path / f"x-seed{seed}", 50.0 + 10 * seed)
+    runs = [study.result_of(tmp_path / f"x-seed{seed}", 2) for seed in (0, 1)]
+    runs[0].log = runs[0].log[-1:]
+    table, groups = study_page.table_of([study_page.Entry("MAE", "", 1.0, 3.0, 2, runs)])
+    assert "55.0 ± 7.1" in table[2]
+    (line, *_) = study_page.chart_of({"passes": groups}, ["MAE"]).axes[0].get_lines()
+    assert line.get_ydata().tolist() == [20, 59, 60]
+
+
 def test_the_legend_names_every_line_of_every_panel(tmp_path):
     record(tmp_path / "x-seed0", 50.0)
-    runs, tables = [study.run_of(tmp_path / "x-seed0", 2)], {}
+    runs, tables = [study.result_of(tmp_path / "x-seed0", 2)], {}
     for equal, titles in (("passes", ["MAE"]), ("seconds", ["MAE", "MLO-MAE"])):
         tables[equal] = study_page.table_of([study_page.Entry(x, "", 1.0, 3.0, 2, runs) for x in titles])[1]
     (legend,) = study_page.chart_of(tables, ["MAE", "MLO-MAE"]).legends
