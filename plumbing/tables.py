@@ -27,7 +27,7 @@ COLUMNS = {  # what a result is called, and its digits; another one goes by its 
 ROWS = {"trained": "trained encoder", "untrained": "untrained encoder", "pixels": "raw pixels"}
 ROWS |= {"started": "encoder at the start"}  # of a run with --start
 UNTITLED = ("same_class_cosine", "other_class_cosine", "restored_lower_", "clean_lower_")  # not shown
-UNTITLED += ("norm_of_", "iou_", "block_", "case_", "step_", "descends_", "way_")
+UNTITLED += ("norm_of_", "iou_", "block_", "case_", "step_", "descends_", "way_", "embedding_")
 
 
 def column_of(name: str) -> tuple[str, int]:

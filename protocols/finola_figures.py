@@ -27,6 +27,7 @@ from protocols.rows import Subject, method_for
 from protocols.settings import Config
 
 COMPONENTS = (1, 4, 16, 64, 192, 768)  # that are drawn, and all; the text of Fig. 15 names 192 alone
+SOME = 256  # embeddings, at most, whose pictures are looked at
 CURVATURES = {  # two readings of Fig. 5's features: which map is bent; what is in the names of files before it
     "curvature": ("curvature of the map that the upsampler is given", ""),
     "encoder curvature": ("curvature of the encoder's map of the whole image", "encoder_"),
@@ -42,6 +43,9 @@ def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config)
         with torch.no_grad(), autocast(config.amp, subject.device):
             own = method.embed(images, method.middle(images)).float()
         draw_embeddings(method, found["q"], own, images, album)
+        some = found["q"][:: -(-len(found["q"]) // SOME)].to(subject.device)  # of all classes, if they are in order
+        embedded = look_at_embeddings(method, some, method.middle(images))
+        print("appendix E: " + ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in embedded.items()))
     else:
         print("note: masked_b has no vector q, so no embeddings and no residuals")
     if method.config.norm != "channel":
@@ -62,6 +66,7 @@ def draw_finola(run_folder: Path, known: dict, subject: Subject, config: Config)
     else:
         print(f"note: a map of {method.size} x {method.size} is too small for curvature; give a larger --image-size")
     figures = {"psnr": float(found["psnr"].mean()), "psnr_of_mean": float(found["psnr of mean"].mean())}
+    figures |= {f"embedding_{name}": value for name, value in (embedded if "q" in found else {}).items()}
     figures |= {name: float(values.median()) for name, values in residuals.items()}
     bent = [name for name in CURVATURES if name in found]
     figures |= {name.replace(" ", "_"): float(found[name][:, 0].median()) for name in bent}
@@ -144,6 +149,47 @@ def draw_curvature(peaks: Tensor, z: Tensor, images: Tensor, title: str, prefix:
 
 
 @torch.no_grad()
+def pictures_of(method: FinolaAutoencoder, q: Tensor, corner: Tensor | None) -> Tensor:
+    """What the upsampler makes of embeddings (N, C): (N, 3, H, W) in [0, 1]; `corner` is that of a masked variant."""
+    parts = [(part, None if corner is None else corner[:1].expand(len(part), -1)) for part in q.split(64)]
+    return torch.cat([method.decode(method.unroll(*part)).float().clamp(0, 1) for part in parts])
+
+
+def look_at_embeddings(method: FinolaAutoencoder, q: Tensor, corner: Tensor | None = None) -> dict:
+    """Appendix E in figures, by the pictures of embeddings q (N, C) of N images, two or more, and of what they become.
+
+    * contrast_of_mean (Fig. 13): deviation of the picture of the mean, over that of the pictures; 0 is one grey.
+    * mirror (Fig. 13): correlation of pictures less the mean's with those of the mirrors; -1: colours reversed.
+    * mixture (Fig. 14): squared distance of the picture half way between two embeddings from half of both pictures, by
+      that of these two from there: 0 is what mixing the pictures gives, 1 as far off as either of them.
+    * roughness_of_samples (Fig. 12): of Gaussian samples, over that of the pictures: a sum of squared differences of
+      neighbours, over the variance.
+    * sixteenth (Fig. 15): of the squared distance of pictures from the mean's, what C / 16 principal components, 192 of
+      3072, leave off; 1 is all of it.
+    """
+    mean, others = q.mean(dim=0), q.roll(-1, dims=0)
+    samples = gaussian_samples(q, len(q), torch.Generator().manual_seed(0))
+    (few,) = principal_reconstructions(q, mean, torch.cov(q.T), [max(1, q.shape[1] // 16)])
+    kinds = (mean[None], q, mirror(q, mean), (q + others) / 2, samples, few)
+    grey, plain, mirrored, mixed, drawn, coarse = (pictures_of(method, x, corner).double() for x in kinds)
+    halves = (plain + plain.roll(-1, dims=0)) / 2
+    both = torch.stack([(plain - grey).flatten(), (mirrored - grey).flatten()])
+    return {
+        "contrast_of_mean": float(grey.std() / plain.flatten(1).std(dim=1).mean()),
+        "mirror": float(torch.corrcoef(both)[0, 1]),
+        "mixture": float((mixed - halves).square().mean() / (plain - halves).square().mean()),
+        "roughness_of_samples": float(roughness(drawn) / roughness(plain)),
+        "sixteenth": float(1 - (coarse - plain).square().mean() / (grey - plain).square().mean()),
+    }
+
+
+def roughness(pictures: Tensor) -> Tensor:
+    """Squared differences of neighbours over the variance of a picture (B, 3, H, W), the mean of all: 4 for noise."""
+    steps = sum(pictures.diff(dim=i).square().flatten(1).mean(dim=1) for i in (2, 3))
+    return (steps / pictures.flatten(2).var(dim=2).mean(dim=1)).mean()
+
+
+@torch.no_grad()
 def draw_embeddings(method: FinolaAutoencoder, q: Tensor, own: Tensor, images: Tensor, album: Album):
     """Appendix E: what the upsampler makes of embeddings that belong to no image.
 
@@ -153,9 +199,7 @@ def draw_embeddings(method: FinolaAutoencoder, q: Tensor, own: Tensor, images: T
     q, mean = q.to(device), q.mean(dim=0).to(device)
 
     def decoded(vectors):  # (K, B, C) -> rows of an image and what its vectors become, (B, 1 + K, 3, H, W)
-        flat = vectors.flatten(0, 1)
-        places = None if corner is None else corner[:1].expand(len(flat), -1)
-        pictures = method.decode(method.unroll(flat, places)).clamp(0, 1).unflatten(0, vectors.shape[:2])
+        pictures = pictures_of(method, vectors.flatten(0, 1), corner).unflatten(0, vectors.shape[:2])
         return torch.cat([images[:, None], pictures.transpose(0, 1)], dim=1)
 
     rows = decoded(interpolate(own, mirror(own, mean), 5))

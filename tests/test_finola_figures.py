@@ -20,6 +20,8 @@ from protocols.rows import Subject
 from protocols.settings import Config
 
 RESIDUALS = ("dz/dx", "dz/dy", "laplacian", "orders")
+APPENDIX_E = {"contrast_of_mean", "mirror", "mixture", "roughness_of_samples", "sixteenth"}
+APPENDIX_E = {f"embedding_{name}" for name in APPENDIX_E}
 BENT = ("curvature", "encoder curvature", "seam", "encoder seam")
 
 
@@ -116,6 +118,49 @@ def test_the_sheets_of_appendix_e_show_what_their_captions_say():
     torch.testing.assert_close(column("interpolations", "half way"), decode(middle), **close)
 
 
+@pytest.mark.parametrize("variant", ["finola", "masked_e"])
+@torch.no_grad()
+def test_appendix_e_in_figures_is_what_its_pictures_show(variant):
+    """Fig. 12 to 15, picture by picture; 70 embeddings are more than are decoded at once."""
+    method = tiny_finola(variant=variant, channels=32)
+    q = torch.randn(70, 32, generator=torch.Generator().manual_seed(3))
+    places = method.middle(images_of(2, method.config.image_size, 1))
+    found = finola_figures.look_at_embeddings(method, q, places)
+
+    def decode(vector):
+        picture = method.decode(method.unroll(vector[None], None if places is None else places[:1]))
+        return picture[0].clamp(0, 1).double()
+
+    def roughness(picture):
+        steps = (picture[:, 1:] - picture[:, :-1]).square().mean() + (
+            picture[..., 1:] - picture[..., :-1]
+        ).square().mean()
+        return steps / torch.stack([channel.var() for channel in picture]).mean()
+
+    def distance(first, second):
+        return sum((x - y).square().mean() for x, y in zip(first, second, strict=True))
+
+    mean, plain = q.mean(dim=0), [decode(x) for x in q]
+    grey, others = decode(mean), [*plain[1:], plain[0]]
+    wanted = {"contrast_of_mean": grey.std() / torch.stack([x.std() for x in plain]).mean()}
+    here = torch.cat([(x - grey).flatten() for x in plain])
+    there = torch.cat([(decode(2 * mean - x) - grey).flatten() for x in q])
+    centred = [x - x.mean() for x in (here, there)]
+    wanted["mirror"] = (centred[0] * centred[1]).sum() / (centred[0].norm() * centred[1].norm())
+    half = [decode((x + y) / 2) for x, y in zip(q, [*q[1:], q[0]], strict=True)]
+    halves = [(x + y) / 2 for x, y in zip(plain, others, strict=True)]
+    wanted["mixture"] = distance(half, halves) / distance(plain, halves)
+    noise = torch.randn(70, 70, generator=torch.Generator().manual_seed(0))
+    samples = [decode(x) for x in mean + noise @ (q - mean) / 69**0.5]
+    wanted["roughness_of_samples"] = sum(map(roughness, samples)) / sum(map(roughness, plain))
+    first, second = torch.linalg.svd((q - mean).double(), full_matrices=False).Vh[:2].float()  # 2 of 32 components
+    few = [decode(mean + ((x - mean) @ first) * first + ((x - mean) @ second) * second) for x in q]
+    wanted["sixteenth"] = 1 - distance(few, plain) / distance([grey] * 70, plain)
+    assert found == pytest.approx({name: float(value) for name, value in wanted.items()}, rel=2e-3)
+    noise = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    assert float(finola_figures.roughness(noise)) == pytest.approx(4, rel=0.03)
+
+
 @torch.no_grad()
 def test_of_many_channels_256_bend_most_and_some_components_are_shown():
     """Fig. 15 has K = 192."""
@@ -140,7 +185,9 @@ def test_charts_show_values_over_their_places(low, scale):
     assert axes.get_ylim()[0] == 0 or scale == "log"
 
 
-def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path):
+def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path, monkeypatch, capsys):
+    """And appendix E, by embeddings from all over the test images: here every second."""
+    monkeypatch.setattr(finola_figures, "SOME", 3)
     method = tiny_finola(image_size=96)
     found, _, _, subject, config = look(method)
     torch.save({"weights": method.state_dict()}, tmp_path / "last.pt")
@@ -151,10 +198,13 @@ def test_the_table_has_means_of_psnr_and_medians_of_the_rest(tmp_path):
     assert written == [tmp_path / "finola" / f"{name}.png" for name in names]
     expected = {"psnr": found["psnr"].mean(), "psnr_of_mean": found["psnr of mean"].mean()}
     expected |= {name: found[name].median() for name in RESIDUALS}
+    embedded = finola_figures.look_at_embeddings(method, found["q"][::2])
+    expected |= {f"embedding_{name}": value for name, value in embedded.items()}
+    assert f"appendix E: contrast of mean {embedded['contrast_of_mean']:.2f}, mirror " in capsys.readouterr().out
     expected["curvature"] = found["curvature"].amax(dim=1).median()
     expected["encoder_curvature"] = found["encoder curvature"].amax(dim=1).median()
     expected |= {name.replace(" ", "_"): 100 * found[name].mean() for name in ("seam", "encoder seam")}
-    assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-5)
+    assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
 
 
 @pytest.fixture(scope="module", params=["finola", "masked_e"])
@@ -282,8 +332,9 @@ def test_what_cannot_be_measured_is_said(fields, notes, tmp_path, monkeypatch, c
     monkeypatch.setattr(Album, "sheet", lambda *_: None)
     monkeypatch.setattr(Album, "chart", lambda self, name, figure: charts.update({name: figure.get_suptitle()}))
     _, figures = draw_finola(None, {}, subject, dataclasses.replace(config, out=str(tmp_path), data="x"))
-    assert capsys.readouterr().out.splitlines() == [f"note: {note}" for note in notes]
-    assert set(figures) == {name.replace(" ", "_") for name in found} - {"q"}
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if not line.startswith("appendix E: ")] == [f"note: {note}" for note in notes]
+    assert set(figures) == {name.replace(" ", "_") for name in found} - {"q"} | (APPENDIX_E if "q" in found else set())
     assert ("residuals" in charts) == ("dz/dx" in found) and ("curvature" in charts) == ("curvature" in found)
     assert charts.get("residuals", "Eq. 2").endswith("Eq. 2, 4 and 5" if not notes else "Eq. 2")  # Eq. 4 takes three
 
@@ -325,7 +376,7 @@ def test_a_run_is_trained_and_looked_into(variant, folders, tmp_path, capsys, mo
     lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     found = next(line["results"]["trained"] for line in lines if line["protocol"] == "finola")
     names = {"psnr", "psnr_of_mean", *(name.replace(" ", "_") for name in BENT)}
-    assert set(found) - set(RESIDUALS) == names
+    assert set(found) - set(RESIDUALS) == names | (APPENDIX_E if variant != "masked_b" else set())
     assert ("untrained" in lines[0]["results"]) == (variant == "finola")
     shown = capsys.readouterr().out
     assert "PSNR" in shown
