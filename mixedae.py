@@ -198,7 +198,7 @@ def segment_code(slots: int, dim: int, centred: bool = False) -> Tensor:
 class Config(TrainConfig):
     """The paper's experiment on ImageNet with ViT-B (Table A1)."""
 
-    epochs: int = 1600
+    epochs: int = 1600  # passes over the pictures; the supplement tells them of ViT-L alone (Table A3)
     batch_size: int = 4096  # images before they are mixed, over all processes
     base_lr: float = 7.5e-5  # learning rate for a batch of 256
     warmup_epochs: int = 40

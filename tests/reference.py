@@ -85,7 +85,7 @@ def pairwise_loss(regularized, w):
     return sum(terms) / len(w) ** 2
 
 
-def inverse_manifold_loss(regularized, reference, kernel_factor=1.0, eps=1e-6):
+def inverse_manifold_loss(regularized, reference, kernel_factor=0.5, eps=1e-6):
     """MAGMA Eq. 3 with Eq. 5, over i != j."""
     d, size = squared_distances(reference), range(len(reference))
     sigma = torch.stack([d[i, j] for i, j in itertools.product(size, size) if i != j]).std()

@@ -526,7 +526,7 @@ def test_the_settings_of_the_kernel_reach_the_regularizer():
     z = features_of_blocks(tiny_magma())
     text = run(tiny_magma(laplacian="printed", kernel_factor=0.5, diagonal=True))["manifold"]
     torch.testing.assert_close(text, magma.manifold_loss(z[5], z[4], 0.5, diagonal=True, form="printed"))
-    inverse = run(tiny_magma(inverse=1.0, kernel_factor=0.5))["inverse"]
+    inverse = run(tiny_magma(inverse=1.0))["inverse"]  # Eq. 5 has its own 1/2, that of the text
     torch.testing.assert_close(inverse, magma.inverse_manifold_loss(z[5], z[4], 0.5))
 
 
@@ -725,10 +725,12 @@ def test_recipes_are_tables_4_and_5():
         assert (c.mask_ratio, c.lam, c.e_dur, c.crop_min, c.flip, c.warmup_epochs) == (0.75, 1, 100, 0.08, 0.5, 10)
         assert (c.decoder_dim, c.decoder_depth, c.decoder_heads, c.weight_decay) == (512, 8, 16, 0.05)
         assert (c.betas, c.pool, c.uniformity, c.layers) == ((0.9, 0.95), "cls", 0.0, (-2, -1))
+        assert c.warmup_lr == (0 if data == "imagenet100" else 3e-5)  # as released; the text has 3e-5 for all
         for ssl in ("simclr", "vicreg"):  # Table 5
             c = recipe(f"--data {data} --ssl {ssl}")
             assert (c.model, c.patch, c.batch_size, c.base_lr, c.e_st) == ("vit_tiny", row[1], 256, 1e-3, 10)
             assert (c.epochs, c.image_size) == (200 if data == "imagenet100" else 1000, row[6])
+            assert c.warmup_lr == 3e-5
             assert (c.temperature, c.vicreg, c.projector_dim) == (0.2, (25.0, 25.0, 1.0), 2048)
             assert (c.blur, c.colour) == ((0.0, 0.5 if ssl == "simclr" else 1.0) if data == "cifar100" else (0.5, 1.0))
     assert recipe("--data a/folder").model == "vit_base"
