@@ -106,7 +106,7 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     what is in bf16, so this is the attention of energies on every device.
     """
     scores = q.contiguous() * q.shape[-1] ** -0.5 @ k.contiguous().transpose(-2, -1)  # (B, heads, M, N)
-    short = scores.dtype == torch.bfloat16 and scores.shape[-1] < 32  # CPUs take such rows one number at a time
+    short = scores.dtype == torch.bfloat16 and scores.shape[-1] < 32  # CPUs are slow at the softmax of short bf16 rows
     return scores.softmax(dim=-1, dtype=torch.float32 if short else None).to(v.dtype) @ v
 
 
@@ -528,7 +528,7 @@ class MaskedAutoencoder(nn.Module):
             mask = random_mask(batch, count, self.mask_ratio, device=images.device)
         elif not (mask.sum(dim=1) == masked).all():
             raise ValueError("the rows of a mask must hide the same number of patches, these differ")
-        visible = visible_patches(mask, count - masked)  # (B, M)
+        visible = visible_patches(mask, count - masked)  # (B, M): only these are embedded, not all as by `embed`
         tokens = encoder.patch_embed["proj"](take(patches, visible)) + encoder.positions[visible]  # (B, M, D)
         encoded, hidden = encoder.encode(tokens, hidden=True)
         return Reconstruction(self.decode(encoded, visible), self.target_of(patches), mask, encoded, hidden)
@@ -679,7 +679,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
     config.check()  # it may have been changed since it was made
     check_batch(config, len(train))
     device, plan = next(method.parameters()).device, method.plan(len(train), config)
-    config.limit(len(plan))
+    config.limit(len(plan))  # to --max-steps; the plan shrinks with it
     method = synchronize_norms(method, device)
     stepper = Stepper(method.optimizer(config), config, device, len(plan))
     with Run(method, stepper, train, test, config) as run:
@@ -693,7 +693,7 @@ def fit(method: Method, train, test, config: TrainConfig) -> dict:
             for step in range(max(run.first_step, epoch * len(plan)), (epoch + 1) * len(plan)):
                 images, labels = next(batches)
                 stepper.set_rate(step)
-                torch.manual_seed(mix_seed(config.seed, step, rank(), 2))
+                torch.manual_seed(mix_seed(config.seed, step, rank(), 2))  # of masks and dropout; crops have 1
                 parts = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
                 run.note(step, method.update(model, parts, stepper))
             run.end_epoch(epoch + 1)

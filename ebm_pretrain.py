@@ -17,7 +17,7 @@ App. A.2         super-resolution, denoising                    super_resolution
 Sec. 3.1, 3.2    colorization; one of four for each image       grayscale, mixed
 Eq. 3, 4, Alg. 1 gradient steps, stop-gradient between them     descent, restore
 Eq. 4            error of every step                            restoration_loss
-App. A.1         learned step size                              first_step_size, EnergyPretraining.set_alpha
+App. A.1         learned step size                              EnergyPretraining.step_size, its start first_step_size
 Listing 1        a step of the training                         EnergyPretraining.forward, EnergyPretraining.update
 Eq. 2            corrupted images as negatives (N = 0, Fig. A)  contrast_loss
 Eq. 1 to 3       samples from noise, Fig. 1, left               likelihood_loss, langevin (--objective sampling)
@@ -63,7 +63,7 @@ from plumbing.settings import TrainConfig, check_least, check_positive
 from plumbing.start import start_from
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Corruptions: images (B, C, H, W) -> corrupted images. All draws come from `generator`, for each image on its own.
+# Corruptions: images (B, C, H, W) -> corrupted images. Draws, by `generator` if given, are for each image on its own.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -253,8 +253,8 @@ class Energy(nn.Module):
     """E(x) = h(psi(x)) (section 2.2): psi is a backbone's mean feature, a choice, h linear, without bias (Listing 1).
 
     x (B, 3, H, W) has zero mean and unit variance a channel, by `mean` and `std`; -> (B,), in the type of the head
-    under autocast, too. `encoder` is any
-    module that maps images in [0, 1] to features (B, D) or a map (B, D, H, W); `images` tell how wide they are.
+    under autocast, too. `encoder` is any module that maps images in [0, 1] to features (B, D) or a map (B, D, H, W);
+    `images`, a trial batch, tell how wide they are.
     Raises UserError for an encoder with batch norm, where the energy of an image would depend on the others of its
     batch, and for one whose output has another shape.
     """
@@ -306,7 +306,7 @@ class Config(TrainConfig):
     base_lr: float = 1e-4  # learning rate for a batch of 256
     model: Literal[ViTSize, OtherBackbones, MobileFormers] = "vit_small"  # the backbone
     patch: int = 16  # side of a patch of a vit, in pixels
-    objective: Literal["energy", "sampling", "autoencoder", "mae"] = "energy"  # sampling: Eq. 2; baselines: Tables 2, 1
+    objective: Literal["energy", "sampling", "autoencoder", "mae"] = "energy"  # in turn: Eq. 4, Eq. 2, Table 2, Table 1
     task: Literal[TASKS] = "gridded"  # how images are corrupted
     grid: int = 16  # gridded, mixed: side of the squares, in pixels; 16, 24 and 32 in Table 1
     mask_ratio: float = 0.7  # gridded, mixed, mae: share of the squares or patches that are blank (Table 1)
@@ -325,6 +325,11 @@ class Config(TrainConfig):
     @property
     def is_energy(self) -> bool:
         return self.objective in ("energy", "sampling")
+
+    @property
+    def descends(self) -> bool:
+        """Whether it trains by the steps of Eq. 4; with N = 0 it learns by contrast."""
+        return self.objective == "energy" and self.steps > 0
 
     def check(self):
         super().check()
@@ -350,7 +355,7 @@ LONG = {"epochs": 200, "task": "mixed"}
 SAMPLING = {"image_size": 16, "batch_size": 32, "epochs": 5, "epoch_steps": 60, "base_lr": 4e-3}
 SAMPLING |= {"steps": 20, "first_step": 0.1}
 
-RECIPES = {
+RECIPES = {  # all whose key fits the command count, later ones over earlier ones
     "imagenet": {},  # Tables 1 and 2, the defaults of Config
     "imagenet --objective mae": {"epochs": 400, "base_lr": 1.5e-4, "warmup_epochs": 40},  # Table 1; rate as in MAE
     "imagenet --model vit_base": LONG,  # Table 3; the longer row is --epochs 800
@@ -400,7 +405,7 @@ class EnergyPretraining(Method):
         self.to(images.device)
         self.origin = start_from(self, config, VIT_SIZES)
         freeze_idle(self, images)
-        if own and config.objective == "energy" and config.steps:  # otherwise the first derivative is enough
+        if own and config.descends:  # otherwise the first derivative is enough
             check_second_derivative(self.energy, images)
 
     @property
@@ -410,9 +415,9 @@ class EnergyPretraining(Method):
     def optimizer(self, config: Config) -> torch.optim.Optimizer:
         """AdamW; log alpha in a group of its own, without decay."""
         optimizer = super().optimizer(config)
-        if config.objective == "energy" and config.steps:
-            plain = optimizer.param_groups[1]
-            plain["params"] = [p for p in plain["params"] if p is not self.log_alpha]
+        if config.descends:
+            for group in optimizer.param_groups:  # with --decay-on all among the decaying ones
+                group["params"] = [p for p in group["params"] if p is not self.log_alpha]
             optimizer.add_param_group({"params": [self.log_alpha], "weight_decay": 0.0, "lr_scale": config.alpha_lr})
         return optimizer
 
@@ -443,7 +448,9 @@ class EnergyPretraining(Method):
         self.started = True
 
     def step_size(self, corrupted: Tensor) -> Tensor:
-        """alpha. Before `set_alpha`, when log alpha is 0, it is what `corrupted` (B, 3, H, W) would set it to."""
+        """alpha. Before `set_alpha`, when log alpha is 0, it is what `corrupted` (B, 3, H, W) would set it to, times a
+        factor of 1, so that log alpha has a gradient and `freeze_idle` does not freeze it.
+        """
         alpha = self.log_alpha.exp()
         return alpha if self.started else alpha * first_step_size(self.energy, corrupted, self.config.first_step)
 
@@ -478,15 +485,16 @@ class EnergyPretraining(Method):
     def prepare(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """`corrupt`; the first batch sets alpha."""
         clean, corrupted = self.corrupt(images)
-        if self.config.objective == "energy" and self.config.steps and self.training and not self.started:
+        if self.config.descends and self.training and not self.started:
             self.set_alpha(corrupted)
         return clean, corrupted
 
     def forward(self, images: Tensor, labels: Tensor | None = None, chain: tuple = ()) -> dict:
         """Loss of images (B, 3, H, W), the share of squared error left at the end (1 = no change), and alpha.
 
-        With `chain`, which is (clean, corrupted, reached), the same for one more step, and what that one reaches. With
-        N = 0 the loss, and the share of images lower than their corrupted ones; of `mae` the loss alone.
+        With `chain`, which is (clean, corrupted, reached), images are not read: the same for one more step, and what
+        that one reaches. With N = 0 the loss, and the share of images lower than their corrupted ones; of `mae` the
+        loss alone.
         """
         config = self.config
         if config.objective == "sampling":

@@ -10,7 +10,7 @@ what things are: -E unrolls the vector of the visible block, -B predicts three m
 Equation                                   function
 Eq. 1, 3   norm + linear, phi and psi      channel_norm, norm_linear
 Fig. 3     parallel form, both orders      Finola.forward
-Fig. 4     block-wise prediction           Finola.blockwise, block_sources
+Fig. 4     block-wise; element-wise        Finola.blockwise, block_sources; FinolaAutoencoder.unroll
 Eq. 2, 4   differential equations (6, 8)   pde_residuals, laplacian_residual
 Eq. 5, 7   what Eq. 4 takes for granted    orders_residual
 Eq. 9      Gaussian curvature (Fig. 5)     gaussian_curvature, peak_curvature
@@ -133,13 +133,13 @@ class Finola(nn.Module):
         The map is cut at 2 * row and 2 * col into four partitions, each with a visible quarter (Fig. 4). Here a block
         of 3 x 3 cells, in capitals, lies at (1, 1), and each partition has its letter:
 
-            a a | b b b b
-            a A | B B b b    A stays. One step left makes the quarter beside it, one step up the one above it, and the
-            ----+--------    mean of both orders of the two steps the last one. In B the steps go right and up, in C
-            c C | D D d d    left and down, in D right and down.
-            c C | D D d d
-            c c | d d d d
-            c c | d d d d
+            f f | g g g g
+            f F | G G g g    F stays. One step left makes the quarter beside it, one step up the one above it, and the
+            ----+--------    mean of both orders of the two steps the last one. In G the steps go right and up, in J
+            j J | K K k k    left and down, in K right and down.
+            j J | K K k k
+            j j | k k k k
+            j j | k k k k
 
         Raises ValueError where the block does not fit (where it lies is checked on CPUs alone).
         """
@@ -150,7 +150,7 @@ class Finola(nn.Module):
         if not corner.is_cuda and (corner.min() < 0 or corner.max() > size // 2):  # on a GPU it would wait
             raise ValueError(f"a block of {height} x {width} at {(row, col)} leaves the map of {size} x {size}")
         z, cell = rearrange(z.to(self.right.dtype), "b c h w -> b h w c"), torch.arange(height, device=z.device)
-        above, left = (cell < x[:, None] for x in corner)  # (B, h): rows of the block in A and B, columns in A and C
+        above, left = (cell < x[:, None] for x in corner)  # (B, h): rows of the block in F and G, columns in F and J
 
         def phi(z):
             return torch.where(left[:, None, :, None], self.step(z, "left"), self.step(z, "right"))
@@ -313,7 +313,7 @@ class ResConv(nn.Module):
 class ConvUpsampler(nn.Module):
     """FINOLA's upsampler (Table 10): maps (B, C, H, W) -> pictures (B, 3, 16 H, 16 W). `width` is the table's 512.
 
-    For cells of fewer pixels, a smaller power of 2 from 2 on, the first rows are left out.
+    Each row doubles the size: for cells of 8, 4 or 2 pixels the first one, two or three are left out.
     """
 
     def __init__(self, dim: int, width: int = 512, cell: int = 16):
@@ -355,7 +355,7 @@ ORIGINS = {"center": None, "top_left": (0, 0), "top_right": (0, -1), "bottom_lef
 
 @dataclass
 class Config(TrainConfig):
-    """The paper's image reconstruction on ImageNet (Table 12, left). TrainConfig has its base rate and 100 epochs."""
+    """The paper's image reconstruction on ImageNet (Table 12, left). Its base rate and 100 epochs are TrainConfig's."""
 
     image_size: int = 256
     batch_size: int = 128
@@ -390,7 +390,7 @@ class Config(TrainConfig):
 MASKED = {"epochs": 1600, "batch_size": 1024, "channels": 512}  # Table 12; C of -E by Table 15, of -B by Table 10
 LAPTOP = {"width": "micro", "image_size": 64, "channels": 256, "upsampler_width": 64, "upsampler_blocks": 2}
 LAPTOP |= {"warmup_epochs": 1, "batch_size": 32, "recompute": False}  # sizes of ours
-RECIPES = {
+RECIPES = {  # all whose key fits the command count, later ones over earlier ones
     "imagenet": {},  # Table 12, the defaults of Config
     "imagenet --variant masked_e": MASKED,
     "imagenet --variant masked_b": MASKED,
@@ -440,7 +440,7 @@ class FinolaAutoencoder(Method):
             idle = {"right": column == last, "left": column == 0, "down": row == last, "up": row == 0}
             for name, unused in idle.items():  # DDP takes none without a gradient: its next step fails
                 getattr(self.finola, name).requires_grad_(not unused)
-        self.origin = start_from(self, config)
+        self.origin = start_from(self, config)  # a digest (`Method`), not where q lies
         self.encoder.requires_grad_(not config.freeze_encoder)
         self.recompute = self.encoder.recompute = config.recompute and not config.compile
 
@@ -484,15 +484,17 @@ class FinolaAutoencoder(Method):
         if corner is None:
             return self.finola(q, self.size, self.place)
         half = self.size // 2
-        canvas = self.finola(q, self.size + half, (half + half // 2,) * 2)  # holds all places that the block can have
+        canvas = self.finola(
+            q, self.size + half, (half + half // 2,) * 2
+        )  # one map, of which each image cuts its own window
         return cut(canvas, half - corner, self.size)
 
     def feature_map(self, images: Tensor, corner: Tensor | None = None) -> Tensor:
         """The map z (B, C, S, S) that the upsampler is given; masked_b needs `corner`."""
         if self.config.variant != "masked_b":
             return self.unroll(self.embed(images, corner), corner)
-        block = self.project(self.encoder(self.block(images, corner)))
-        return self.finola.blockwise(block, self.size, corner[:, 0], corner[:, 1])
+        seen = self.project(self.encoder(self.block(images, corner)))  # (B, C, S / 2, S / 2)
+        return self.finola.blockwise(seen, self.size, corner[:, 0], corner[:, 1])
 
     def upsample(self, z: Tensor) -> Tensor:
         """Maps (B, C, S, S) -> normalised images (B, 3, H, W); with --recompute, a sixteenth of the batch at a time."""
@@ -520,8 +522,8 @@ class FinolaAutoencoder(Method):
         """Loss and PSNR of images (B, 3, H, W); masked variants take the corners of the blocks (B, 2) or draw them."""
         if self.masked and corner is None:
             corner = self.draw_corners(len(images), images.device)
-        prediction = self.upsample(self.feature_map(images, corner)).float()
-        mask = self.scored(images, corner)
+        prediction = self.upsample(self.feature_map(images, corner)).float()  # (B, 3, H, W)
+        mask = self.scored(images, corner)  # (B, 1, H, W)
         error = (prediction - self.encoder.normalize(images)).square().mean(dim=1, keepdim=True)  # (B, 1, H, W)
         restored = prediction.detach() * self.encoder.std + self.encoder.mean
         return {"loss": (error * mask).sum() / mask.sum(), "psnr": psnr(images, restored, mask).mean()}

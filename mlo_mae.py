@@ -51,7 +51,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import common
-from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, decays, mask_from_noise, take, visible_patches
+from common import VIT_SIZES, MaskedAutoencoder, Method, ViT, ViTSize, decays, take, visible_patches
 from plumbing.crops import mix_seed
 from plumbing.errors import UserError
 from plumbing.images import BatchPlan, shuffled
@@ -133,7 +133,7 @@ def moved(at: dict, direction: dict, share: float) -> dict:
 def gradients_and_value(loss, *points: dict) -> tuple[list, Tensor]:
     """The gradients of loss(*points) by each point, a dict each, and that loss; in less time than by torch.func.
 
-    Tensors that require gradients are taken as they are: `loss` may go through a graph that was built from them before.
+    Tensors that require gradients are used themselves, not copies: `loss` may go on from what was computed with them.
     """
     points = [{name: x if x.requires_grad else x.detach().requires_grad_() for name, x in p.items()} for p in points]
     with torch.enable_grad():
@@ -191,8 +191,8 @@ def adamw_derivative(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step
 
     The step is w' = (1 - lr decay) w - lr m / (sqrt(v) + eps), where the averages m and v, without their bias, hold a
     share of the gradient g and of its square. This is -dw'/dg, a number a weight. `exp_avg`, `exp_avg_sq` and `step`
-    (0-d) are what torch's AdamW keeps, after the step. Where v is 0, all gradients so far were, and
-    sqrt(v) has no slope: m's part counts alone.
+    (0-d) are what torch's AdamW keeps, after the step. Where v is 0, all gradients so far
+    were, and sqrt(v) has no slope: m's part counts alone.
     """
     first, second = (1 - beta ** step.double() for beta in betas)  # they take the bias off
     m, root = exp_avg / first, (exp_avg_sq / second).sqrt()
@@ -351,8 +351,8 @@ LAPTOP = {"image_size": 32, "patch": 4, "model": "vit_micro", "batch_size": 32, 
 LAPTOP |= {"unrolling": 5, "update_every": 5, "head_lr": 2e-1, "mask_lr": 4e-3, "warmup_epochs": 1}
 LAPTOP |= {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 3}
 
-RECIPES = {"imagenet": {}, "cifar10": CIFAR, "cifar100": CIFAR}  # Tables 11, the defaults of Config, and 12
-RECIPES |= {"shapes": LAPTOP | {"epochs": 6, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 6}}  # ours, and the next
+RECIPES = {"imagenet": {}, "cifar10": CIFAR, "cifar100": CIFAR}  # Table 11 (the defaults of Config), Table 12
+RECIPES |= {"shapes": LAPTOP | {"epochs": 6, "base_lr": 12e-3, "crop_min": 0.8, "probe_every": 6}}  # from here on ours
 RECIPES |= {"photos": LAPTOP | {"image_size": 64, "patch": 8, "epochs": 6, "epoch_steps": 100, "base_lr": 8e-3}}
 OURS = {"epochs": 5, "base_lr": 8e-3, "crop_min": 0.5, "crop_pad": 0, "probe_every": 5}
 RECIPES |= {"cifar10 --model vit_micro": LAPTOP | OURS}
@@ -390,7 +390,7 @@ class MultiLevelMAE(Method):
         self.register_buffer("fixed_noise", torch.rand(1, patches))  # of the one mask of --objective fixed
         self.register_buffer("validation_loss", torch.tensor(0.0))  # of the last step of level III
         self.config, self.ratio = config, config.mask_ratio
-        self.steps = {}  # each network's gradients {parameter: tensor} in its last step, for --hypergradient adamw
+        self.last_gradients = {}  # each network's {parameter: tensor} of its last step, for --hypergradient adamw
 
     @property
     def encoder(self) -> ViT:
@@ -428,7 +428,7 @@ class MultiLevelMAE(Method):
             return soft_selection(probability, self.ratio, config.mask_gradient, config.temperature), probability
         noise = torch.rand(tokens.shape[:2], device=tokens.device)
         noise = self.fixed_noise.expand_as(noise) if config.objective == "fixed" else noise
-        return mask_from_noise(noise, self.ratio).float(), torch.ones_like(noise)
+        return top_mask(noise, self.ratio).float(), torch.ones_like(noise)
 
     def reconstruct(self, images: Tensor) -> tuple:
         """Images (B, 3, H, W) -> prediction (B, N, P), target (B, N, P), mask (B, N), probability (B, N)."""
@@ -476,7 +476,7 @@ class MultiLevelMAE(Method):
         unlabelled, trainings, validation = parts[:first], parts[first:second], parts[second:]
         total, training = 0.0, trainings[-1]
         for batch, _ in unlabelled:
-            before = self.weights("autoencoder.", copy=bool(validation))  # of several steps, the last is differentiated
+            before = self.weights("autoencoder.", copy=bool(validation))  # in the end, those before the last step
             loss, head_loss, probability = self.train_autoencoder(batch, training, stepper)
             total = total + loss.detach() / config.unrolling
         if config.fresh_head:
@@ -513,7 +513,7 @@ class MultiLevelMAE(Method):
 
         -> its loss, and with `keep` the features (B, D) with their graph for `masking_gradient`, where it can use them.
         """
-        # It cannot where it computes in another precision, and does not look at level II where there is an F.
+        # None for `masking_gradient` where it computes in another precision or, with an F, does not look at level II.
         keep = keep and self.tuned is None and stepper.dtype != torch.float16
         keep = keep and self.config.hypergradient != "finite_difference"
         with stepper.autocast():
@@ -586,11 +586,13 @@ class MultiLevelMAE(Method):
 
     def rate_of(self, prefix: str, lr: float, stepper, renamed: str = ""):
         """How far a network's last step took it down for each unit of its gradient, as `hypergradient` wants it: `lr`
-        for what is taken as a plain step, or a tensor for each parameter whose name starts with `prefix`, `renamed`.
+        for what is taken as a plain step, or, for AdamW's, {name: tensor} of the parameters whose name starts with
+        `prefix`, which becomes `renamed`.
         """
         if self.config.hypergradient != "adamw":
             return lr
-        gradients, options = self.steps[self.get_submodule(prefix.split(".")[0])], stepper.optimizer.param_groups[0]
+        gradients = self.last_gradients[self.get_submodule(prefix.split(".")[0])]
+        options = stepper.optimizer.param_groups[0]
         taken, found = torch.stack([g.isfinite().all() for g in gradients.values()]).all(), {}  # fp16 leaves some out
         for name, parameter in self.named_parameters():
             if name.startswith(prefix):
@@ -609,7 +611,7 @@ class MultiLevelMAE(Method):
             parameter.grad = gradient
         if self.config.hypergradient == "adamw":
             kept = {parameter: parameter.grad for parameter in parameters}  # the step takes fp16's scale off, in place
-            self.steps |= {module: kept for module in modules}
+            self.last_gradients |= {module: kept for module in modules}
         stepper.step()
 
     def weights(self, prefix: str, copy: bool = False) -> dict:
@@ -618,7 +620,9 @@ class MultiLevelMAE(Method):
         return {name: p.clone() for name, p in found.items()} if copy else found
 
     def probe(self, encode, train, test, config: Config) -> dict:
-        """kNN, linear, `accuracy` of level II's head; on shapes, how often the `object` is masked, by chance 1."""
+        """kNN, linear, `accuracy` of level II's head; on shapes `object`, its share of masked pixels over that of all
+        pixels.
+        """
         torch.manual_seed(config.seed)  # the same masks each time
         found = probe(encode, train, test, config.image_size, config.probe_images)
         chosen = labelled(test, config.probe_images)
@@ -629,12 +633,12 @@ class MultiLevelMAE(Method):
                 return torch.cat([self.head(self.features(images)).float(), mask], dim=1)
 
         rows, labels = features_of(look, test, chosen, config.image_size)
-        scores, hidden = rows.tensor_split([len(test.classes)], dim=1)
+        scores, masked = rows.tensor_split([len(test.classes)], dim=1)
         found["accuracy"] = 100 * float((scores.argmax(dim=1) == labels).float().mean())
         if getattr(test, "masks", None) is not None:
             objects = test.masks[chosen.to(test.masks.device)][:, None].float()  # (B, 1, H, W)
             share = F.avg_pool2d(objects, self.encoder.patch).flatten(1)  # (B, N)
-            found["object"] = float((share * hidden).sum() / hidden.sum() / share.mean())
+            found["object"] = float((share * masked).sum() / masked.sum() / share.mean())
         return found
 
     @torch.no_grad()
@@ -696,7 +700,7 @@ class LevelPlan(BatchPlan):
 class PlainAttention(TorchFunctionMode):
     """While this is on, torch's attention takes plain steps, which have a forward-mode derivative in bf16 on a GPU too.
 
-    torch's own plain form (`SDPBackend.MATH`) mixes up types under autocast there, in torch 2.11.
+    torch's own plain form (`SDPBackend.MATH`) mixes up types under autocast in torch 2.11, which was tried on a GPU.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

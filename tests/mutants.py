@@ -192,6 +192,114 @@ tests/study_page.py tests/test_study.py::test_the_chart_leaves_out_results_of_wh
 - if len(run.log) == max(len(other.log) for other in several)]
 + if run.log]
 
+common.py tests/test_common.py::test_each_step_of_each_process_has_draws_of_its_own
+- mix_seed(config.seed, step, rank(), 2))
++ mix_seed(config.seed, step, 0, 2))
+
+mlo_mae.py tests/test_mlo_mae.py::test_levels_and_epochs_have_orders_of_their_own
+- mix_seed(config.seed, epoch, level))
++ mix_seed(config.seed, epoch))
+
+mlo_mae.py tests/test_mlo_mae.py::test_levels_and_epochs_have_orders_of_their_own
+- config.batch_size, mix_seed(config.seed, epoch, level)
++ config.batch_size, mix_seed(config.seed, 0, level)
+
+mlo_mae.py tests/test_mlo_mae.py::test_what_level_three_sees_is_seen_by_no_other
+- for step in self.steps_of(epoch)]
++ for step in range(len(self))]
+
+magma.py tests/test_processes.py::test_two_ranks_have_the_gradient_of_one_process
+- (self.gathered(self.projector(x)) for x in
++ (self.projector(x) for x in
+
+magma.py tests/test_magma.py::test_regularizer_is_active_from_e_st_for_e_dur_epochs_and_measured_always
+- self.active * config.lam, self.active * config.inverse
++ self.active * config.lam, config.inverse
+
+magma.py tests/test_magma.py::test_the_settings_of_the_kernel_reach_the_regularizer
+- hidden, 0.5, config.detach_reference)
++ hidden, 0.5)
+
+magma.py tests/test_magma.py::test_recipes_are_tables_4_and_5
+- TABLE_5 = TABLE_4 | {"heads": 3}
++ TABLE_5 = TABLE_4
+
+magma.py tests/test_magma.py::test_recipes_are_tables_4_and_5
+- "imagenet": {"e_st": 3},
++ "imagenet": {},
+
+magma.py tests/test_magma.py::test_the_settings_reach_the_losses_and_the_parts
+- | ({"heads": config.heads} if config.heads else {})
++ | {}
+
+magma.py tests/test_magma.py::test_the_settings_reach_the_losses_and_the_parts
+- {"pool": config.pool,
++ {"pool": "mean",
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_temperature_of_softsort_reaches_it
+- self.ratio, config.mask_gradient, config.temperature)
++ self.ratio, config.mask_gradient)
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_number_of_masked_patches_is_no_function_of_the_mask_to_the_gradient
+- else mask.detach().sum())
++ else mask.sum())
+
+mlo_mae.py tests/test_mlo_mae.py::test_optimiser_has_groups_of_its_own_for_every_level
+- decays(name, p, config.decay_on) != plain
++ decays(name, p) != plain
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_gradient_of_the_masking_network_is_clipped
+- clip_grad_norm_(self.masking.parameters(), self.config.clip)
++ clip_grad_norm_(self.masking.parameters(), math.inf)
+
+mlo_mae.py tests/test_mlo_mae.py::test_without_learning_rate_factors_the_paths_weigh_as_in_the_code
+- if config.lr_factors else (1.0, 1.0)
++ if config.lr_factors else (rates[0], 1.0)
+
+mlo_mae.py tests/test_mlo_mae.py::test_the_head_of_the_code_has_a_norm_and_dropout
+- nn.Dropout(0.1), self.head)
++ nn.Dropout(0.5), self.head)
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_sampling_is_eq_2_on_chains_from_uniform_noise
+- self.step_size(noisy), config.temperature)
++ self.step_size(noisy))
+
+ebm_pretrain.py tests/test_ebm_pretrain.py::test_log_alpha_has_a_group_of_its_own_without_decay
+- for group in optimizer.param_groups:  # with
++ for group in optimizer.param_groups[1:]:  # with
+
+finola.py tests/test_finola.py::test_the_settings_reach_the_parts
+- PatchUpsampler(dim, 0 if pooled else config.upsampler_blocks,
++ PatchUpsampler(dim, config.upsampler_blocks,
+
+finola.py tests/test_finola.py::test_the_decoder_is_that_of_table_11_step_by_step
+- x = x + rearrange(positions, "(h w) c -> c h w", h=x.shape[2])
++ x = x + 0 * rearrange(positions, "(h w) c -> c h w", h=x.shape[2])
+
+finola.py tests/test_finola.py::test_the_decoder_is_that_of_table_11_step_by_step
+- encoded.shape[2:], mode="bilinear")
++ encoded.shape[2:], mode="nearest")
+
+mixedae.py tests/test_mixedae.py::test_attention_blocks_choose_where_it_acts
+- {block % size["depth"] for block in blocks}
++ {abs(block) for block in blocks}
+
+magma.py tests/test_magma.py::test_the_exponent_of_the_inverse_kernel_has_a_limit
+- / bandwidth(distances)).clamp_max(30)
++ / bandwidth(distances))
+
+magma.py tests/test_magma.py::test_jitter_ops_mean_what_they_say
+- torch.where(grey, luma @ colour, colour)
++ torch.where(grey, colour @ luma, colour)
+
+magma.py tests/test_magma.py::test_blur_is_a_gaussian_of_up_to_two_pixels
+- draw(0.1, 2.0), 1e-3)
++ draw(0.5, 2.0), 1e-3)
+
+magma.py tests/test_magma.py::test_two_views_are_compared_and_the_first_is_regularized
+- return loss, encoded.chunk(2)[0],
++ return loss, encoded.chunk(2)[1],
+
 tests/study_page.py tests/test_study.py::test_the_legend_names_every_line_of_every_panel
 - for one in axes for line in one.get_lines()}
 + for one in axes[:1] for line in one.get_lines()}
@@ -551,7 +659,7 @@ ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_chain_on_a_quadratic_energy
 + x = x + (step_size * temperature) ** 0.5 * eps
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_without_steps_the_first_derivative_is_enough
-- if own and config.objective == "energy" and config.steps:
+- if own and config.descends:
 + if own and config.objective == "energy":
 
 ebm_pretrain.py tests/test_ebm_pretrain.py::test_the_likelihood_loss_has_the_gradient_of_eq_1
@@ -959,7 +1067,7 @@ plumbing/files.py tests/test_files.py::test_load_checkpoint_runs_no_code_and_nam
 - weights_only=True
 + weights_only=False
 
-common.py tests/test_common.py::test_each_step_has_draws_of_its_own
+common.py tests/test_common.py::test_each_step_of_each_process_has_draws_of_its_own
 - mix_seed(config.seed, step, rank(), 2)
 + mix_seed(config.seed, rank(), 2)
 

@@ -159,7 +159,9 @@ def chart_of(tables: dict, titles: list):
             group = [run for run in several if len(run.log) == max(len(other.log) for other in several)]
             (across, middle, spread), number = curve(group, x, "linear"), titles.index(title)
             look = {"color": f"C{number % 10}"}  # matplotlib has ten
-            one.plot(across, middle, ("-", "--")[number // 10], label=title, marker="o", markersize=2, **look)
+            ends = len(across) <= 2  # of a curve of which nothing else is known: no line
+            style = {"linestyle": "" if ends else ("-", "--")[number // 10], "markersize": 4 if ends else 2}
+            one.plot(across, middle, label=title, marker="o", **style, **look)
             one.fill_between(across, middle - spread, middle + spread, alpha=0.15, linewidth=0, **look)
         one.set(title=f"equal {equal}", xlabel={"passes": "passes over the pictures", "seconds": "CPU seconds"}[x])
     figure.set_figheight(figure.get_figheight() + 1.2)

@@ -492,7 +492,7 @@ def test_the_same_seed_gives_the_same_log_and_another_seed_another(tmp_path):
     assert logs[0] != logs[2]
 
 
-def test_each_step_has_draws_of_its_own(tmp_path):
+def test_each_step_of_each_process_has_draws_of_its_own(tmp_path, monkeypatch):
     class Drawing(magma.Magma):
         def update(self, model, batches, stepper):
             drawn.append(float(torch.rand(())))
@@ -501,6 +501,9 @@ def test_each_step_has_draws_of_its_own(tmp_path):
     drawn = []
     fit_magma(tmp_path / "run", "--probe-every", "0", method_class=Drawing)
     assert len(set(drawn)) == len(drawn) == 20
+    monkeypatch.setattr("common.rank", lambda: 1)
+    fit_magma(tmp_path / "other", "--probe-every", "0", method_class=Drawing)
+    assert len(set(drawn)) == len(drawn) == 40
 
 
 class Noting(Regression):

@@ -102,7 +102,7 @@ def test_super_resolution_is_pillows_bicubic_and_repeated_pixels(size, scale):
         shrunk = Image.fromarray(whole.numpy()).resize(small[::-1], Image.Resampling.BICUBIC)
         rows, columns = ([int((i + 0.5) * n / side) for i in range(side)] for n, side in zip(small, size, strict=True))
         expected = np.asarray(shrunk)[rows][:, columns]
-        expected = expected.clip(float(found.min()), float(found.max()))  # see the next test
+        expected = expected.clip(float(whole.min()), float(whole.max()))  # see the next test
         np.testing.assert_allclose(image.numpy(), expected, atol=1e-4)
     if all(side % scale == 0 for side in size):
         blocks = found.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
@@ -311,11 +311,11 @@ def test_the_training_gradient_matches_a_difference_quotient(kind):
     assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("amp", ["off", "fp16"])  # bf16: the next test
+# bf16: the next test. Autocast leaves ConvNeXt's norms, of small variance, in fp16 on CPUs, where their cubes overflow.
+@pytest.mark.parametrize(
+    ("kind", "amp"), [(kind, amp) for kind in KINDS for amp in ("off", "fp16") if (kind, amp) != ("convnext", "fp16")]
+)
 def test_every_backbone_trains_and_every_weight_gets_a_gradient(kind, amp):
-    if (kind, amp) == ("convnext", "fp16"):
-        return  # autocast leaves its norms, of small variance, in fp16 on CPUs, where their cubes overflow; not on GPUs
     method = tiny_energy(backbone(kind), amp=amp, steps=2)
     stepper = Stepper(method.optimizer(method.config), method.config, torch.device("cpu"))
     stepper.scaler = torch.amp.GradScaler("cpu", init_scale=64, enabled=amp == "fp16")  # 65536 is too much at first
@@ -758,9 +758,11 @@ def test_descent_on_eq_2_finds_the_law_of_the_data():
     assert centre.item() == pytest.approx(float(data.mean()), abs=0.15)
 
 
-def test_sampling_is_eq_2_on_chains_from_uniform_noise():
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_sampling_is_eq_2_on_chains_from_uniform_noise(temperature):
     """Eq. 2 and 3 written out: no gradient passes through a chain, and alpha, set by the first batch, stays."""
-    method, images = tiny_energy(objective="sampling", steps=3, first_step=0.2), images_of(4)
+    method = tiny_energy(objective="sampling", steps=3, first_step=0.2, temperature=temperature)
+    images = images_of(4)
     torch.manual_seed(5)
     out = method(images)
     torch.manual_seed(5)
@@ -771,7 +773,8 @@ def test_sampling_is_eq_2_on_chains_from_uniform_noise():
     for _ in range(3):
         x.requires_grad_()
         (gradient,) = torch.autograd.grad(method.energy(x).sum(), x)
-        x = (x - alpha * gradient).detach()
+        noise = (2 * alpha * temperature).sqrt() * torch.randn(x.shape) if temperature else 0
+        x = (x - alpha * gradient + noise).detach()
     energies = method.energy((images - DATA_MEAN) / DATA_STD), method.energy(x)
     expected = sum(energies[0]) / 4 - sum(energies[1]) / 4
     torch.testing.assert_close(out["loss"], expected)
@@ -910,14 +913,18 @@ def test_a_step_reads_no_number_from_the_device(fields):
     assert readings.count == 1
 
 
-def test_log_alpha_has_a_group_of_its_own_without_decay():
+@pytest.mark.parametrize("decay_on", ["matrices", "tokens", "all"])
+def test_log_alpha_has_a_group_of_its_own_without_decay(decay_on):
     """App. A.1: alpha is learned, Table A: weight decay is of the weights."""
-    method = tiny_energy(alpha_lr=5.0)
+    method = tiny_energy(alpha_lr=5.0, decay_on=decay_on)
     groups = method.optimizer(method.config).param_groups
     (own,) = [group for group in groups if any(p is method.log_alpha for p in group["params"])]
     assert len(own["params"]) == 1 and own["weight_decay"] == 0 and own["lr_scale"] == 5.0
     trainable = [p for p in method.parameters() if p.requires_grad]
     assert sum(len(group["params"]) for group in groups) == len(trainable)
+
+
+def test_tables_of_relative_positions_do_not_decay():
     swin = tiny_energy(backbone("swin"))
     decayed = swin.optimizer(swin.config).param_groups[0]["params"]
     tables = [p for name, p in swin.named_parameters() if name.endswith("position_bias")]

@@ -287,6 +287,13 @@ def test_detach_reference_keeps_the_gradient_out_of_the_reference(loss):
     torch.testing.assert_close(y_grad, gradients(loss, y, x)[0])
 
 
+def test_the_exponent_of_the_inverse_kernel_has_a_limit():
+    """Nearly equal distances have nearly no deviation: exp would overflow."""
+    x = torch.eye(8, dtype=torch.float64)
+    x[0, 0] += 1e-3
+    assert float(magma.inverse_affinity(x).max()) == pytest.approx(math.exp(30))
+
+
 def test_inverse_loss_keeps_the_digits_of_a_small_distance():
     """Two images 1e-3 apart among others 10 apart: in float32 their distance would round to zero."""
     y, x = 10 * randn(32, 192, seed=1), randn(32, 192, seed=2)
@@ -370,6 +377,8 @@ def test_jitter_ops_mean_what_they_say():
     hue = jittered(images, hue=0.1)
     torch.testing.assert_close(hue.mean(dim=1), images.mean(dim=1))  # the grey axis stays
     torch.testing.assert_close(hue.square().sum(dim=1), images.square().sum(dim=1))  # and it is a rotation
+    grey = jittered(images, hue=0.1, grey=1.0)  # of the changed colours
+    torch.testing.assert_close(grey, grey_of(hue)[:, None].expand_as(grey), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(hue, images, atol=1e-2)
     grey = jittered(images, grey=1.0)
     torch.testing.assert_close(grey, grey_of(images)[:, None].expand(-1, 3, -1, -1))
@@ -410,6 +419,7 @@ def test_blur_is_a_gaussian_of_up_to_two_pixels():
     beside, beyond = out[:, 20, 21] / out[:, 20, 20], out[:, 20, 22] / out[:, 20, 20]
     torch.testing.assert_close(beyond, beside**4)  # exp(-d^2 / (2 sigma^2)) at d = 1 and 2
     assert math.exp(-1 / (2 * 1.95**2)) < beside.max() < math.exp(-1 / (2 * 2.0**2))
+    assert math.exp(-1 / (2 * 0.1**2)) <= beside.min() < math.exp(-1 / (2 * 0.15**2))
     assert (out[:, :, 23:] == 0).all()  # a kernel of a tenth of the side
     torch.testing.assert_close(out.sum(dim=(1, 2)), torch.ones(1000, dtype=torch.float64))
 
@@ -528,6 +538,11 @@ def test_the_settings_of_the_kernel_reach_the_regularizer():
     torch.testing.assert_close(text, magma.manifold_loss(z[5], z[4], 0.5, diagonal=True, form="printed"))
     inverse = run(tiny_magma(inverse=1.0))["inverse"]  # Eq. 5 has its own 1/2, that of the text
     torch.testing.assert_close(inverse, magma.inverse_manifold_loss(z[5], z[4], 0.5))
+    method, found = tiny_magma(inverse=1.0, detach_reference=True), []
+    z, weight = features_of_blocks(method), method.encoder.blocks[0].attn["qkv"].weight
+    for loss in (run(method)["inverse"], magma.inverse_manifold_loss(z[5], z[4].detach())):
+        found += torch.autograd.grad(loss, weight, retain_graph=True)
+    torch.testing.assert_close(*found)
 
 
 def test_uniformity_is_taken_on_the_cls_token_after_the_final_norm():
@@ -540,13 +555,14 @@ def test_uniformity_is_taken_on_the_cls_token_after_the_final_norm():
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 12))
 def test_regularizer_is_active_from_e_st_for_e_dur_epochs_and_measured_always(e_st, e_dur, epoch):
     """Eq. 1's schedule; the term is measured outside of it, too, as in Fig. 2a."""
-    method = tiny_magma(e_st=e_st, e_dur=e_dur)
+    method = tiny_magma(e_st=e_st, e_dur=e_dur, inverse=0.2)  # Eq. 3 has the same schedule
     method.start_epoch(epoch)
     out = run(method)
     active = epoch >= e_st and epoch < e_st + e_dur
     assert out["manifold"].item() > 0
-    assert out["manifold"].requires_grad == active
-    assert out["loss"].item() == pytest.approx(out["mae"].item() + active * out["manifold"].item(), rel=1e-6)
+    assert out["manifold"].requires_grad == out["inverse"].requires_grad == active
+    terms = out["manifold"].item() + 0.2 * out["inverse"].item()
+    assert out["loss"].item() == pytest.approx(out["mae"].item() + active * terms, rel=1e-6)
 
 
 @pytest.mark.parametrize("ssl", ["mae", "simclr", "vicreg"])
@@ -588,6 +604,8 @@ def test_two_views_are_compared_and_the_first_is_regularized(ssl):
     _, hidden = method.encoder.encode(method.encoder.embed(seen[:6]), hidden=True)
     features = [magma.image_features(layer) for layer in hidden]
     torch.testing.assert_close(out["manifold"], magma.manifold_loss(features[-1], features[-2]), rtol=1e-4, atol=1e-6)
+    first = method.encoder.encode(method.encoder.embed(seen[:6]))[:, 0]
+    torch.testing.assert_close(out["uniformity"], magma.uniformity_loss(first))
 
 
 def test_each_view_has_batch_statistics_of_its_own():
@@ -684,6 +702,8 @@ def test_the_settings_reach_the_losses_and_the_parts():
     assert (method.autoencoder.mask_ratio, method.autoencoder.norm_pixels) == (0.75, False)
     (block,) = method.autoencoder.decoder_blocks
     assert (block.heads, block.attn["proj"].in_features) == (3, 24)
+    encoder = tiny_magma(heads=6, pool="cls").encoder
+    assert (encoder.blocks[0].heads, encoder.pool, encoder.fields["pool"]) == (6, "cls", "cls")
 
 
 def test_projectors_have_norms_between_their_layers_as_the_papers_say():
@@ -726,14 +746,16 @@ def test_recipes_are_tables_4_and_5():
         assert (c.decoder_dim, c.decoder_depth, c.decoder_heads, c.weight_decay) == (512, 8, 16, 0.05)
         assert (c.betas, c.pool, c.uniformity, c.layers) == ((0.9, 0.95), "cls", 0.0, (-2, -1))
         assert c.warmup_lr == (0 if data == "imagenet100" else 3e-5)  # as released; the text has 3e-5 for all
+        assert c.heads == (0 if data == "imagenet100" else 12)  # 0: ViT-B's own
         for ssl in ("simclr", "vicreg"):  # Table 5
             c = recipe(f"--data {data} --ssl {ssl}")
             assert (c.model, c.patch, c.batch_size, c.base_lr, c.e_st) == ("vit_tiny", row[1], 256, 1e-3, 10)
             assert (c.epochs, c.image_size) == (200 if data == "imagenet100" else 1000, row[6])
-            assert c.warmup_lr == 3e-5
+            assert (c.warmup_lr, c.heads, c.betas) == (3e-5, 3, (0.9, 0.999))
             assert (c.temperature, c.vicreg, c.projector_dim) == (0.2, (25.0, 25.0, 1.0), 2048)
             assert (c.blur, c.colour) == ((0.0, 0.5 if ssl == "simclr" else 1.0) if data == "cifar100" else (0.5, 1.0))
     assert recipe("--data a/folder").model == "vit_base"
+    assert recipe("--data imagenet").e_st == 3
 
 
 @pytest.mark.parametrize(

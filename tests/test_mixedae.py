@@ -121,11 +121,13 @@ def test_mixing_never_lowers_mutual_information(patches, k, independent, seed):
 
 def test_mixing_raises_mutual_information_where_images_are_related():
     """The inequality of Eq. 5 is strict for images that tell about each other: X2 a copy of X1."""
-    joint = {}
+    both, alone = {}, {}
     for value in itertools.product((1, 2), repeat=2):
-        tokens = torch.tensor([value, value])[None, :, :, None]
-        joint[(tuple(mixedae.mix(tokens, torch.tensor([[0, 1]])).flatten().tolist()), value)] = 0.25
-    assert reference.mutual_information(joint) == pytest.approx(2 * math.log(2))  # all of it; MAE sees half
+        for joint, other in ((both, value), (alone, (0, 0))):
+            tokens = torch.tensor([value, other])[None, :, :, None]
+            joint[(tuple(mixedae.mix(tokens, torch.tensor([[0, 1]])).flatten().tolist()), value)] = 0.25
+    assert reference.mutual_information(both) == pytest.approx(2 * math.log(2))  # all of it
+    assert reference.mutual_information(alone) == pytest.approx(math.log(2))  # MAE sees half
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -271,8 +273,12 @@ def selections(monkeypatch):
     ],
 )
 def test_attention_blocks_choose_where_it_acts(fields, calls, selections):
-    tiny_mixedae(**fields)(images_of(4))
+    method = tiny_mixedae(**fields)
+    method(images_of(4))
     assert selections == calls
+    assert method.special_blocks == {
+        block % 6 for block in fields.get("attention_blocks", range(6 * ("mode" not in fields)))
+    }
 
 
 # --- contrast and segments -------------------------------------------------------------------------------------------

@@ -101,6 +101,25 @@ def test_soft_selections_have_the_values_of_the_mask_and_their_own_gradients(bat
     torch.testing.assert_close(gradients["softsort"], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_temperature_of_softsort_reaches_it():
+    method = tiny_levels(mask_gradient="softsort", temperature=1.0).double()
+    tokens = randn(3, 16, 16, seed=1)
+    weights, probability = randn(3, 16, seed=2), method.masking(tokens).detach()
+    mask, learned = method.choose(tokens)
+    (found,) = torch.autograd.grad((mask * weights).sum(), learned)
+    expected = reference.softsort(probability, round(method.ratio * 16), 1.0, weights)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_masked_patches_is_no_function_of_the_mask_to_the_gradient():
+    """Eq. 1's mean: only which patches count has a gradient, not how many."""
+    prediction, target, probability = randn(3, 5, 4, seed=1), randn(3, 5, 4, seed=2), rand(3, 5, seed=3).double()
+    mask = (rand(3, 5, seed=4) > 0.5).double().requires_grad_()
+    loss = mlo_mae.weighted_reconstruction_loss(prediction, target, mask, probability)
+    expected = probability * (prediction - target).square().mean(dim=2) / mask.detach().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, mask)[0], expected)
+
+
 @pytest.mark.parametrize("kind", ["weight", "straight_through", "softsort"])
 def test_soft_selections_act_on_the_visible_tokens_too(kind):
     """Through the weights of Eq. 1 no gradient reaches the prediction; through a soft selection one does (App. A.4)."""
@@ -591,14 +610,18 @@ def test_a_cycle_gives_the_masks_the_derivative_of_all_its_steps(fields):
     assert float(out["loss"]) == pytest.approx(float(level_1.detach()), rel=1e-6)
 
 
-def test_without_learning_rate_factors_the_paths_weigh_as_in_the_code():
+def test_without_learning_rate_factors_the_paths_weigh_as_in_the_code(monkeypatch):
     """Eq. 9 to 11 without the learning rates: another length and another direction."""
-    found = {}
+    found, rates, true = {}, [], mlo_mae.hypergradient
+    noting = lambda *args, **options: rates.append(args[6:8]) or true(*args, **options)
+    monkeypatch.setattr(mlo_mae, "hypergradient", noting)
     for factors in (True, False):
         method = tiny_levels(lr_factors=factors, unrolling=1).double()
         recorder = LevelRecorder(method)
         method.update(method, [batch_of(method, 3, dtype=torch.float64)], recorder)
         found[factors] = recorder.steps[-1]["masking.fc2.bias"]
+    groups = recorder.optimizer.param_groups
+    assert rates == [(groups[0]["lr"], groups[2]["lr"]), (1.0, 1.0)]
     assert F.cosine_similarity(found[True], found[False], dim=0) < 0.9999
     assert float(found[False].norm() / found[True].norm()) > 1 / 0.64 / 2
 
@@ -787,7 +810,7 @@ def test_the_mask_ratio_follows_its_curriculum():
 @pytest.mark.parametrize("level1_data", ["train", "all"])
 def test_what_level_three_sees_is_seen_by_no_other(level1_data):
     """Eq. 3: the validation images are in no other level, but for --level1-data all, as in the code."""
-    method = tiny_levels(level1_data=level1_data, unrolling=2, update_every=3)
+    method = tiny_levels(level1_data=level1_data, unrolling=2, update_every=5)
     held, own = set(method.held_out.tolist()), set(method.trained_on.tolist())
     assert len(held) == 12 and len(own) == 48 and not held & own
     plan = method.plan(60, method.config)
@@ -795,7 +818,7 @@ def test_what_level_three_sees_is_seen_by_no_other(level1_data):
     seen, steps = [set(), set(), set()], list(plan.after(0))
     assert len(steps) == 24
     for step, (_, indices) in enumerate(steps):
-        assert len(indices) == (16 if step % 3 == 0 else 12)
+        assert len(indices) == (16 if step % 5 == 0 else 12)  # counted over epochs: 12 is no multiple of 5
         for level, part in enumerate((indices[:8], indices[8:12], indices[12:])):
             seen[level] |= set(part.tolist())
         if step == 11:
@@ -804,6 +827,16 @@ def test_what_level_three_sees_is_seen_by_no_other(level1_data):
     assert seen[2] <= held
     for (seed, indices), (expected_seed, expected) in zip(plan.after(7), steps[7:], strict=True):
         assert seed == expected_seed and torch.equal(indices, expected)
+
+
+@given(seeds)
+def test_levels_and_epochs_have_orders_of_their_own(seed):
+    """Otherwise levels I and II would learn from the same batch in the same cycle, or from the same in each epoch."""
+    config = Config(data="shapes", seed=seed, batch_size=8, unrolling=1, epochs=2)
+    plan = LevelPlan(72, config, trained_on=torch.arange(64), held_out=torch.arange(64, 72))
+    first, second = (torch.stack([batch[:2] for batch in plan.draw(epoch)]) for epoch in (0, 1))  # (8, 2, 8)
+    assert not torch.equal(first[:, 0], first[:, 1])
+    assert not torch.equal(first[:, 0], second[:, 0]) and not torch.equal(first[:, 1], second[:, 1])
 
 
 @given(seeds)
@@ -923,6 +956,20 @@ def test_recipes_are_tables_11_and_12():
     assert crops == ((0.5, 1.0), 0)
 
 
+def test_the_gradient_of_the_masking_network_is_clipped():
+    method = tiny_levels(clip=1e-9, unrolling=1).double()
+    recorder = LevelRecorder(method)
+    method.update(method, [batch_of(method, 3, dtype=torch.float64)], recorder)
+    norm = torch.stack([gradient.norm() for gradient in recorder.steps[-1].values()]).norm()
+    assert float(norm) == pytest.approx(1e-9, rel=1e-3)
+
+
+def test_the_head_of_the_code_has_a_norm_and_dropout():
+    head = tiny_levels(head="code").head
+    assert [type(layer).__name__ for layer in head] == ["LayerNorm", "Dropout", "Linear"]
+    assert (head[0].eps, head[1].p) == (1e-6, 0.1)
+
+
 def test_optimiser_has_groups_of_its_own_for_every_level():
     method = tiny_levels(objective="full")
     groups = method.optimizer(method.config).param_groups
@@ -930,6 +977,9 @@ def test_optimiser_has_groups_of_its_own_for_every_level():
     assert [group["weight_decay"] for group in groups] == [0.05, 0.0] * 4
     assert [group["eps"] for group in groups] == [1e-8] * 4 + [1e-15] * 2 + [1e-8] * 2
     assert all(p.ndim > 1 for group in groups[::2] for p in group["params"])
+    everything = tiny_levels(decay_on="all")
+    plain = [group["params"] for group in everything.optimizer(everything.config).param_groups[1::2]]
+    assert plain == [[], [], []]  # no group without decay has anything
     assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.95)}
     assert sum(len(group["params"]) for group in groups) == len(list(method.parameters()))
 

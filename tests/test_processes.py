@@ -187,13 +187,18 @@ def test_gathered_loss_on_two_ranks_has_the_gradient_of_one_process(name):
         torch.testing.assert_close(part["gradient"], whole.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("fields", [{"gather": True}, {"gather": False}, {"gather": False, "accumulate": 2}])
+SIMCLR = {"gather": True, "ssl": "simclr", "lam": 0.0}
+
+
+@pytest.mark.parametrize("fields", [{"gather": True}, {"gather": False}, {"gather": False, "accumulate": 2}, SIMCLR])
 def test_two_ranks_have_the_gradient_of_one_process(fields):
     """With --gather that of the whole batch; without, the mean of the gradients of each part on its own."""
-    fields |= {"uniformity": 0.5}
+    fields = fields | {"uniformity": 0.5}
     images, mask = images_of(8, 8), random_mask(8, 4, 0.5, generator(0))
+    images = torch.stack([images, images.flip(-1)], dim=1) if "ssl" in fields else images  # two views
     parts = 1 if fields["gather"] else 2 * fields.get("accumulate", 1)
     method = tiny_magma(**fields | {"gather": False})
+    method.view = lambda views: views
     for part, hidden in zip(images.chunk(parts), mask.chunk(parts), strict=True):
         (method(part, mask=hidden)["loss"] / parts).backward()
     want = {name: p.grad for name, p in method.named_parameters()}
