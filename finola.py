@@ -440,7 +440,7 @@ class FinolaAutoencoder(Method):
             idle = {"right": column == last, "left": column == 0, "down": row == last, "up": row == 0}
             for name, unused in idle.items():  # DDP takes none without a gradient: its next step fails
                 getattr(self.finola, name).requires_grad_(not unused)
-        self.origin = start_from(self, config)  # a digest (`Method`), not where q lies
+        self.origin = start_from(self, config)  # digest of the weights it began with, if any; not --origin
         self.encoder.requires_grad_(not config.freeze_encoder)
         self.recompute = self.encoder.recompute = config.recompute and not config.compile
 
@@ -484,9 +484,8 @@ class FinolaAutoencoder(Method):
         if corner is None:
             return self.finola(q, self.size, self.place)
         half = self.size // 2
-        canvas = self.finola(
-            q, self.size + half, (half + half // 2,) * 2
-        )  # one map, of which each image cuts its own window
+        # One map, of which each image cuts its own window.
+        canvas = self.finola(q, self.size + half, (half + half // 2,) * 2)
         return cut(canvas, half - corner, self.size)
 
     def feature_map(self, images: Tensor, corner: Tensor | None = None) -> Tensor:

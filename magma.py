@@ -243,7 +243,7 @@ class Config(TrainConfig):
     layers: tuple[int, ...] = (-2, -1)  # K: reference layers, then the regularised one; blocks, counted as in Python
     layer_pairs: Literal["last", "all"] = "last"  # each reference to the last of K, averaged; or all k != l, summed
     laplacian: Literal["normalized", "unnormalized", "printed"] = "normalized"  # that of the code, half of Eq. 2, Eq. 7
-    kernel_factor: float = 1.0  # 1 is the code's kernel, 0.5 that of Eq. 4
+    kernel_factor: float = 1.0  # of Eq. 4: 1 is the code's, 0.5 the text's; Eq. 5 (--inverse) has 0.5
     diagonal: bool = False  # count i = j in Eq. 4 (text) or not (code)
     log_layers: bool = False  # log the term between each block and the next, too (Fig. 3); the training is the same
     detach_reference: bool = False  # stop the gradient through the weights w

@@ -191,8 +191,8 @@ def adamw_derivative(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step
 
     The step is w' = (1 - lr decay) w - lr m / (sqrt(v) + eps), where the averages m and v, without their bias, hold a
     share of the gradient g and of its square. This is -dw'/dg, a number a weight. `exp_avg`, `exp_avg_sq` and `step`
-    (0-d) are what torch's AdamW keeps, after the step. Where v is 0, all gradients so far
-    were, and sqrt(v) has no slope: m's part counts alone.
+    (0-d) are what torch's AdamW keeps, after the step. Where v is 0, all gradients so far were 0, and sqrt(v) has no
+    slope: m's part counts alone.
     """
     first, second = (1 - beta ** step.double() for beta in betas)  # they take the bias off
     m, root = exp_avg / first, (exp_avg_sq / second).sqrt()
@@ -476,7 +476,7 @@ class MultiLevelMAE(Method):
         unlabelled, trainings, validation = parts[:first], parts[first:second], parts[second:]
         total, training = 0.0, trainings[-1]
         for batch, _ in unlabelled:
-            before = self.weights("autoencoder.", copy=bool(validation))  # in the end, those before the last step
+            before = self.weights("autoencoder.", copy=bool(validation))  # those before the last step remain
             loss, head_loss, probability = self.train_autoencoder(batch, training, stepper)
             total = total + loss.detach() / config.unrolling
         if config.fresh_head:

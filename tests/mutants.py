@@ -181,8 +181,8 @@ tests/study.py tests/test_study.py::test_runs_that_are_gone_stay_in_the_record_a
 + runs.append(found)
 
 tests/study.py tests/test_study.py::test_runs_that_are_gone_stay_in_the_record_and_later_ones_join_them
-- else read_record(record_of(asked))["costs"]
-+ else {}
+- found = read_record(record_of(asked))["costs"] | (
++ found = {} | (
 
 tests/study_page.py tests/test_study.py::test_runs_on_other_pictures_do_not_join
 - if len({run.pictures for run in runs}) > 1:
@@ -299,6 +299,10 @@ magma.py tests/test_magma.py::test_blur_is_a_gaussian_of_up_to_two_pixels
 magma.py tests/test_magma.py::test_two_views_are_compared_and_the_first_is_regularized
 - return loss, encoded.chunk(2)[0],
 + return loss, encoded.chunk(2)[1],
+
+tests/study_page.py tests/test_study.py::test_the_chart_leaves_out_results_of_which_the_end_alone_is_known
+- begun = [run for run in done if run.log[0]["epoch"] == 0]
++ begun = done
 
 tests/study_page.py tests/test_study.py::test_the_legend_names_every_line_of_every_panel
 - for one in axes for line in one.get_lines()}

@@ -10,7 +10,8 @@ DIR holds CIFAR-10's cifar-10-batches-bin, of any number of pictures. A run is a
 makes them (with ROW-Eepochs-seedS where equal seconds ask for other epochs). Stopped, by Ctrl-C or a kill, the same
 command goes on; finished runs are left as they are. Several commands in one --out share the runs among them. `write`
 puts what it needs of each finished run into study.json, beside the page. From there it takes runs that are not in --out
-any more, and `table` the costs: so seeds can be added later, on another machine.
+any more, and `table` the costs: so another seed can be added later, on another machine, by `table --seeds 2` without
+`costs` before it (these could ask for other epochs).
 """
 
 import contextlib
@@ -159,9 +160,9 @@ def measure(asked):
 
 
 def read_costs(asked) -> dict:
-    """{row: {"epoch": CPU seconds}} of costs.json, else of study.json. Raises UserError where equal seconds lack it."""
+    """{row: {"epoch": CPU seconds}} of costs.json, of study.json for rows that it lacks. Raises UserError without."""
     path = Path(asked.out) / "costs.json"
-    found = json.loads(path.read_text())["rows"] if path.exists() else read_record(record_of(asked))["costs"]
+    found = read_record(record_of(asked))["costs"] | (json.loads(path.read_text())["rows"] if path.exists() else {})
     if asked.equal == "seconds" and (lacking := [name for name in ("mae", *asked.rows) if name not in found]):
         how = "remove it, and measure all rows" if path.exists() else "first"
         raise UserError(f"{path} does not tell what {lacking[0]} costs; {how}: python tests/study.py costs --root DIR")
@@ -243,7 +244,7 @@ def write(asked):
                 Entry(ROWS[name].title, UNTRAINED.get(name, ""), ROWS[name].passes, cost, epochs, runs)
             )
     write_page(Path(asked.page), entries, "" if asked.epochs == EPOCHS else f" --epochs {asked.epochs}")
-    write_record(record_of(asked), costs, known)
+    write_record(record_of(asked), {name: {"epoch": cost["epoch"]} for name, cost in costs.items()}, known)
 
 
 def study(argv: list):

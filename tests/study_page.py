@@ -135,9 +135,10 @@ def table_of(entries: list[Entry]) -> tuple[list, dict]:
         if done or diverged:
             cost = f"{entry.epochs * entry.cost:.0f}" if entry.cost else "-"
             lines.append(line_of(entry.title, done, "trained", str(entry.epochs), cost, seeds))
-        if done and entry.untrained:
-            after.append(line_of(entry.untrained, done, "untrained", "0", "0", seeds))
-            pixels = pixels or [run.log[0]["pixels"] for run in done[:1]]
+        begun = [run for run in done if run.log[0]["epoch"] == 0]  # of others the end alone is known
+        if begun and entry.untrained:
+            after.append(line_of(entry.untrained, begun, "untrained", "0", "0", seeds))
+            pixels = pixels or [run.log[0]["pixels"] for run in begun if "pixels" in run.log[0]][:1]
         if done:
             groups[entry.title] = [with_counts(run, entry) for run in done]
     after += [f"| pixels | {told([x['linear']])} | {told([x['knn']])} | - | - | - | - | - |" for x in pixels]

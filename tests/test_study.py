@@ -263,7 +263,10 @@ def test_runs_that_are_gone_stay_in_the_record_and_later_ones_join_them(tmp_path
     assert list(runs) == ["mae-2epochs-seed0", "mae-2epochs-seed1", "umae-2epochs-seed0"]
     assert runs["mae-2epochs-seed0"] == study.result_of(tmp_path / "first/mae-seed0", 2)
     assert [line["linear"] for line in runs["mae-2epochs-seed1"].log] == [20.0, 59.0, 60.0]
-    made = study.epochs_of("umae", asked(equal="seconds"), study.read_costs(asked(page=tmp_path / "page.md")))
+    (tmp_path / "second/costs.json").write_text(json.dumps({"rows": {"mae": {"epoch": 3.0}}}))  # the rest stays
+    made = study.epochs_of(
+        "umae", asked(equal="seconds"), study.read_costs(asked(page=tmp_path / "page.md", out=tmp_path / "second"))
+    )
     assert made == 30  # half of MAE's, by the costs of the record
 
 
@@ -311,8 +314,8 @@ def test_the_chart_leaves_out_results_of_which_the_end_alone_is_known(tmp_path):
         record(tmp_path / f"x-seed{seed}", 50.0 + 10 * seed)
     runs = [study.result_of(tmp_path / f"x-seed{seed}", 2) for seed in (0, 1)]
     runs[0].log = runs[0].log[-1:]
-    table, groups = study_page.table_of([study_page.Entry("MAE", "", 1.0, 3.0, 2, runs)])
-    assert "55.0 ± 7.1" in table[2]
+    table, groups = study_page.table_of([study_page.Entry("MAE", "untrained", 1.0, 3.0, 2, runs)])
+    assert "55.0 ± 7.1" in table[2] and table[3].startswith("| untrained | 20.0 |") and "| pixels | 31.0" in table[4]
     (line, *_) = study_page.chart_of({"passes": groups}, ["MAE"]).axes[0].get_lines()
     assert line.get_ydata().tolist() == [20, 59, 60]
     assert line.get_linestyle() == "-"
