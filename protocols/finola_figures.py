@@ -165,7 +165,7 @@ def look_at_embeddings(method: FinolaAutoencoder, q: Tensor, corner: Tensor | No
     * roughness_of_samples (Fig. 12): of Gaussian samples, over that of the pictures: a sum of squared differences of
       neighbours, over the variance.
     * sixteenth (Fig. 15): of the squared distance of pictures from the mean's, what C / 16 principal components, 192 of
-      3072, leave off; 1 is all of it.
+      3072, make up; 1 is all of it.
     """
     mean, others = q.mean(dim=0), q.roll(-1, dims=0)
     samples = gaussian_samples(q, len(q), torch.Generator().manual_seed(0))
