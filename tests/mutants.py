@@ -304,6 +304,10 @@ tests/study_page.py tests/test_study.py::test_the_chart_leaves_out_results_of_wh
 - begun = [run for run in done if run.log[0]["epoch"] == 0]
 + begun = done
 
+tests/study_page.py tests/test_study.py::test_the_chart_leaves_out_results_of_which_the_end_alone_is_known
+- if not ends:
++ if True:
+
 tests/study_page.py tests/test_study.py::test_the_legend_names_every_line_of_every_panel
 - for one in axes for line in one.get_lines()}
 + for one in axes[:1] for line in one.get_lines()}

@@ -163,7 +163,8 @@ def chart_of(tables: dict, titles: list):
             ends = len(across) <= 2  # of a curve of which nothing else is known: no line
             style = {"linestyle": "" if ends else ("-", "--")[number // 10], "markersize": 4 if ends else 2}
             one.plot(across, middle, label=title, marker="o", **style, **look)
-            one.fill_between(across, middle - spread, middle + spread, alpha=0.15, linewidth=0, **look)
+            if not ends:
+                one.fill_between(across, middle - spread, middle + spread, alpha=0.15, linewidth=0, **look)
         one.set(title=f"equal {equal}", xlabel={"passes": "passes over the pictures", "seconds": "CPU seconds"}[x])
     figure.set_figheight(figure.get_figheight() + 1.2)
     lines = {line.get_label(): line for one in axes for line in one.get_lines()}  # a panel may lack some

@@ -320,8 +320,9 @@ def test_the_chart_leaves_out_results_of_which_the_end_alone_is_known(tmp_path):
     assert line.get_ydata().tolist() == [20, 59, 60]
     assert line.get_linestyle() == "-"
     groups["MAE"][1].log = [groups["MAE"][1].log[i] for i in (0, 2)]  # nothing between: no line
-    (line, *_) = study_page.chart_of({"passes": groups}, ["MAE"]).axes[0].get_lines()
-    assert line.get_ydata().tolist() == [20, 60] and line.get_linestyle() == "None"
+    one = study_page.chart_of({"passes": groups}, ["MAE"]).axes[0]
+    assert one.get_lines()[0].get_ydata().tolist() == [20, 60] and one.get_lines()[0].get_linestyle() == "None"
+    assert not one.collections  # and no band
 
 
 def test_the_legend_names_every_line_of_every_panel(tmp_path):
